@@ -1,0 +1,34 @@
+"""What a user can get wrong, each with the exit code that the command line returns for it.
+
+Every message is one line: what happened, to which file or value, and what to do about it.
+"""
+
+
+class MinisimclrError(Exception):
+    """Base of all errors a user can cause; never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(MinisimclrError, ValueError):
+    """A bad option, value or configuration file."""
+
+    exit_code = 2
+
+
+class DataError(MinisimclrError):
+    """Data, a run or weights are missing, empty or cannot be decoded."""
+
+    exit_code = 3
+
+
+class OutputError(MinisimclrError):
+    """Output cannot be made or written: no space, no permission, a path in the way."""
+
+    exit_code = 4
+
+
+class DivergedError(MinisimclrError):
+    """Training produced a loss or gradient that is not a finite number."""
+
+    exit_code = 5

@@ -1,0 +1,62 @@
+"""Durable writes and locks: a file under its final name is always whole, whatever is killed when.
+
+The recipe (Pillai et al., OSDI 2014): write a temporary file in the same directory, fsync it,
+rename it over the final name, fsync the directory. Temporary and lock names start with a dot.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; rename it to `path` on success, remove it on any failure.
+
+    Raises OSError where the directory cannot be written or the disk is full; `path` is untouched then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk; a failure is a failed write and raises OSError."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Publish `content` as the whole file `path`."""
+    with publish(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of `path` (a hidden file beside it). The kernel frees it when the process dies.
+
+    With wait=False a lock held by another process raises BlockingIOError.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("a") as handle:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
