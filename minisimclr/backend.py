@@ -1,0 +1,160 @@
+"""Which array library, device and threads: the only file that knows both NumPy and CuPy.
+
+The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both live in
+one process and nothing is chosen at import time. CuPy is imported where a GPU is asked for, never before.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+def xp_of(array: Array) -> Any:
+    """The library (numpy or cupy) that `array` belongs to."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np
+    return cupy()
+
+
+@cache
+def cupy() -> Any:
+    """CuPy, or a ConfigError that names the extra to install."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ConfigError(
+            "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), or use --device cpu"
+        ) from error
+    return cupy
+
+
+def to_host(array: Array) -> np.ndarray:
+    """`array` as a NumPy array; copies (and waits for the GPU) only if it lives on one."""
+    return np.asarray(array) if xp_of(array) is np else cupy().asnumpy(array)
+
+
+def to_device(array: np.ndarray, device: str) -> Array:
+    """A host array on `device` ("cpu" or "cuda:N"); the one place where data goes to a GPU."""
+    if device == "cpu":
+        return array
+    with cupy().cuda.Device(int(device.removeprefix("cuda:"))):
+        return cupy().asarray(array)
+
+
+def choose_device(name: str) -> tuple[str, str]:
+    """Resolve "auto", "cpu" or "cuda:N" to (device, the reason for it, in words).
+
+    Raises ConfigError for a name of another form and for a GPU that cannot be used: only "auto" may
+    end on the CPU, and it says why.
+    """
+    if name == "cpu":
+        return "cpu", "asked for"
+    if name != "auto" and not (name.startswith("cuda:") and name[5:].isdigit()):
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda:0, cuda:1, ...")
+    index = 0 if name == "auto" else int(name[5:])
+    try:
+        count = cupy().cuda.runtime.getDeviceCount()
+        if index >= count:
+            raise ConfigError(f"no device {name}: this machine has {count} CUDA device(s)")
+        return f"cuda:{index}", f"{count} CUDA device(s) found"
+    except ConfigError as error:
+        reason = error
+    except Exception as error:  # CuPy's own driver errors, which have no common base
+        reason = ConfigError(f"no usable CUDA device: {error}")
+    if name == "auto":
+        return "cpu", str(reason)
+    raise reason
+
+
+# Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain Python
+# threads that each work on their own images run side by side. BLAS has threads of its own: two pools of
+# n threads on n cores only get in each other's way, so inside `parallel` each BLAS call keeps to one.
+
+
+def available_cores() -> int:
+    """Cores this process may run on (not those of the machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_threads = available_cores()
+_pool: ThreadPoolExecutor | None = None
+
+
+def threads() -> int:
+    """Threads that `parallel` and BLAS use."""
+    return _threads
+
+
+def set_threads(n: int) -> None:
+    """Use `n` threads from now on, in `parallel` and in BLAS."""
+    global _threads, _pool
+    if n < 1:
+        raise ConfigError(f"threads must be at least 1, not {n}")
+    _threads = n
+    if _pool is not None:
+        _pool.shutdown()
+        _pool = None
+    _set_blas_threads(n)
+
+
+def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
+    """Call work(start, stop) on contiguous parts of range(n), one part a thread; their results in order.
+
+    Parts are multiples of `block` long (but for the last). Results must not depend on how many parts
+    there are if a run is to be repeatable with another thread count.
+    """
+    global _pool
+    size = block * -(-n // (block * _threads))
+    parts = [(start, min(n, start + size)) for start in range(0, n, size)]
+    if len(parts) == 1:
+        with blas_threads(1):
+            return [work(*parts[0])]
+    if _pool is None:
+        _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minisimclr")
+    with blas_threads(1):
+        futures = [_pool.submit(work, *part) for part in parts[1:]]
+        return [work(*parts[0])] + [future.result() for future in futures]
+
+
+@cache
+def _openblas() -> tuple[Any, Any] | None:
+    """(set, get) number of threads of the OpenBLAS inside NumPy's wheel; None for another BLAS."""
+    folder = Path(np.__file__).parent
+    names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
+    for name in names:
+        library = ctypes.CDLL(str(name))
+        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
+            setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+            if setter is not None:
+                return setter, getattr(library, f"{prefix}openblas_get_num_threads{suffix}")
+    return None
+
+
+def _set_blas_threads(n: int) -> None:
+    if (library := _openblas()) is not None:
+        library[0](n)
+
+
+@contextmanager
+def blas_threads(n: int) -> Iterator[None]:
+    """Hold BLAS to `n` threads within the block (no effect on a BLAS other than NumPy's OpenBLAS)."""
+    library = _openblas()
+    before = library[1]() if library else n
+    if before != n:
+        _set_blas_threads(n)
+    try:
+        yield
+    finally:
+        if before != n:
+            _set_blas_threads(before)
