@@ -1,7 +1,8 @@
 """Which array library, device and threads: the only file that knows both NumPy and CuPy.
 
-The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both live in
-one process and nothing is chosen at import time. CuPy is imported where a GPU is asked for, never before.
+The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both
+live in one process and nothing is chosen at import time. CuPy is imported where a GPU is asked for,
+never before.
 """
 
 import ctypes
@@ -34,7 +35,8 @@ def cupy() -> Any:
         import cupy
     except ImportError as error:
         raise ConfigError(
-            "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), or use --device cpu"
+            "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), "
+            "or use --device cpu"
         ) from error
     return cupy
 
@@ -77,9 +79,10 @@ def choose_device(name: str) -> tuple[str, str]:
     raise reason
 
 
-# Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain Python
-# threads that each work on their own images run side by side. BLAS has threads of its own: two pools of
-# n threads on n cores only get in each other's way, so inside `parallel` each BLAS call keeps to one.
+# Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain
+# Python # threads that each work on their own images run side by side. BLAS has threads of its own:
+# two pools of # n threads on n cores only get in each other's way, so inside `parallel` each BLAS
+# call keeps to one.
 
 
 def available_cores() -> int:
@@ -109,17 +112,17 @@ def set_threads(n: int) -> None:
 
 
 def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
-    """Call work(start, stop) on contiguous parts of range(n), one part a thread; their results in order.
+    """Call work(start, stop) on contiguous parts of range(n), one part a thread; their results in
+    order.
 
-    Parts are multiples of `block` long (but for the last). Results must not depend on how many parts
-    there are if a run is to be repeatable with another thread count.
+    Parts are multiples of `block` long (but for the last). Results must not depend on how many
+    parts there are if a run is to be repeatable with another thread count.
     """
     global _pool
     size = block * -(-n // (block * _threads))
     parts = [(start, min(n, start + size)) for start in range(0, n, size)]
     if len(parts) == 1:
-        with blas_threads(1):
-            return [work(*parts[0])]
+        return [work(*parts[0])]
     if _pool is None:
         _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minisimclr")
     with blas_threads(1):
@@ -148,7 +151,9 @@ def _set_blas_threads(n: int) -> None:
 
 @contextmanager
 def blas_threads(n: int) -> Iterator[None]:
-    """Hold BLAS to `n` threads within the block (no effect on a BLAS other than NumPy's OpenBLAS)."""
+    """Hold BLAS to `n` threads within the block (no effect on a BLAS other than NumPy's
+    OpenBLAS).
+    """
     library = _openblas()
     before = library[1]() if library else n
     if before != n:

@@ -1,0 +1,303 @@
+"""Elementwise arithmetic, matrix products, reductions and shapes; operators for Tensor.
+
+Each operation is a Function with forward and backward side by side; arguments broadcast as in
+NumPy, and a gradient is summed back over the axes that were stretched.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+from ..backend import Array, xp_of
+from ..tensor import Function, Tensor
+
+
+def as_tensor(value: Any, like: Tensor) -> Tensor:
+    """A Tensor as it is; a number or array in the dtype (and array library) of `like`."""
+    if isinstance(value, Tensor):
+        return value
+    return Tensor(xp_of(like.data).asarray(value, dtype=like.dtype))
+
+
+def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `gradient` over the axes along which an input of `shape` was stretched."""
+    extra = tuple(range(gradient.ndim - len(shape)))
+    stretched = tuple(
+        len(extra) + i
+        for i, n in enumerate(shape)
+        if n == 1 and gradient.shape[len(extra) + i] != 1
+    )
+    if not extra and not stretched:
+        return gradient
+    return gradient.sum(axis=extra + stretched, keepdims=True).reshape(shape)
+
+
+class Add(Function):
+    """a + b"""
+
+    def forward(self, a, b):
+        self.a, self.b = a.shape, b.shape
+        return a + b
+
+    def backward(self, gy):
+        return unbroadcast(gy, self.a), unbroadcast(gy, self.b)
+
+
+class Multiply(Function):
+    """a * b"""
+
+    def forward(self, a, b):
+        self.a, self.b = a, b
+        return a * b
+
+    def backward(self, gy):
+        return (
+            unbroadcast(gy * self.b, self.a.shape) if self.needs[0] else None,
+            unbroadcast(gy * self.a, self.b.shape) if self.needs[1] else None,
+        )
+
+
+class Power(Function):
+    """x ** p for a constant p"""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def forward(self, x):
+        self.x = x
+        return x**self.p
+
+    def backward(self, gy):
+        return gy * (self.p * self.x ** (self.p - 1))
+
+
+class Exp(Function):
+    """e ** x"""
+
+    def forward(self, x):
+        self.y = xp_of(x).exp(x)
+        return self.y
+
+    def backward(self, gy):
+        return gy * self.y
+
+
+class Log(Function):
+    """Natural logarithm of x"""
+
+    def forward(self, x):
+        self.x = x
+        return xp_of(x).log(x)
+
+    def backward(self, gy):
+        return gy / self.x
+
+
+@singledispatch
+def relu_output(x: Array) -> Array:
+    """max(x, 0)"""
+    return xp_of(x).maximum(x, 0)
+
+
+@singledispatch
+def relu_gradient(gy: Array, y: Array) -> Array:
+    """gy where the output y was positive, else 0"""
+    return gy * (y > 0)
+
+
+class ReLU(Function):
+    """max(x, 0); saves its output, which the next layer keeps anyway"""
+
+    def forward(self, x):
+        self.y = relu_output(x)
+        return self.y
+
+    def backward(self, gy):
+        return relu_gradient(gy, self.y)
+
+
+class MatMul(Function):
+    """a @ b for matrices (..., n, k) @ (..., k, m), stacks of them broadcasting"""
+
+    def forward(self, a, b):
+        if a.ndim < 2 or b.ndim < 2:
+            raise ValueError(f"matmul needs matrices, not shapes {a.shape} and {b.shape}")
+        self.a, self.b = a, b
+        return a @ b
+
+    def backward(self, gy):
+        ga = gy @ self.b.swapaxes(-1, -2) if self.needs[0] else None  # (n, m) @ (m, k)
+        gb = self.a.swapaxes(-1, -2) @ gy if self.needs[1] else None  # (k, n) @ (n, m)
+        return (
+            None if ga is None else unbroadcast(ga, self.a.shape),
+            None if gb is None else unbroadcast(gb, self.b.shape),
+        )
+
+
+class Linear(Function):
+    """x W' + b for x (N, C), W (O, C), b (O,) or absent"""
+
+    def forward(self, x, w, b=None):
+        self.x, self.w = x, w
+        y = x @ w.T  # (N, C) @ (C, O)
+        if b is not None:
+            y += b
+        return y
+
+    def backward(self, gy):
+        gx = gy @ self.w if self.needs[0] else None  # (N, O) @ (O, C)
+        gw = gy.T @ self.x if self.needs[1] else None  # (O, N) @ (N, C)
+        return (gx, gw, gy.sum(axis=0)) if len(self.needs) == 3 else (gx, gw)
+
+
+class Sum(Function):
+    """Sum over an axis, a tuple of axes, or all of them"""
+
+    def __init__(self, axis: int | tuple[int, ...] | None, keepdims: bool):
+        self.axis, self.keepdims = axis, keepdims
+
+    def forward(self, x):
+        self.x = x.shape
+        return x.sum(axis=self.axis, keepdims=self.keepdims)
+
+    def backward(self, gy):
+        xp = xp_of(gy)
+        if not self.keepdims and self.axis is not None:
+            gy = xp.expand_dims(gy, self.axis)
+        return xp.broadcast_to(gy, self.x)
+
+
+class Reshape(Function):
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def forward(self, x):
+        self.x = x.shape
+        return x.reshape(self.shape)
+
+    def backward(self, gy):
+        return gy.reshape(self.x)
+
+
+class Transpose(Function):
+    """Axes in a new order (default: reversed)"""
+
+    def __init__(self, axes: tuple[int, ...] | None):
+        self.axes = axes
+
+    def forward(self, x):
+        self.axes = self.axes or tuple(reversed(range(x.ndim)))
+        return x.transpose(self.axes)
+
+    def backward(self, gy):
+        return gy.transpose(tuple(self.axes.index(i) for i in range(gy.ndim)))
+
+
+class GetItem(Function):
+    """x[key] for slices and integers (no index arrays)"""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    def forward(self, x):
+        self.x = x.shape
+        return x[self.key]
+
+    def backward(self, gy):
+        gx = xp_of(gy).zeros(self.x, gy.dtype)
+        gx[self.key] = gy
+        return gx
+
+
+class Concatenate(Function):
+    """Join along one axis"""
+
+    def __init__(self, axis: int):
+        self.axis = axis
+
+    def forward(self, *xs):
+        self.lengths = [x.shape[self.axis] for x in xs]
+        return xp_of(xs[0]).concatenate(xs, axis=self.axis)
+
+    def backward(self, gy):
+        ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths) - 1)]
+        return tuple(xp_of(gy).split(gy, ends, axis=self.axis))
+
+
+class Dropout(Function):
+    """x times a mask of 0 (with probability p) and 1/(1-p) (Srivastava et al. 2014, inverted)"""
+
+    def __init__(self, mask: Array):
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask
+
+    def backward(self, gy):
+        return gy * self.mask
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)"""
+    return ReLU()(x)
+
+
+def exp(x: Tensor) -> Tensor:
+    return Exp()(x)
+
+
+def log(x: Tensor) -> Tensor:
+    return Log()(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O)"""
+    return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)
+
+
+def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], axis: int = 0) -> Tensor:
+    return Concatenate(axis)(*tensors)
+
+
+def _sum(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
+    return Sum(axis, keepdims)(self)
+
+
+def _mean(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
+    total = Sum(axis, keepdims)(self)
+    return total * (total.data.size / self.data.size)
+
+
+def _reshape(self: Tensor, *shape: Any) -> Tensor:
+    return Reshape(shape[0] if isinstance(shape[0], tuple) else shape)(self)
+
+
+def _transpose(self: Tensor, *axes: int) -> Tensor:
+    return Transpose(axes or None)(self)
+
+
+# Operators. `other` may be a Tensor, an array or a number.
+for _name, _method in {
+    "__add__": lambda self, other: Add()(self, as_tensor(other, self)),
+    "__radd__": lambda self, other: Add()(as_tensor(other, self), self),
+    "__mul__": lambda self, other: Multiply()(self, as_tensor(other, self)),
+    "__rmul__": lambda self, other: Multiply()(as_tensor(other, self), self),
+    "__neg__": lambda self: self * -1.0,
+    "__sub__": lambda self, other: self + -as_tensor(other, self),
+    "__rsub__": lambda self, other: as_tensor(other, self) + -self,
+    "__truediv__": lambda self, other: self * as_tensor(other, self) ** -1.0,
+    "__rtruediv__": lambda self, other: as_tensor(other, self) * self**-1.0,
+    "__pow__": lambda self, p: Power(p)(self),
+    "__matmul__": lambda self, other: MatMul()(self, as_tensor(other, self)),
+    "__rmatmul__": lambda self, other: MatMul()(as_tensor(other, self), self),
+    "__getitem__": lambda self, key: GetItem(key)(self),
+    "sum": _sum,
+    "mean": _mean,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "exp": exp,
+    "log": log,
+    "relu": relu,
+}.items():
+    setattr(Tensor, _name, _method)

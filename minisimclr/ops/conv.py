@@ -1,0 +1,130 @@
+"""Convolution as matrix products: unfold patches, multiply, fold back (im2col, Chellapilla et al.
+2006).
+
+Three passes make one layer's work: its output, the gradient of its input, the gradient of its
+weight. Each unfolds a few images at a time, so the workspace stays near the size of a cache
+whatever the batch. Arrays are NHWC and weights HWIO: (KH, KW, C, O), so that a weight is a matrix
+as it lies in memory.
+"""
+
+from functools import singledispatch
+
+from ..backend import Array, xp_of
+from ..tensor import Function, Tensor
+
+Pair = tuple[int, int]
+WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
+
+
+def output_size(x_shape: tuple, w_shape: tuple, stride: Pair, padding: Pair) -> Pair:
+    """(OH, OW): how often a kernel fits into a padded image."""
+    sizes = zip(x_shape[1:3], w_shape[:2], stride, padding, strict=True)
+    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+    return height, width
+
+
+def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> Array:
+    """Patches of x (N, H, W, C) as rows: (N*OH*OW, KH*KW*C)."""
+    xp = xp_of(x)
+    (kh, kw), (sh, sw), (ph, pw), (oh, ow) = kernel, stride, padding, size
+    n, _, _, c = x.shape
+    if (kh, kw, ph, pw) == (1, 1, 0, 0):
+        return xp.ascontiguousarray(x[:, ::sh, ::sw]).reshape(-1, c)  # (N*OH*OW, C)
+    x = xp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
+    patches = xp.empty((n, oh, ow, kh, kw, c), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            patches[:, :, :, i, j] = x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]
+    return patches.reshape(n * oh * ow, kh * kw * c)
+
+
+def fold(patches: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
+    """The transpose of `unfold`: each pixel of (N, H, W, C) sums what its patches hold of it."""
+    xp = xp_of(patches)
+    (kh, kw), (sh, sw), (ph, pw), (oh, ow) = kernel, stride, padding, size
+    n, h, w, c = x_shape
+    patches = patches.reshape(n, oh, ow, kh, kw, c)
+    x = xp.zeros((n, h + 2 * ph, w + 2 * pw, c), patches.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            x[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += patches[:, :, :, i, j]
+    return x[:, ph : ph + h, pw : pw + w]
+
+
+def image_blocks(n: int, row_size: int) -> list[slice]:
+    """Split a batch of n images so that a block of their rows fits the workspace."""
+    step = max(1, WORKSPACE // row_size)
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+@singledispatch
+def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
+    """x (N, H, W, C) and w (KH, KW, C, O) -> (N, OH, OW, O)"""
+    size = output_size(x.shape, w.shape, stride, padding)
+    matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
+    y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
+    for block in image_blocks(len(x), size[0] * size[1] * len(matrix)):
+        patches = unfold(x[block], w.shape[:2], stride, padding, size)
+        y[block] = (patches @ matrix).reshape(-1, *size, w.shape[3])  # (n*OH*OW, O)
+    return y
+
+
+@singledispatch
+def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
+    """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
+    size = gy.shape[1:3]
+    matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
+    gx = xp_of(gy).empty(x_shape, gy.dtype)
+    for block in image_blocks(len(gy), size[0] * size[1] * len(matrix)):
+        g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
+        block_shape = gx[block].shape
+        gx[block] = fold(g @ matrix.T, block_shape, w.shape[:2], stride, padding, size)
+    return gx
+
+
+@singledispatch
+def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: Pair) -> Array:
+    """gy (N, OH, OW, O) and x (N, H, W, C) -> gradient of w, of shape w_shape (KH, KW, C, O)"""
+    size = gy.shape[1:3]
+    gw = xp_of(gy).zeros((w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]), gy.dtype)
+    for block in image_blocks(len(gy), size[0] * size[1] * len(gw)):
+        patches = unfold(x[block], w_shape[:2], stride, padding, size)
+        gw += patches.T @ gy[block].reshape(-1, w_shape[3])  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
+    return gw.reshape(w_shape)
+
+
+class Conv2d(Function):
+    """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]"""
+
+    def __init__(self, stride: Pair, padding: Pair):
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x, w):
+        self.x, self.w = x, w
+        return conv_output(x, w, self.stride, self.padding)
+
+    def backward(self, gy):
+        x, w, stride, padding = self.x, self.w, self.stride, self.padding
+        gx = conv_input_gradient(gy, w, x.shape, stride, padding) if self.needs[0] else None
+        gw = conv_weight_gradient(gy, x, w.shape, stride, padding) if self.needs[1] else None
+        return gx, gw
+
+
+def pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else value
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pair = 0) -> Tensor:
+    """Cross-correlate images x (N, H, W, C) with weight (KH, KW, C, O) -> (N, OH, OW, O).
+
+    stride and padding (zeros) in pixels, one number or (rows, columns).
+    Raises ValueError where channels differ or the kernel is larger than the padded image.
+    """
+    stride, padding = pair(stride), pair(padding)
+    if x.shape[3] != weight.shape[2]:
+        raise ValueError(f"conv2d: images of shape {x.shape}, but weight of shape {weight.shape}")
+    if min(output_size(x.shape, weight.shape, stride, padding)) < 1:
+        raise ValueError(
+            f"conv2d: kernel {weight.shape[:2]} exceeds images {x.shape} padded {padding}"
+        )
+    return Conv2d(stride, padding)(x, weight)

@@ -1,0 +1,128 @@
+"""Max, average and global pooling of images (N, H, W, C)."""
+
+from functools import singledispatch
+
+from ..backend import Array, xp_of
+from ..tensor import Function, Tensor
+from .conv import Pair, pair
+
+# ((top, bottom), (left, right)) in pixels: TensorFlow's SAME pads more at the end than at the
+# start.
+Padding = tuple[Pair, Pair]
+
+
+def pads(padding: int | Padding) -> Padding:
+    return ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+
+
+def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
+    sizes = zip(x_shape[1:3], kernel, stride, padding, strict=True)
+    height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
+    return height, width
+
+
+def windows(x: Array, kernel: Pair, stride: Pair, size: Pair):
+    """For each offset in the kernel, the view of x that holds that pixel of every window."""
+    (sh, sw), (oh, ow) = stride, size
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            yield x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]  # (N, OH, OW, C)
+
+
+@singledispatch
+def max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
+    """Largest value of each window, and (uint8) which of its pixels, the first of equals, held
+    it.
+    """
+    xp = xp_of(x)
+    size = output_size(x.shape, kernel, stride, padding)
+    x = xp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-xp.inf)
+    y = xp.full((len(x), *size, x.shape[3]), -xp.inf, x.dtype)
+    argmax = xp.zeros(y.shape, xp.uint8)
+    for k, window in enumerate(windows(x, kernel, stride, size)):
+        larger = window > y
+        y = xp.where(larger, window, y)
+        argmax[larger] = k
+    return y, argmax
+
+
+@singledispatch
+def max_pool_input_gradient(
+    gy: Array, argmax: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
+) -> Array:
+    """Each window's gradient goes to the pixel that was its maximum."""
+    xp = xp_of(gy)
+    n, h, w, c = x_shape
+    (top, bottom), (left, right) = padding
+    gx = xp.zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
+    for k, window in enumerate(windows(gx, kernel, stride, gy.shape[1:3])):
+        window += gy * (argmax == k)
+    return gx[:, top : top + h, left : left + w]
+
+
+class MaxPool(Function):
+    def __init__(self, kernel: Pair, stride: Pair, padding: Padding):
+        self.geometry = kernel, stride, padding
+
+    def forward(self, x):
+        self.x = x.shape
+        y, self.argmax = max_pool_output(x, *self.geometry)
+        return y
+
+    def backward(self, gy):
+        return max_pool_input_gradient(gy, self.argmax, self.x, *self.geometry)
+
+
+class AveragePool(Function):
+    """Mean of each window; padding counts neither in the sum nor in the number of pixels."""
+
+    def __init__(self, kernel: Pair, stride: Pair, padding: Padding):
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+
+    def forward(self, x):
+        xp = xp_of(x)
+        self.x = x.shape
+        size = output_size(x.shape, self.kernel, self.stride, self.padding)
+        x = xp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        inside = xp.pad(xp.ones((1, *self.x[1:3], 1), x.dtype), ((0, 0), *self.padding, (0, 0)))
+        self.count = sum(windows(inside, self.kernel, self.stride, size))  # (1, OH, OW, 1)
+        return sum(windows(x, self.kernel, self.stride, size)) / self.count
+
+    def backward(self, gy):
+        n, h, w, c = self.x
+        (top, bottom), (left, right) = self.padding
+        gx = xp_of(gy).zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
+        for window in windows(gx, self.kernel, self.stride, gy.shape[1:3]):
+            window += gy / self.count
+        return gx[:, top : top + h, left : left + w]
+
+
+class GlobalAveragePool(Function):
+    """Mean over the pixels: (N, H, W, C) -> (N, C)"""
+
+    def forward(self, x):
+        self.x = x.shape
+        return x.mean(axis=(1, 2))
+
+    def backward(self, gy):
+        n, h, w, c = self.x
+        return xp_of(gy).broadcast_to((gy / (h * w)).reshape(n, 1, 1, c), self.x)
+
+
+def max_pool(
+    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
+) -> Tensor:
+    """Maximum of each window of x (N, H, W, C); padding is never the maximum."""
+    return MaxPool(pair(kernel), pair(stride), pads(padding))(x)
+
+
+def average_pool(
+    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
+) -> Tensor:
+    """Mean of the pixels of each window of x (N, H, W, C) that are not padding."""
+    return AveragePool(pair(kernel), pair(stride), pads(padding))(x)
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """Mean over the pixels: (N, H, W, C) -> (N, C)"""
+    return GlobalAveragePool()(x)

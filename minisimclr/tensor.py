@@ -1,0 +1,262 @@
+"""Reverse-mode automatic differentiation on arrays: Tensor, Function, backward, no_grad, gradcheck.
+
+A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
+attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
+array lives on after the forward pass only if some operation saved it. `backward` visits operations
+in reverse topological order and frees each one right after use, so memory only falls. Gradients are
+arrays: nothing here can be differentiated twice, and a second backward through the same graph
+raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .backend import Array, to_host, xp_of
+
+_recording: ContextVar[bool] = ContextVar("recording", default=True)
+
+# A profiler may put itself here: called as observer(function, direction, run, arrays) around every
+# forward and backward, it must return run(*arrays).
+observer: Callable[[Function, str, Callable, tuple], Any] | None = None
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Record no graph within the block: results need no gradient and nothing is saved for one."""
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+class Tensor:
+    """An array that remembers the operation that made it.
+
+    data: numpy or cupy array, float32 or float64 kept as given, anything else made float32.
+    grad: None, or an array like `data` once `backward` has reached this leaf.
+    """
+
+    __array_ufunc__ = None  # ndarray * Tensor defers to Tensor.__rmul__
+    creator: Function | None = None
+    grad: Array | None = None
+
+    if TYPE_CHECKING:  # added by ops/basic.py
+        __add__: Callable[[Any], Tensor]
+        __radd__: Callable[[Any], Tensor]
+        __mul__: Callable[[Any], Tensor]
+        __rmul__: Callable[[Any], Tensor]
+        __sub__: Callable[[Any], Tensor]
+        __rsub__: Callable[[Any], Tensor]
+        __truediv__: Callable[[Any], Tensor]
+        __rtruediv__: Callable[[Any], Tensor]
+        __pow__: Callable[[float], Tensor]
+        __matmul__: Callable[[Any], Tensor]
+        __neg__: Callable[[], Tensor]
+        __getitem__: Callable[[Any], Tensor]
+        sum: Callable[..., Tensor]
+        mean: Callable[..., Tensor]
+        reshape: Callable[..., Tensor]
+        transpose: Callable[..., Tensor]
+
+    def __init__(self, data: Any, requires_grad: bool = False):
+        if isinstance(data, (int, float, list, tuple)):
+            data = np.asarray(data)
+        if data.dtype not in (np.float32, np.float64):
+            data = data.astype(np.float32)
+        self.data = data
+        self.requires_grad = requires_grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    def numpy(self) -> np.ndarray:
+        """The values on the host."""
+        return to_host(self.data)
+
+    def detach(self) -> Tensor:
+        """The same values without their history."""
+        return Tensor(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __float__(self) -> float:
+        return float(self.data)
+
+    def __repr__(self) -> str:
+        history = f", by {type(self.creator).__name__}" if self.creator else ""
+        return f"Tensor({self.data}{history})"
+
+    def backward(self, gradient: Array | None = None) -> None:
+        """Add d(self)/d(leaf), times `gradient` (default 1, for a scalar), to `.grad` of every
+        leaf.
+
+        Raises ValueError for a non-scalar without `gradient`, RuntimeError where there is no graph
+        (no input asked for gradients, or it was used up by an earlier backward).
+        """
+        if self.creator is None:
+            raise RuntimeError("backward() on a tensor that no recorded operation has made")
+        if gradient is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward() needs a gradient for a result of shape {self.shape}")
+            gradient = xp_of(self.data).ones_like(self.data)
+        _backpropagate(self.creator, gradient)
+
+
+class Function:
+    """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
+
+    `backward` returns the gradient of each input (a tuple, or one array for one input), None where
+    `self.needs[i]` is false. Both may write only into arrays they have allocated themselves:
+    inputs, `gy` and saved arrays belong to others as well.
+    """
+
+    parents: tuple[
+        Function | Tensor | None, ...
+    ] = ()  # who made each input; a leaf; None: no gradient
+    needs: tuple[bool, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    used_up = False
+
+    def forward(self, *arrays: Array) -> Array:
+        raise NotImplementedError
+
+    def backward(self, gy: Array) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        arrays = tuple(x.data for x in inputs)
+        self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
+        y = (
+            self.forward(*arrays)
+            if observer is None
+            else observer(self, "forward", self.forward, arrays)
+        )
+        out = Tensor(np.asarray(y) if isinstance(y, np.generic) else y)
+        if any(self.needs):
+            out.requires_grad, out.creator = True, self
+            self.parents = tuple(
+                (x.creator or x) if need else None
+                for x, need in zip(inputs, self.needs, strict=True)
+            )
+            self.shapes = tuple(a.shape for a in arrays)
+        return out
+
+    def release(self) -> None:
+        """Drop every saved array and edge."""
+        self.__dict__.clear()
+        self.used_up = True
+
+
+def _backpropagate(root: Function, gradient: Array) -> None:
+    gradients = {root: gradient}
+    owned: set[Function] = (
+        set()
+    )  # whose gradient is a sum made here, which may be added to in place
+    waiting = _count_children(root)
+    ready = [root]
+    while ready:
+        function = ready.pop()
+        gy = gradients.pop(function)
+        run = function.backward
+        gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
+        del gy  # the last reference but for those that saved it
+        gxs = gxs if isinstance(gxs, tuple) else (gxs,)
+        for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
+            if parent is None:
+                continue
+            assert gx.shape == shape, (
+                f"{type(function).__name__}: gradient {gx.shape} of an input of shape {shape}"
+            )
+            if isinstance(parent, Tensor):
+                parent.grad = gx if parent.grad is None else parent.grad + gx
+                continue
+            if parent in owned:
+                gradients[parent] += gx
+            elif parent in gradients:
+                gradients[parent] = gradients[parent] + gx
+                owned.add(parent)
+            else:
+                gradients[parent] = gx
+            waiting[parent] -= 1
+            if waiting[parent] == 0:
+                ready.append(parent)
+        del gxs, gx
+        function.release()
+
+
+def _count_children(root: Function) -> dict[Function, int]:
+    """For every operation below `root`, how many others will send it a gradient."""
+    children = {root: 0}
+    stack = [root]
+    while stack:  # no recursion: graphs are deeper than Python's stack
+        function = stack.pop()
+        if function.used_up:
+            raise RuntimeError(
+                "this graph was used up by an earlier backward(); run the forward again"
+            )
+        for parent in function.parents:
+            if isinstance(parent, Function):
+                if parent not in children:
+                    children[parent] = 0
+                    stack.append(parent)
+                children[parent] += 1
+    return children
+
+
+def gradcheck(
+    fn: Callable[..., Tensor],
+    *arrays: np.ndarray,
+    eps: float = 1e-5,
+    rtol: float = 1e-7,
+    seed: int = 0,
+) -> None:
+    """Check fn's gradients against finite differences, in float64, along one random direction an
+    input.
+
+    fn maps Tensors to a Tensor. For each input a random tangent v and one random cotangent u must
+    fulfil <u, J v> = <J'u, v>; the left side costs two forwards whatever the size. Inputs and u are
+    read-only meanwhile, so an operation that writes into them raises. Raises AssertionError that
+    names the input.
+    """
+    rng = np.random.default_rng(seed)
+    points = [np.array(a, np.float64) for a in arrays]
+    tensors = [Tensor(p, requires_grad=True) for p in points]
+    for point in points:
+        point.flags.writeable = False
+    y = fn(*tensors)
+    u = rng.standard_normal(y.shape)
+    u.flags.writeable = False
+    y.backward(u)
+    for i, (tensor, point) in enumerate(zip(tensors, points, strict=True)):
+        v = rng.standard_normal(point.shape)
+        ahead, behind = (
+            fn(*(Tensor(p + sign * eps * v) if p is point else Tensor(p) for p in points)).data
+            for sign in (1, -1)
+        )
+        terms = u * (ahead - behind) / (2 * eps)
+        numeric = float(terms.sum())  # <u, J v>
+        assert tensor.grad is not None, f"gradcheck: input {i} got no gradient"
+        analytic = float(np.sum(tensor.grad * v))  # <J'u, v>
+        # Terms may cancel: their sum can be no more exact than their size allows.
+        if not abs(numeric - analytic) <= rtol * (1e-6 + float(abs(terms).sum())):
+            raise AssertionError(
+                f"gradcheck: input {i} of shape {point.shape}: backward says {analytic:.10g}, "
+                f"finite differences say {numeric:.10g} (difference {analytic - numeric:.3g})"
+            )
