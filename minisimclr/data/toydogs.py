@@ -1,0 +1,186 @@
+"""Toydogs: cartoon portraits of twelve dog breeds, each drawn from its number alone; no download.
+
+A breed fixes coat colours, ear shape, markings, snout and proportions. Pose, scale, expression,
+light and background vary from image to image. Several breeds share each coat colour, so neither raw
+pixels nor random features name the breed. Backgrounds are muted on purpose: with vivid ones, the
+background is an easier cue than the dog for matching two crops of one picture.
+
+Shapes are given in head coordinates: origin between the eyes, x to the right, y down, one unit =
+half a head. Everything is a closed outline or an oval, painted back to front.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+VERSION = 1  # of the drawing: raise it whenever a pixel of any image changes
+IMAGE_SIZE = 40  # px stored per side, a little more than the 32 px that training crops to
+SPLIT_SIZES = {"pretrain": 4000, "labelled": 400, "test": 1200}  # numbered in this order
+SUPERSAMPLING = 4  # drawn so much larger, then averaged, for smooth edges
+
+COLOURS = {
+    "black": (62, 58, 64),
+    "grey": (138, 142, 150),
+    "white": (240, 237, 230),
+    "red": (200, 128, 68),
+    "fawn": (216, 184, 142),
+    "brown": (124, 80, 54),
+    "nose": (36, 30, 34),
+    "pink": (226, 140, 140),
+}
+COLLARS = ("red", "grey", "brown")
+# Above and below the horizon: sky over meadow, park, beach, wall over floor, street, straw.
+SCENES = (
+    ((178, 192, 200), (128, 144, 106)),
+    ((150, 164, 140), (110, 126, 88)),
+    ((186, 194, 196), (190, 174, 144)),
+    ((192, 182, 168), (146, 122, 100)),
+    ((146, 154, 164), (152, 150, 148)),
+    ((176, 168, 148), (186, 166, 120)),
+)
+# Control points of the right ear; the left one is its mirror image.
+EARS = {
+    "prick": ((0.15, -0.75), (0.55, -1.75), (0.75, -1.75), (1.05, -0.20), (0.50, -0.30)),
+    "bat": ((0.20, -0.65), (0.45, -1.65), (0.95, -2.00), (1.25, -1.40), (0.95, -0.20)),
+    "tipped": ((0.25, -0.70), (0.60, -1.55), (0.95, -1.40), (1.60, -0.85), (0.90, -0.30)),
+    "button": ((0.30, -0.95), (0.85, -1.20), (1.35, -0.75), (1.00, 0.15), (0.65, -0.50)),
+    "drop": ((0.45, -0.90), (1.10, -0.95), (1.50, 0.10), (1.20, 0.85), (0.80, 0.00)),
+    "long": ((0.45, -0.85), (1.15, -0.85), (1.55, 0.70), (1.25, 1.65), (0.80, 0.80)),
+}
+HANGING = {"button", "drop", "long"}  # ears in front of the head; the others stand behind it
+# Ovals on the head: centre x, y, half width, half height; one off the centre line is a pair.
+MARKS = {
+    "blaze": ((0.00, -0.45, 0.18, 0.60), (0.00, 0.45, 0.62, 0.42)),
+    "mask": ((0.50, 0.45, 0.46, 0.42), (0.36, -0.38, 0.17, 0.11)),
+    "goggles": ((0.40, -0.04, 0.36, 0.32),),
+    "beard": ((0.36, 0.85, 0.36, 0.55), (0.38, -0.36, 0.26, 0.12)),
+    "curls": ((0.50, -0.80, 0.50, 0.45), (0.00, -1.15, 0.55, 0.50)),
+    "ruff": ((0.85, 0.45, 0.50, 0.60), (0.00, 0.75, 0.80, 0.60)),
+    "spots": ((0.62, 0.40, 0.17, 0.14), (0.30, -0.72, 0.18, 0.13), (0.70, -0.32, 0.12, 0.16)),
+    "none": (),
+}
+
+
+class Breed(NamedTuple):
+    """What all dogs of a breed share. Colours are names in COLOURS, sizes half width and height."""
+
+    name: str
+    coat: str
+    trim: str  # colour of snout, chest and marks; spots have the colour of the ears
+    ears: str  # an outline in EARS
+    ear: str  # its colour
+    mark: str  # a pattern in MARKS
+    head: tuple[float, float]
+    snout: tuple[float, float]
+
+
+BREEDS = (
+    Breed("beagle", "red", "white", "long", "brown", "blaze", (0.90, 1.00), (0.42, 0.38)),
+    Breed(
+        "border collie", "black", "white", "tipped", "black", "blaze", (0.92, 1.00), (0.38, 0.40)
+    ),
+    Breed("corgi", "red", "white", "bat", "red", "blaze", (1.02, 0.90), (0.36, 0.34)),
+    Breed("dalmatian", "white", "white", "drop", "black", "spots", (0.90, 1.02), (0.44, 0.40)),
+    Breed("french bulldog", "black", "grey", "bat", "black", "none", (1.10, 0.92), (0.66, 0.38)),
+    Breed("husky", "grey", "white", "prick", "grey", "mask", (1.00, 0.96), (0.40, 0.40)),
+    Breed("poodle", "white", "white", "long", "white", "curls", (0.80, 0.98), (0.32, 0.46)),
+    Breed("pug", "fawn", "black", "button", "black", "goggles", (1.10, 1.00), (0.56, 0.40)),
+    Breed("rottweiler", "black", "red", "drop", "black", "mask", (1.04, 1.00), (0.48, 0.40)),
+    Breed("samoyed", "white", "white", "prick", "white", "ruff", (1.04, 0.94), (0.38, 0.34)),
+    Breed("schnauzer", "grey", "white", "button", "grey", "beard", (0.88, 1.00), (0.46, 0.40)),
+    Breed("shiba", "red", "white", "prick", "red", "mask", (1.04, 0.92), (0.36, 0.32)),
+)
+CLASS_NAMES = tuple(breed.name for breed in BREEDS)
+_ANGLES = np.arange(24) * (2 * np.pi / 24)
+CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)  # (24, 2)
+
+
+def label(index: int) -> int:
+    """The breed of an image, a position in CLASS_NAMES; the breeds take turns."""
+    return index % len(BREEDS)
+
+
+def draw(index: int, size: int) -> np.ndarray:
+    """Image number `index` as (size, size, 3) uint8: one picture, at any size."""
+    rng = np.random.Generator(np.random.Philox(key=index))
+    image = _background(rng, size * SUPERSAMPLING)
+    _portrait(_Pen(rng, image), BREEDS[label(index)], rng)
+    return _light(rng, np.asarray(image.reduce(SUPERSAMPLING)))
+
+
+def _background(rng, side: int) -> Image.Image:
+    """Two muted tones that meet at a horizon, mottled and out of focus."""
+    above, below = np.array(SCENES[rng.integers(len(SCENES))], float)
+    nearness = np.clip(np.arange(6) - rng.uniform(1, 5), 0, 1)[:, None, None]  # 0 above the horizon
+    tones = above + (below - above) * nearness + rng.normal(0, 9, (6, 6, 1)) + rng.normal(0, 6, 3)
+    tones = np.clip(tones, 0, 255).astype(np.uint8)  # (6, 6, 3)
+    return Image.fromarray(tones).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _light(rng, pixels: np.ndarray) -> np.ndarray:
+    """Brightness, a warm or cool cast, and light that falls off in some direction."""
+    side = np.linspace(-1, 1, len(pixels))
+    across, down = rng.uniform(-0.18, 0.18, 2)
+    falloff = 1 + across * side + down * side[:, None]  # (size, size)
+    cast = rng.uniform(0.72, 1.12) * (1 + rng.uniform(-0.07, 0.07) * np.array([1, 0, -1]))
+    return np.clip(pixels * falloff[:, :, None] * cast, 0, 255).astype(np.uint8)
+
+
+def _smooth(points) -> np.ndarray:
+    """A smooth closed curve from control points, by Chaikin's corner cutting."""
+    points = np.asarray(points)
+    for _ in range(3):
+        following = np.roll(points, -1, axis=0)
+        pairs = [0.75 * points + 0.25 * following, 0.25 * points + 0.75 * following]
+        points = np.stack(pairs, axis=1).reshape(-1, 2)  # (n, 2, 2) -> (2n, 2)
+    return points
+
+
+class _Pen:
+    """Fills shapes given in head coordinates, for one drawn pose of the head."""
+
+    def __init__(self, rng, image: Image.Image):
+        self.draw = ImageDraw.Draw(image)
+        tilt, self.turn = rng.uniform(-0.35, 0.35), rng.uniform(-1, 1)
+        self.centre = image.width * rng.uniform((0.40, 0.42), (0.60, 0.56))
+        axes = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
+        self.axes = image.width * rng.uniform(0.20, 0.29) * axes  # px per unit of x and of y
+        self.tint = rng.uniform(0.86, 1.10) * rng.uniform(0.95, 1.05, 3)  # no two coats are alike
+
+    def fill(self, outline, colour: str, shade: float = 1.0, depth: float = 0.0) -> None:
+        """Fill an (n, 2) outline; the nearer to the viewer, the more it moves as the head turns."""
+        corners = (outline + np.array([self.turn * depth, 0])) @ self.axes + self.centre  # (n, 2)
+        tone = np.clip(np.multiply(COLOURS[colour], shade * self.tint), 0, 255).astype(int)
+        self.draw.polygon(np.rint(corners).ravel().tolist(), fill=tuple(tone.tolist()))
+
+    def oval(self, x, y, width, height, colour: str, shade: float = 1.0, depth: float = 0.0):
+        self.fill(CIRCLE * (width, height) + (x, y), colour, shade, depth)
+
+
+def _portrait(pen: _Pen, breed: Breed, rng) -> None:
+    mouth_open, blink = rng.random(2) < (0.5, 0.1)
+    ear = _smooth(EARS[breed.ears]) * rng.uniform(0.92, 1.08, 2)
+    both = ((-1, 1), (1, 1))
+
+    pen.oval(0, 2.1, 1.1, 1.4, breed.coat, 0.95)
+    pen.oval(0, 2.0, 0.6, 0.95, breed.trim)
+    pen.oval(0, 1.0, 0.72, 0.28, COLLARS[rng.integers(len(COLLARS))])
+    for mirror in both if breed.ears not in HANGING else ():
+        pen.fill(ear * mirror, breed.ear, 0.94, -0.1)
+        pen.fill((0.55 * ear + 0.45 * ear.mean(axis=0)) * mirror, "pink", 0.9, -0.1)
+    pen.oval(0, 0, *breed.head, breed.coat)
+    for x, *oval in MARKS[breed.mark]:
+        for side in (-x, x):
+            pen.oval(side, *oval, breed.ear if breed.mark == "spots" else breed.trim, 1.0, 0.15)
+    for mirror in both if breed.ears in HANGING else ():
+        pen.fill(ear * mirror, breed.ear, 0.9, -0.1)
+    if mouth_open:
+        pen.oval(0, 0.40 + breed.snout[1], 0.17, 0.27, "pink", 1.0, 0.28)
+    pen.oval(0, 0.42, *breed.snout, breed.trim, 1.04, 0.28)
+    pen.oval(0, 0.28, 0.19, 0.14, "nose", 1.0, 0.38)
+    opening = 0.03 if blink else 0.19
+    for x in (-0.38, 0.38):
+        pen.oval(x, -0.08, 0.17, opening, "brown", 1.0, 0.2)
+        pen.oval(x, -0.08, 0.13, 0.8 * opening, "nose", 1.0, 0.2)
+        pen.oval(x + 0.05, -0.14, 0.05, 0.25 * opening, "white", 1.0, 0.2)
