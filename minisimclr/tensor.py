@@ -119,6 +119,17 @@ class Tensor:
         _backpropagate(self.creator, gradient)
 
 
+WEIGHT, BIAS, NORM = "weight", "bias", "norm"  # kinds of parameters
+
+
+class Parameter(Tensor):
+    """A trainable leaf. Optimizers go by its kind, not its name: only a WEIGHT is decayed."""
+
+    def __init__(self, data: Array, kind: str = WEIGHT):
+        super().__init__(data, requires_grad=True)
+        self.kind = kind
+
+
 class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 

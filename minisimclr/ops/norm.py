@@ -100,7 +100,9 @@ class BatchNorm(Function):
     def __init__(
         self, relu: bool, eps: float, mean: Array | None = None, variance: Array | None = None
     ):
-        self.relu, self.eps, self.mean, self.variance = relu, eps, mean, variance
+        self.relu, self.eps = relu, eps
+        self.mean: Array = mean
+        self.variance: Array = variance
         self.training = mean is None
 
     def forward(self, x, gamma, beta, residual=None):

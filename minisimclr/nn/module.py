@@ -1,0 +1,147 @@
+"""Modules: objects that hold parameters, name them as torchvision does, and load and save them.
+
+A module's parameters, buffers and children are its plain attributes, in the order they were
+assigned; the path of attribute names is the parameter's name (`layer1.0.conv1.weight`). Weights are
+kept as the operations want them, HWIO for convolutions; state dicts use torchvision's layouts,
+OIHW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+
+from ..backend import Array, to_device, to_host, xp_of
+from ..errors import DataError
+from ..tensor import Parameter, Tensor
+
+
+class Module:
+    """Base of all layers and networks: subclasses assign attributes and define forward(x)."""
+
+    buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
+    training = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return ((name, m) for name, m in vars(self).items() if isinstance(m, Module))
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(path, module) for this module and everything below it, in definition order."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}{name}.")
+
+    def _members(self) -> Iterator[tuple[str, Module, str, Any]]:
+        """(full name, owner, attribute, value) of every parameter and buffer, in definition
+        order.
+        """
+        for path, module in self.named_modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Parameter) or name in module.buffers:
+                    yield path + name, module, name, value
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        return ((n, value) for n, _, _, value in self._members() if isinstance(value, Parameter))
+
+    def train(self, training: bool = True) -> Self:
+        """Use batch statistics and dropout from now on (training=False: running ones, none)."""
+        for _, module in self.named_modules():
+            module.training = training
+        return self
+
+    def eval(self) -> Self:
+        return self.train(False)
+
+    def _convert(self, change: Any) -> Self:
+        for _, owner, name, value in self._members():
+            if isinstance(value, Parameter):
+                value.data, value.grad = change(value.data), None
+            else:
+                setattr(owner, name, change(value))
+        return self
+
+    def astype(self, dtype: Any) -> Self:
+        """Parameters and statistics in another floating-point type; gradients are dropped."""
+        return self._convert(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a)
+
+    def to(self, device: str) -> Self:
+        """Parameters and statistics on "cpu" or "cuda:N"; gradients are dropped."""
+        return self._convert(lambda a: to_device(to_host(a), device))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Host copies of all parameters and buffers, torchvision's names and layouts."""
+        return {
+            name: _to_torch_layout(to_host(_array(value))).copy()
+            for name, _, _, value in self._members()
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take over arrays in state_dict's form, cast to this module's dtype; all or nothing.
+
+        Strict: raises DataError naming what is missing, unexpected or of another shape. Accepted:
+        a missing num_batches_tracked, and an extra classifier (`fc.*`) where there is none.
+        """
+        mine = {
+            name: (owner, attribute, value) for name, owner, attribute, value in self._members()
+        }
+        missing = [n for n in mine if n not in state and not n.endswith("num_batches_tracked")]
+        extra = [n for n in state if n not in mine and not n.startswith("fc.")]
+        if missing or extra:
+            what = [
+                f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                for word, names in (("missing", missing), ("unexpected", extra))
+                if names
+            ]
+            raise DataError(f"these weights do not fit this model: {' and '.join(what)}")
+        new = {}
+        for name in mine:
+            if name in state:
+                array = _from_torch_layout(np.asarray(state[name]))
+                shape = _array(mine[name][2]).shape
+                if array.shape != shape:
+                    raise DataError(
+                        f"{name}: shape {np.shape(state[name])}, but this model needs "
+                        f"{_to_torch_layout(np.empty(shape, bool)).shape}"
+                    )
+                new[name] = array
+        for name, array in new.items():
+            owner, attribute, value = mine[name]
+            xp, old = xp_of(_array(value)), _array(value)
+            array = xp.ascontiguousarray(xp.asarray(array.astype(old.dtype)))
+            if isinstance(value, Parameter):
+                value.data = array
+            else:
+                setattr(owner, attribute, array)
+
+
+def _array(value: Any) -> Array:
+    return value.data if isinstance(value, Parameter) else value
+
+
+def _to_torch_layout(array: np.ndarray) -> np.ndarray:
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array  # HWIO -> OIHW
+
+
+def _from_torch_layout(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array  # OIHW -> HWIO
+
+
+class Sequential(Module):
+    """Modules applied one after the other, named "0", "1", ..."""
+
+    def __init__(self, *modules: Module):
+        for i, module in enumerate(modules):
+            setattr(self, str(i), module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, module in self.children():
+            x = module(x)
+        return x

@@ -1,0 +1,101 @@
+"""SGD with momentum and LARS: each step is one pass over every parameter.
+
+Weight decay is for weights alone: biases and batch-norm parameters are told apart by their kind,
+not by their name, and neither decayed nor adapted.
+"""
+
+from collections.abc import Iterable
+from functools import singledispatch
+
+import numpy as np
+
+from .backend import Array, to_host, xp_of
+from .tensor import WEIGHT, Parameter
+
+
+@singledispatch
+def momentum_update(w: Array, g: Array, v: Array, lr: float, momentum: float, decay: float) -> None:
+    """v <- momentum v + lr (g + decay w);  w <- w - v, both in place"""
+    v *= momentum
+    v += lr * (g + decay * w)
+    w -= v
+
+
+@singledispatch
+def trust_ratio(w: Array, g: Array, decay: float, eeta: float) -> float:
+    """eeta |w| / |g + decay w|, or 1 if either norm is zero"""
+    xp = xp_of(w)
+    w_norm = xp.linalg.norm(w.ravel())
+    g_norm = xp.linalg.norm((g + decay * w).ravel())
+    return xp.where((w_norm > 0) & (g_norm > 0), eeta * w_norm / xp.maximum(g_norm, 1e-38), 1.0)
+
+
+class SGD:
+    """Stochastic gradient descent with momentum and weight decay:
+
+    v <- momentum v + lr (g + weight_decay w);  w <- w - v
+
+    The rate stands inside the buffer, so a changing `lr` acts on new gradients only.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ):
+        self.parameters = dict(named_parameters)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
+
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self._update(name, p, self.weight_decay if p.kind == WEIGHT else 0.0)
+
+    def _update(self, name: str, p: Parameter, decay: float) -> None:
+        momentum_update(p.data, p.grad, self.velocity[name], self.lr, self.momentum, decay)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Host copies of the momentum buffers, in the parameters' own layout."""
+        return {name: to_host(v).copy() for name, v in self.velocity.items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        for name, v in self.velocity.items():
+            v[...] = xp_of(v).asarray(state[name])
+
+
+class LARS(SGD):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as SimCLR's authors have
+    it:
+
+    g <- g + weight_decay w;  trust = eeta |w| / |g|;  v <- momentum v + lr trust g;  w <- w - v
+
+    |g| is of the gradient with its decay; trust is 1 where a norm is 0, and for every parameter
+    that is not a weight (google-research/simclr, lars_optimizer, classic momentum).
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        eeta: float = 0.001,
+    ):
+        super().__init__(named_parameters, lr, momentum, weight_decay)
+        self.eeta = eeta
+        self.trust: dict[str, Array] = {}  # last ratio of each weight, to look at
+
+    def _update(self, name: str, p: Parameter, decay: float) -> None:
+        lr = self.lr
+        if p.kind == WEIGHT:
+            self.trust[name] = trust_ratio(p.data, p.grad, decay, self.eeta)
+            lr = lr * self.trust[name]
+        momentum_update(p.data, p.grad, self.velocity[name], lr, self.momentum, decay)
