@@ -243,14 +243,6 @@ def relu(x: Tensor) -> Tensor:
     return ReLU()(x)
 
 
-def exp(x: Tensor) -> Tensor:
-    return Exp()(x)
-
-
-def log(x: Tensor) -> Tensor:
-    return Log()(x)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O)"""
     return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)
@@ -296,8 +288,8 @@ for _name, _method in {
     "mean": _mean,
     "reshape": _reshape,
     "transpose": _transpose,
-    "exp": exp,
-    "log": log,
+    "exp": lambda self: Exp()(self),
+    "log": lambda self: Log()(self),
     "relu": relu,
 }.items():
     setattr(Tensor, _name, _method)

@@ -1,0 +1,5 @@
+"""python -m minisimclr"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""The command line: one group, its commands imported when they are run; errors become exit codes.
+
+0 done; 2 usage or configuration; 3 data, run or weights missing or unreadable; 4 output cannot be
+written; 5 diverged; 130 and 143 after SIGINT and SIGTERM.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from ..errors import MinisimclrError
+
+COMMANDS = ("train", "probe", "data")
+
+
+class Commands(click.Group):
+    """A group whose commands live in modules of this package that carry their names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(f".{name}", __package__), name)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog="Errors are one line; put --debug anywhere to see where they come from.",
+)
+@click.version_option(package_name="minisimclr")
+def group() -> None:
+    """SimCLR from scratch on NumPy and CuPy.
+
+    \b
+    minisimclr train                          learn from cartoon dogs in minutes, no GPU, no download
+    minisimclr train --data DIR --epochs 50   the same on a folder of your own pictures
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code that fits."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except (MinisimclrError, OSError, click.exceptions.Exit, click.ClickException) as error:
+        if debug:
+            raise
+        code = report(error)
+    except (KeyboardInterrupt, click.Abort):
+        code = report("interrupted", 130)
+    sys.exit(code)
+
+
+def report(error: Exception | str, code: int = 1) -> int:
+    """Say what went wrong in one line on standard error; the exit code for it."""
+    match error:
+        case click.exceptions.Exit():
+            return error.exit_code
+        case click.ClickException():
+            text, code = error.format_message(), error.exit_code
+        case BrokenPipeError():  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        case MinisimclrError():
+            text, code = str(error), error.exit_code
+        case OSError():
+            text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
+        case _:
+            text = str(error)
+    click.echo(f"error: {' '.join(text.split())}", err=True)
+    return code

@@ -1,0 +1,82 @@
+"""What a training run says while it works: a bar on a terminal, one line an epoch elsewhere."""
+
+import sys
+from typing import Any
+
+import click
+
+
+class Display:
+    """Give `notify` to the training loop, use as a context manager around it. Writes to stderr."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.bar: Any = None
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close_bar()
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.render_finish()
+            self.bar = None
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            click.echo("\r\033[K", err=True, nl=False)
+        click.echo(text, err=True)
+
+    def advance(self, done: int, total: int, label: str, item: str = "") -> None:
+        """Move the bar to `done`; a new one for a new label."""
+        if not self.terminal:
+            return
+        if self.bar is None or self.bar.label != label:
+            self.close_bar()
+            self.bar = click.progressbar(
+                length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=24
+            )
+        self.bar.update(done - self.bar.pos, item)
+        if done >= total:
+            self.close_bar()
+
+    def notify(self, event: str, values: dict[str, Any]) -> None:
+        getattr(self, f"on_{event}")(**values)
+
+    def on_prepare(self, done: int, total: int) -> None:
+        self.advance(done, total, "preparing data")
+
+    def on_start(self, run: Any, device: str, reason: str, dataset: Any) -> None:
+        pool, config = len(dataset.split("pretrain")), run.config
+        parameters = sum(p.data.size for _, p in run.model.named_parameters())
+        self.say(
+            f"{config.encoder}, {parameters / 1e6:.2f} M parameters, on {device} ({reason}); "
+            f"{pool:,} unlabelled images of {dataset.name}; run folder {run.path}"
+        )
+        if run.step:
+            self.say(f"going on from step {run.step}")
+
+    def on_step(self, step: int, steps: int, **v: Any) -> None:
+        self.advance(
+            step,
+            steps,
+            "training",
+            f"loss {v['loss']:.3f} (chance {v['chance']:.3f})  pairs found {v['accuracy']:4.0%}  "
+            f"{v['views_per_second']:,.0f} views/s",
+        )
+
+    def on_epoch(self, epoch: int, epochs: int, **v: Any) -> None:
+        if not self.terminal:
+            self.say(
+                f"epoch {epoch}/{epochs}  loss {v['mean_loss']:.3f} (chance {v['chance']:.3f})  "
+                f"pairs found {v['accuracy']:.0%}  alignment {v['alignment']:.2f}  "
+                f"uniformity {v['uniformity']:.2f}  effective rank {v['effective_rank']:.1f}  "
+                f"{v['views_per_second']:,.0f} views/s  "
+                f"data wait {v['data_wait'] / v['seconds']:.1%}"
+            )
+
+    def on_warning(self, text: str) -> None:
+        self.say(f"warning: {text}")

@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ConfigError
+
+
+class Duration(click.ParamType):
+    """Seconds from 90, 90s, 10m, 2h or 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value)
+        if not match or not any(match.groups()):
+            self.fail(f"{value!r} is not a duration such as 90s, 10m or 1h30m", param, ctx)
+        hours, minutes, seconds = (int(g or 0) for g in match.groups())
+        return float(3600 * hours + 60 * minutes + seconds)
+
+
+def json_option(function: Any) -> Any:
+    """--json [FILE]: figures as JSON, to standard output or a file."""
+    return click.option(
+        "--json",
+        "json_file",
+        is_flag=False,
+        flag_value="-",
+        type=click.Path(dir_okay=False, allow_dash=True),
+        metavar="[FILE]",
+        help="Print the figures as JSON, or write them to FILE.",
+    )(function)
+
+
+def write_json(json_file: str | None, values: Any) -> bool:
+    """Do what --json asks for; True if standard output now holds the JSON and nothing else should."""
+    if json_file is None:
+        return False
+    text = json.dumps(values, indent=1) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+        return True
+    from ..files import write_bytes
+
+    write_bytes(Path(json_file), text.encode())
+    return False
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError."""
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,103 @@
+"""minisimclr train: settings from flags, environment, files and defaults; a bar; the probe's table."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..config import TrainConfig, check_keys
+from ..errors import ConfigError
+from .options import Duration, read_toml
+
+PRESETS = Path(__file__).parent.parent / "presets"
+SETTINGS = {f.name: f for f in fields(TrainConfig)}
+
+
+def setting_options(function: Any) -> Any:
+    """An option for every field of TrainConfig, also read from MINISIMCLR_<NAME>."""
+    for f in reversed(SETTINGS.values()):
+        choices = f.metadata["choices"]
+        function = click.option(
+            f"--{f.name.replace('_', '-')}",
+            f.name,
+            type=click.Choice(choices) if choices else f.type,
+            default=f.default,
+            envvar=f"MINISIMCLR_{f.name.upper()}",
+            help=f.metadata["help"][0].upper() + f.metadata["help"][1:] + ".",
+        )(function)
+    return function
+
+
+def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple[TrainConfig, dict]:
+    """The configuration, and where each value comes from: flag > environment > file > preset > default."""
+    values = {name: f.default for name, f in SETTINGS.items()}
+    origins = dict.fromkeys(values, "default")
+    files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
+    files += [(str(config), config)] if config else []
+    for origin, path in files:
+        table = read_toml(path)
+        check_keys(table, SETTINGS, str(path))
+        values |= table
+        origins |= dict.fromkeys(table, origin)
+    for name in SETTINGS:
+        source = ctx.get_parameter_source(name)
+        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
+            values[name] = ctx.params[name]
+            origins[name] = "flag" if source is ParameterSource.COMMANDLINE else "environment"
+    return TrainConfig(**values), origins
+
+
+@click.command(epilog="Settings come from flags, then MINISIMCLR_* variables, --config, --preset.")
+@setting_options
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Run folder to go on with.")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option(
+    "--preset", type=click.Choice(sorted(p.stem for p in PRESETS.glob("*.toml"))), help="A recipe."
+)
+@click.option("--time-limit", type=Duration(), help="Save and stop after, say, 90s, 10m, 1h30m.")
+@click.option("--dry-run", is_flag=True, help="Show settings, sizes and an estimate; write no run.")
+@click.pass_context
+def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
+    """Pre-train an encoder without labels, then show what it learned beside its controls."""
+    from .. import train as training
+    from .display import Display
+
+    given = [n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if resume and (given or out or config or preset or dry_run):
+        raise ConfigError(
+            "--resume goes on with the run's own settings: only --time-limit goes with it"
+        )
+    display = Display()
+    with display:
+        if resume:
+            run = training.resume(resume, time_limit=time_limit, notify=display.notify)
+        else:
+            settings, origins = settle(ctx, preset, config)
+            if dry_run:
+                return show_plan(training.plan(settings, display.notify), origins)
+            run = training.pretrain(
+                settings, out, origins=origins, time_limit=time_limit, notify=display.notify
+            )
+    if run.stopped:
+        click.echo(
+            f"stopped at step {run.step} ({run.stopped}), state saved; go on with:", err=True
+        )
+        click.echo(f"  minisimclr train --resume {run.path}", err=True)
+    if run.stopped.startswith("SIG"):
+        return {"SIGINT": 130, "SIGTERM": 143}[run.stopped]
+    from .probe import probe_and_print
+
+    probe_and_print(run)
+    return 0
+
+
+def show_plan(plan: dict[str, Any], origins: dict[str, str]) -> int:
+    """Print what --dry-run found out."""
+    for name, value in plan.pop("settings").items():
+        click.echo(f"{name:>16}  {value!s:<16} {origins[name]}")
+    for name, value in plan.items():
+        click.echo(f"{name:>16}  {value}")
+    return 0

@@ -1,0 +1,154 @@
+"""A run is a folder: configuration, logs and checkpoints of one pre-training.
+
+What is written there depends on the configuration and the data alone, but for `timings.jsonl` and
+`env.json`, which hold what depends on the clock and the machine; so a run that was stopped and
+resumed ends with the same bytes as one that was not.
+"""
+
+import json
+import os
+import platform
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import checkpoint
+from .backend import threads
+from .config import TrainConfig
+from .errors import DataError, OutputError
+from .files import write_bytes
+from .optim import LARS, SGD
+from .simclr import Model
+
+
+@dataclass
+class Run:
+    """A run folder with its model: what `pretrain` and `open_run` return."""
+
+    path: Path
+    config: TrainConfig
+    model: Model
+    optimizer: SGD
+    step: int = 0
+    stopped: str = ""  # why training ended early: "time limit", "SIGINT" or "SIGTERM"
+
+    def save(self, fingerprint: str) -> None:
+        """Publish a checkpoint of this moment."""
+        folder = self.path / "checkpoints"
+        arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
+        for part, module in self.model.parts():
+            arrays |= checkpoint.prefixed(part, module.state_dict())
+        state = {"step": self.step, "config": self.config.to_dict(), "data": fingerprint}
+        state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
+        checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
+        checkpoint.prune(folder)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Take over a checkpoint; returns its state."""
+        arrays, state = checkpoint.load(path)
+        for part, module in self.model.parts():
+            module.load_state_dict(checkpoint.unprefixed(part, arrays))
+        self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
+        self.step = state["step"]
+        return state
+
+
+def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
+    """A run at step 0 that nothing has been written of."""
+    stem = config.stem
+    if stem == "auto":
+        small = "small" if config.encoder == "resnet_small" else "cifar"
+        stem = small if config.image_size <= 48 or small == "small" else "imagenet"
+    model = Model.build(config.encoder, stem, config.width, config.seed)
+    for _, module in model.parts():
+        module.to(device)
+    optimizer = {"sgd": SGD, "lars": LARS}[config.optimizer]
+    named = model.named_parameters()
+    return Run(path, config, model, optimizer(named, config.lr, weight_decay=config.weight_decay))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of the run at `path`. Raises DataError where there is no run."""
+    try:
+        entries = json.loads((path / "config.json").read_text())
+        return TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a run folder ({error})") from error
+
+
+def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
+    """The run at `path` at its newest whole checkpoint, and that one's state ({} at step 0).
+
+    A damaged checkpoint is passed over with a warning; DataError if all of them are.
+    """
+    run = new_run(path, read_config(path), device)
+    found = checkpoint.listed(path / "checkpoints")
+    for newest in reversed(found):
+        try:
+            return run, run.restore(newest)
+        except DataError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    if found:
+        raise DataError(f"{path}: none of its {len(found)} checkpoints is whole")
+    return run, {}
+
+
+def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> None:
+    """Create `out` with config.json (value and origin of every setting) and env.json."""
+    settings = {
+        k: {"value": v, "origin": origins.get(k, "default")} for k, v in config.to_dict().items()
+    }
+    environment = {
+        "minisimclr": version("minisimclr"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": config.threads or threads(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    try:
+        (out / "checkpoints").mkdir(parents=True)
+        write_bytes(out / "config.json", json.dumps(settings, indent=1).encode())
+        write_bytes(out / "env.json", json.dumps(environment, indent=1).encode())
+        (out / "metrics.jsonl").touch()
+    except OSError as error:
+        raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
+
+
+def write_line(log: Any, values: dict[str, Any]) -> None:
+    log.write(json.dumps(values) + "\n")
+    log.flush()
+
+
+@contextmanager
+def stop_signals() -> Iterator[dict[str, str]]:
+    """Turn the first SIGINT or SIGTERM into a note for the loop; a second one acts at once."""
+    note: dict[str, str] = {}
+    if threading.current_thread() is not threading.main_thread():
+        yield note  # only the main thread may handle signals
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        note["signal"] = signal.Signals(number).name
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, handle)
+    try:
+        yield note
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,107 @@
+"""SimCLR (Chen et al. 2020, arXiv:2002.05709): Algorithm 1 as one function.
+
+Two random views of every image go through encoder f and projection head g as one batch of 2N; the
+loss asks each view to find its partner among the 2N - 1 others.
+"""
+
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+
+from . import augment
+from .backend import Array, xp_of
+from .nn import ENCODERS, Module, ProjectionHead, ResNet
+from .ops.loss import contrastive_accuracy, nt_xent
+from .optim import SGD
+from .tensor import Tensor, no_grad
+
+
+@dataclass
+class Model:
+    """Encoder f and projection head g. The probe sees h = f(x); the loss sees z = g(h)."""
+
+    encoder: ResNet
+    head: ProjectionHead
+
+    @classmethod
+    def build(cls, encoder: str, stem: str, width: int, seed: int, d_out: int = 128) -> "Model":
+        """A fresh model; its weights are a pure function of the arguments.
+
+        width 0 is the encoder's own.
+        """
+        size = {"width": width} if width else {}
+        f = ENCODERS[encoder](stem=stem, seed=seed, **size)
+        return cls(f, ProjectionHead(f.features, f.features, d_out, seed=seed))
+
+    def parts(self) -> tuple[tuple[str, Module], ...]:
+        return (("encoder", self.encoder), ("head", self.head))
+
+    def named_parameters(self):
+        return ((f"{part}.{n}", p) for part, m in self.parts() for n, p in m.named_parameters())
+
+    def train(self, training: bool = True) -> None:
+        for _, module in self.parts():
+            module.train(training)
+
+    def encode(self, x: Array) -> Array:
+        """h = f(x) with running statistics, for views x (N, H, W, 3); no graph."""
+        self.encoder.eval()
+        with no_grad():
+            return self.encoder(Tensor(x)).data  # (N, D)
+
+    def project(self, x: Array) -> Array:
+        """z = g(f(x)), likewise."""
+        self.head.eval()
+        with no_grad():
+            return self.head(Tensor(self.encode(x))).data  # (N, d_out)
+
+
+def chance_loss(n: int) -> float:
+    """ln(2N - 1): the loss of a model to which all views look alike."""
+    return log(2 * n - 1)
+
+
+def training_step(
+    model: Model,
+    optimizer: SGD,
+    images: Array,
+    views: augment.Views,
+    size: int,
+    temperature: float,
+) -> tuple[float, float]:
+    """One step of Algorithm 1 on images (N, H, W, 3) uint8: the loss before it, and the share of
+    the views that found their partner.
+
+    The loss is NaN or infinite if training has diverged; the weights are then left as they were.
+    """
+    n = len(images)
+    x1, x2 = augment.apply_views(images, views, size)  # t(x), t'(x): two (N, size, size, 3)
+    x = xp_of(x1).concatenate([x1, x2])  # (2N, size, size, 3)
+    h = model.encoder(Tensor(x))  # (2N, D)
+    z = model.head(h)  # (2N, d_out)
+    loss = nt_xent(z[:n], z[n:], temperature)
+    value = float(loss)
+    if np.isfinite(value):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return value, contrastive_accuracy(z.data[:n], z.data[n:])
+
+
+def calibrate(module: Module, x: Array) -> None:
+    """Set a network's running statistics to those of the views x, as if it had seen nothing else.
+
+    A network with random weights needs this to be a fair control: its initial running statistics
+    (0 and 1) belong to no data at all.
+    """
+    norms = [m for _, m in module.named_modules() if hasattr(m, "momentum")]
+    before = [m.momentum for m in norms]
+    module.train()
+    for m in norms:
+        m.momentum = 1.0
+    with no_grad():
+        module(Tensor(x))
+    for m, momentum in zip(norms, before, strict=True):
+        m.momentum = momentum
+    module.eval()

@@ -1,0 +1,143 @@
+"""The house keeps its order: imports go down, fences hold, budgets are kept."""
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import minisimclr
+
+PACKAGE = Path(minisimclr.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up; within a floor, a room may import those to its right.
+FLOORS = [
+    ["files", "errors"],
+    ["backend"],
+    ["tensor", "distributed", "data", "schedule", "config"],
+    ["ops", "augment"],
+    ["simclr", "nn", "optim"],
+    ["kernels"],
+    ["report", "baseline", "train", "probe", "profile", "run", "weights", "checkpoint"],
+    ["cli"],
+]
+FENCES = {
+    "cupy": ("backend", "kernels/cuda", "distributed"),
+    "h5py": ("data/cache", "checkpoint", "weights"),
+    "PIL": ("data", "report"),
+    "matplotlib": ("report",),
+    "click": ("cli",),
+    "mpi4py": ("distributed",),
+    "torch": (),
+    "scipy": (),
+    "sklearn": (),
+}
+TEACHES = ("tensor", "ops", "nn", "optim", "schedule", "augment", "simclr", "probe")
+
+
+def rank(room: str) -> tuple[int, int]:
+    for height, floor in enumerate(FLOORS):
+        if room in floor:
+            return height, -floor.index(room)
+    raise AssertionError(f"{room} has no place in the house: give it one in FLOORS")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Full names of the modules a file imports, relative ones resolved."""
+    package = ["minisimclr", *path.relative_to(PACKAGE).parts[:-1]]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names += [module] if node.module else [f"{module}.{a.name}" for a in node.names]
+    return names
+
+
+def upward_imports(path: Path, names: list[str]) -> list[str]:
+    room = room_of(path)
+    inside = [name.split(".")[1] for name in names if name.startswith("minisimclr.")]
+    return [other for other in inside if other != room and rank(other) >= rank(room)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    if path.parent == PACKAGE and path.stem in ("__init__", "__main__"):
+        return
+    assert not upward_imports(path, imports(path))
+
+
+def test_an_upward_import_is_caught():
+    assert upward_imports(PACKAGE / "tensor.py", ["minisimclr.nn.layers"]) == ["nn"]
+    assert upward_imports(PACKAGE / "nn" / "x.py", ["minisimclr.simclr"]) == ["simclr"]
+    assert not upward_imports(PACKAGE / "simclr.py", ["minisimclr.nn", "minisimclr.optim"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_fences(path):
+    where = str(path.relative_to(PACKAGE))
+    for name in imports(path):
+        library = name.split(".")[0]
+        if library in FENCES:
+            assert where.startswith(FENCES[library] or "nowhere"), f"{where} imports {library}"
+
+
+def code_lines(source: str) -> int:
+    """Lines with code on them: no blanks, comments or docstrings."""
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENDMARKER, tokenize.ENCODING)  # fmt: skip
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            text = body[0].value
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                lines.difference_update(range(text.lineno, text.end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines_counts_code_only():
+    assert code_lines('"""Doc."""\n\n# why\nx = 1  # because\ny = [\n    2,\n]\n') == 4
+
+
+def test_budget():
+    count: dict[str, int] = {}
+    for path in FILES:
+        count[room_of(path)] = count.get(room_of(path), 0) + code_lines(path.read_text())
+    kernels = count.pop("kernels", 0)
+    kernels += sum(len(p.read_text().splitlines()) for p in PACKAGE.glob("kernels/*.cu"))
+    assert kernels <= 900
+    assert count.pop("weights", 0) <= 450
+    assert count.pop("report", 0) <= 800
+    assert sum(count.values()) <= 3000, count
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1700, count
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300
+    assert max(map(len, lines), default=0) <= 100
+
+
+def test_heavy_libraries_wait():
+    """`--help` must not pay for what a command may never use."""
+    script = "import sys, minisimclr.cli; print([m for m in sys.modules])"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    for library in ("h5py", "PIL", "matplotlib", "cupy", "torch"):
+        assert f"'{library}'" not in loaded.stdout

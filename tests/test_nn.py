@@ -1,0 +1,264 @@
+"""Modules and networks: torchvision's names and layouts, torch's outputs and gradients."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr.errors import ConfigError, DataError
+from minisimclr.ops.loss import nt_xent
+from minisimclr.simclr import calibrate
+from minisimclr.tensor import NORM, Tensor
+
+NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
+
+
+def rand(*shape, seed=0, dtype=np.float64):
+    return np.random.default_rng(seed).random(shape).astype(dtype)
+
+
+def torch_resnet(encoder, stem, width):
+    """The same network in torch with torchvision's names, written for this test alone."""
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    def conv(i, o, k, s=1):
+        return nn.Conv2d(i, o, k, s, k // 2, bias=False)
+
+    class Block(nn.Module):
+        def __init__(self, i, w, s, wide):
+            super().__init__()
+            o = 4 * w if wide else w
+            self.wide = wide
+            self.conv1 = conv(i, w, 1 if wide else 3, 1 if wide else s)
+            self.bn1 = nn.BatchNorm2d(w)
+            self.conv2 = conv(w, w, 3, s if wide else 1)
+            self.bn2 = nn.BatchNorm2d(w)
+            if wide:
+                self.conv3, self.bn3 = conv(w, o, 1), nn.BatchNorm2d(o)
+            self.downsample = None
+            if s != 1 or i != o:
+                self.downsample = nn.Sequential(conv(i, o, 1, s), nn.BatchNorm2d(o))
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            if self.wide:
+                y = self.bn3(self.conv3(y.relu()))
+            return (y + (x if self.downsample is None else self.downsample(x))).relu()
+
+    class Net(nn.Module):
+        def __init__(self, wide, depths):
+            super().__init__()
+            self.conv1 = (
+                conv(3, width, 3) if stem == "cifar" else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            )
+            self.bn1 = nn.BatchNorm2d(width)
+            i = width
+            for n, depth in enumerate(depths):
+                blocks = []
+                for d in range(depth):
+                    w = width * 2**n
+                    blocks.append(Block(i, w, 2 if n and not d else 1, wide))
+                    i = 4 * w if wide else w
+                setattr(self, f"layer{n + 1}", nn.Sequential(*blocks))
+
+        def forward(self, x):
+            x = self.bn1(self.conv1(x)).relu()
+            if stem == "imagenet":
+                x = nn.functional.max_pool2d(x, 3, 2, 1)
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return x.mean((2, 3))
+
+    torch.manual_seed(0)
+    depths = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+    return Net(encoder == "resnet50", depths[encoder])
+
+
+def torch_run(net, x):
+    """h, loss and gradients (torchvision's layout) of a torch network on NHWC images."""
+    import torch
+
+    tx = torch.tensor(x.transpose(0, 3, 1, 2))
+    h = net(tx)
+    u = torch.nn.functional.normalize(h)
+    s = (u @ u.T / 0.5).fill_diagonal_(float("-inf"))
+    n = len(x) // 2
+    loss = torch.nn.functional.cross_entropy(s, (torch.arange(2 * n) + n) % (2 * n))
+    loss.backward()
+    return h.detach().numpy(), float(loss), {k: p.grad.numpy() for k, p in net.named_parameters()}
+
+
+def our_run(net, x):
+    h = net(Tensor(x))
+    n = len(x) // 2
+    loss = nt_xent(h[:n], h[n:], 0.5)
+    loss.backward()
+    grads = {k: p.grad for k, p in net.named_parameters()}
+    return (
+        h.data,
+        float(loss),
+        {k: g.transpose(3, 2, 0, 1) if g.ndim == 4 else g for k, g in grads.items()},
+    )
+
+
+def distance(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("encoder, stem", NETWORKS)
+def test_networks_equal_torch(encoder, stem):
+    reference = torch_resnet(encoder, stem, 8).double()
+    state = {k: v.numpy() for k, v in reference.state_dict().items()}
+    net = getattr(ms.nn, encoder)(stem, 8).astype(np.float64)
+    assert list(net.state_dict()) == list(state)
+    net.load_state_dict(state)
+    x = rand(6, 32, 32, 3)
+    h, loss, grads = our_run(net, x)
+    ref_h, ref_loss, ref_grads = torch_run(reference, x)
+    assert distance(h, ref_h) < 1e-8
+    assert loss == pytest.approx(ref_loss, rel=1e-10)
+    for name, g in ref_grads.items():
+        assert distance(grads[name], g) < 1e-8, name
+    after = net.state_dict()
+    for name, value in reference.state_dict().items():  # running statistics too
+        np.testing.assert_allclose(after[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+    # float32: outputs close; gradients no farther from float64 than 5x torch's own are.
+    single = getattr(ms.nn, encoder)(stem, 8)
+    single.load_state_dict(state)
+    torch_single = torch_resnet(encoder, stem, 8)
+    x32 = x.astype(np.float32)
+    h32, _, grads32 = our_run(single, x32)
+    _, _, torch_grads32 = torch_run(torch_single, x32)
+    assert distance(h32, ref_h) < 1e-3
+    every = [
+        np.concatenate([g[k].ravel() for k in ref_grads])
+        for g in (grads32, torch_grads32, ref_grads)
+    ]
+    assert distance(every[0], every[2]) <= 5 * distance(every[1], every[2])
+
+
+def test_the_rival_carries_the_same_names():
+    pytest.importorskip("torch")
+    data = os.environ.get("MINISIMCLR_TEST_DATA")
+    script = Path(data or "/nonexistent").parent / "peers" / "torch_step.py"
+    if not script.exists():
+        pytest.skip("MINISIMCLR_TEST_DATA has no peers beside it")
+    spec = importlib.util.spec_from_file_location("torch_step", script)
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    for encoder, stem in NETWORKS:
+        state = {k: v.numpy() for k, v in peer.build(encoder, stem, 4).state_dict().items()}
+        net = getattr(ms.nn, encoder)(stem, 4)
+        net.load_state_dict(state)
+        for name, value in net.state_dict().items():
+            np.testing.assert_array_equal(value, state[name])
+
+
+def test_state_dict_is_a_copy_in_torch_layout():
+    net = ms.nn.resnet10(width=4)
+    state = net.state_dict()
+    assert state["conv1.weight"].shape == (4, 3, 3, 3)
+    assert state["layer2.0.conv1.weight"].shape == (8, 4, 3, 3)
+    state["conv1.weight"][...] = 0
+    assert net.conv1.weight.data.any()
+
+
+def test_loading_is_strict_and_all_or_nothing():
+    net = ms.nn.resnet10(width=4)
+    good = ms.nn.resnet10(width=4, seed=1).state_dict()
+    before = net.state_dict()
+    bad = {k: v for k, v in good.items() if k != "bn1.weight"}
+    with pytest.raises(DataError, match=r"1 missing \(bn1.weight\)"):
+        net.load_state_dict(bad)
+    with pytest.raises(DataError, match=r"1 unexpected \(extra\)"):
+        net.load_state_dict(good | {"extra": np.zeros(1)})
+    with pytest.raises(DataError, match=r"layer4.0.bn2.bias: shape \(7,\).*\(32,\)"):
+        net.load_state_dict(good | {"layer4.0.bn2.bias": np.zeros(7)})
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+    lenient = {k: v for k, v in good.items() if not k.endswith("num_batches_tracked")}
+    net.load_state_dict(lenient | {"fc.weight": np.zeros((10, 32)), "fc.bias": np.zeros(10)})
+    np.testing.assert_array_equal(
+        net.conv1.weight.data, ms.nn.resnet10(width=4, seed=1).conv1.weight.data
+    )
+
+
+def test_weights_are_a_function_of_the_seed():
+    a, b, c = (ms.nn.resnet_small(seed=s).state_dict() for s in (0, 0, 1))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+    assert (a["conv1.weight"] != c["conv1.weight"]).any()
+
+
+def test_initial_convolutions_have_he_variance():
+    weight = ms.nn.resnet18().layer4.children()
+    _, block = next(weight)
+    assert block.conv2.weight.data.std() == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("resnet_small", 128), ("resnet10", 512), ("resnet50", 2048)]
+)
+def test_feature_sizes(name, shape):
+    net = getattr(ms.nn, name)()
+    assert net.features == shape
+    if name != "resnet50":
+        assert net(Tensor(rand(2, 16, 16, 3, dtype=np.float32))).shape == (2, shape)
+
+
+def test_unknown_stems_and_widths_are_refused():
+    with pytest.raises(ConfigError, match="'big'"):
+        ms.nn.resnet18(stem="big")
+    with pytest.raises(ConfigError, match="width"):
+        ms.nn.resnet18(width=0)
+
+
+def test_projection_head_is_the_authors():
+    head = ms.nn.ProjectionHead(6, 5, 4)
+    names = [n for n, _ in head.named_parameters()]
+    assert names == ["linear1.weight", "bn1.weight", "bn1.bias", "linear2.weight", "bn2.weight"]
+    assert [p.kind == NORM for _, p in head.named_parameters()] == [False, True, True, False, True]
+    z = head(Tensor(rand(8, 6))).data
+    assert z.shape == (8, 4)
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-12)  # normalised last, and not shifted
+    three = ms.nn.ProjectionHead(6, 5, 4, layers=3)
+    assert len(list(three.named_parameters())) == 8
+
+
+def test_train_and_eval_reach_every_layer():
+    net = ms.nn.resnet10(width=4)
+    assert not any(m.training for _, m in net.eval().named_modules())
+    x = Tensor(rand(2, 8, 8, 3, dtype=np.float32))
+    before = net.state_dict()
+    net(x)
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+    net.train()(x)
+    assert net.bn1.num_batches_tracked == 1
+    assert (net.bn1.running_mean != before["bn1.running_mean"]).any()
+
+
+def test_dropout_keeps_the_mean_and_rests_in_evaluation():
+    layer = ms.nn.Dropout(0.4, rng=np.random.default_rng(0))
+    x = Tensor(np.ones((200, 200)), requires_grad=True)
+    y = layer(x)
+    assert y.data.mean() == pytest.approx(1, abs=0.02)
+    assert (y.data == 0).mean() == pytest.approx(0.4, abs=0.01)
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad, y.data)
+    assert layer.eval()(x) is x
+
+
+def test_calibrate_gives_a_random_network_the_statistics_of_its_data():
+    net = ms.nn.resnet10(width=4)
+    x = rand(16, 16, 16, 3, dtype=np.float32)
+    batch = net.train()(Tensor(x)).data
+    fresh = ms.nn.resnet10(width=4)
+    calibrate(fresh, x)
+    assert not fresh.training
+    assert distance(fresh(Tensor(x)).data, batch) < 0.05  # but for biased against unbiased variance
+    assert fresh.bn1.momentum == 0.1

@@ -1,0 +1,278 @@
+"""Every operation: gradients against finite differences, values and gradients against torch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisimclr.ops.conv import conv2d, fold, output_size, unfold
+from minisimclr.ops.loss import contrastive_accuracy, cross_entropy, nt_xent
+from minisimclr.ops.norm import batch_norm, merge_moments, moments
+from minisimclr.ops.pool import average_pool, global_average_pool, max_pool
+from minisimclr.tensor import Tensor, gradcheck
+
+
+def randn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def running(c):
+    return np.full(c, 0.3), np.full(c, 2.0)
+
+
+CONVS = [  # H, W, C, O, kernel, stride, padding
+    (7, 8, 3, 5, (3, 3), (1, 1), (1, 1)),
+    (9, 9, 2, 4, (3, 3), (2, 2), (1, 1)),
+    (8, 11, 3, 2, (1, 7), (1, 1), (0, 3)),
+    (11, 8, 1, 3, (7, 1), (2, 1), (3, 0)),
+    (6, 6, 4, 4, (1, 1), (1, 1), (0, 0)),
+    (7, 5, 4, 6, (1, 1), (2, 2), (0, 0)),
+    (13, 12, 3, 4, (7, 7), (2, 2), (3, 3)),
+    (5, 5, 2, 3, (5, 5), (1, 1), (0, 0)),
+    (4, 6, 2, 3, (2, 3), (3, 2), (1, 0)),
+]
+
+
+@pytest.mark.parametrize("h, w, c, o, kernel, stride, padding", CONVS)
+def test_conv2d(h, w, c, o, kernel, stride, padding):
+    x, weight = randn(3, h, w, c), randn(*kernel, c, o, seed=1)
+    gradcheck(lambda x, w: conv2d(x, w, stride, padding), x, weight)
+    torch = pytest.importorskip("torch")
+    tx = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    tw = torch.tensor(weight.transpose(3, 2, 0, 1), requires_grad=True)
+    ty = torch.nn.functional.conv2d(tx, tw, stride=stride, padding=padding)
+    ours = Tensor(x, True), Tensor(weight, True)
+    y = conv2d(*ours, stride, padding)
+    np.testing.assert_allclose(y.data, ty.detach().permute(0, 2, 3, 1), rtol=1e-10, atol=1e-10)
+    gy = randn(*y.shape, seed=2)
+    y.backward(gy)
+    ty.backward(torch.tensor(gy.transpose(0, 3, 1, 2)))
+    np.testing.assert_allclose(ours[0].grad, tx.grad.permute(0, 2, 3, 1), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(ours[1].grad, tw.grad.permute(2, 3, 1, 0), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.tuples(st.integers(3, 8), st.integers(3, 8)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+def test_fold_is_the_transpose_of_unfold(image, kernel, stride, padding):
+    x = randn(2, *image, 3)
+    size = output_size(x.shape, (*kernel, 3, 1), stride, padding)
+    patches = unfold(x, kernel, stride, padding, size)
+    u = randn(*patches.shape, seed=1)
+    folded = fold(u, x.shape, kernel, stride, padding, size)
+    np.testing.assert_allclose((patches * u).sum(), (x * folded).sum(), rtol=1e-10, atol=1e-10)
+
+
+def test_conv2d_blocks_of_the_batch_change_nothing(monkeypatch):
+    x, w = randn(7, 6, 6, 3), randn(3, 3, 3, 4, seed=1)
+    whole = conv2d(Tensor(x), Tensor(w), 1, 1).data
+    monkeypatch.setattr("minisimclr.ops.conv.WORKSPACE", 2 * 36 * 27)
+    np.testing.assert_allclose(conv2d(Tensor(x), Tensor(w), 1, 1).data, whole, rtol=1e-12)
+    gradcheck(lambda x, w: conv2d(x, w, 1, 1), x, w)
+
+
+def test_conv2d_errors_name_the_shapes():
+    with pytest.raises(ValueError, match=r"\(1, 4, 4, 3\).*\(3, 3, 2, 5\)"):
+        conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(3, 3, 2, 5)))
+    with pytest.raises(ValueError, match="exceeds"):
+        conv2d(Tensor(randn(1, 2, 2, 3)), Tensor(randn(3, 3, 3, 5)))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (9, 6)])
+def test_batch_norm(relu, training, residual, shape):
+    x, gamma, beta = randn(*shape), randn(6, seed=1), randn(6, seed=2)
+    extra = (randn(*shape, seed=3),) if residual else ()
+
+    def fused(x, gamma, beta, *r):
+        return batch_norm(
+            x, gamma, beta, running(6), training, residual=r[0] if r else None, relu=relu
+        )
+
+    def composed(x, gamma, beta, *r):
+        y = batch_norm(x, gamma, beta, running(6), training)
+        y = y + r[0] if r else y
+        return y.relu() if relu else y
+
+    gradcheck(fused, x, gamma, beta, *extra)
+    a, b = ([Tensor(v, True) for v in (x, gamma, beta, *extra)] for _ in range(2))
+    ya, yb = fused(*a), composed(*b)
+    np.testing.assert_allclose(ya.data, yb.data, rtol=1e-12, atol=1e-12)
+    u = randn(*shape, seed=4)
+    ya.backward(u)
+    yb.backward(u)
+    for p, q in zip(a, b, strict=True):
+        np.testing.assert_allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_matches_torch_with_running_statistics():
+    torch = pytest.importorskip("torch")
+    x = randn(4, 5, 5, 3)
+    norm = torch.nn.BatchNorm2d(3).double()
+    expected = norm(torch.tensor(x.transpose(0, 3, 1, 2)))
+    mean, variance = np.zeros(3), np.ones(3)
+    y = batch_norm(Tensor(x), Tensor(np.ones(3)), Tensor(np.zeros(3)), (mean, variance), True)
+    np.testing.assert_allclose(
+        y.data, expected.detach().permute(0, 2, 3, 1), rtol=1e-10, atol=1e-10
+    )
+    np.testing.assert_allclose(mean, norm.running_mean, rtol=1e-12)
+    np.testing.assert_allclose(variance, norm.running_var, rtol=1e-12)
+
+
+def test_moments_survive_a_large_mean():
+    x = (np.random.default_rng(0).standard_normal((50_000, 2)) + 1000).astype(np.float32)
+    mean, m2 = moments(x)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(m2 / len(x), exact.var(0), rtol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(-1e4, 1e4))
+def test_merged_moments_are_those_of_the_whole(n_a, n_b, offset):
+    x = randn(n_a + n_b, 3) + offset
+    parts = [(len(p), p.mean(0), ((p - p.mean(0)) ** 2).sum(0)) for p in (x[:n_a], x[n_a:])]
+    count, mean, m2 = merge_moments(*parts)
+    assert count == len(x)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(m2, ((x - x.mean(0)) ** 2).sum(0), rtol=1e-6, atol=1e-6)
+
+
+def test_batch_norm_of_one_row_is_refused():
+    x = Tensor(randn(1, 4))
+    with pytest.raises(ValueError, match="two rows"):
+        batch_norm(x, Tensor(np.ones(4)), Tensor(np.zeros(4)), running(4), True)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), ((2, 3), (1, 2), 0)]
+)
+@pytest.mark.parametrize("pool", [max_pool, average_pool])
+def test_pooling(pool, kernel, stride, padding):
+    x = randn(2, 7, 8, 3)
+    gradcheck(lambda x: pool(x, kernel, stride, padding), x)
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    x = np.maximum(x, 0)  # ties, as after a ReLU: the first of equals gets the gradient
+    tx = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    options = {} if pool is max_pool else {"count_include_pad": False}
+    ty = (F.max_pool2d if pool is max_pool else F.avg_pool2d)(
+        tx, kernel, stride, padding, **options
+    )
+    ours = Tensor(x, True)
+    y = pool(ours, kernel, stride, padding)
+    np.testing.assert_allclose(y.data, ty.detach().permute(0, 2, 3, 1), rtol=1e-12)
+    gy = randn(*y.shape, seed=2)
+    y.backward(gy)
+    ty.backward(torch.tensor(gy.transpose(0, 3, 1, 2)))
+    np.testing.assert_allclose(ours.grad, tx.grad.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_pooling_with_more_padding_at_the_end():
+    """TensorFlow's SAME for 3/2 windows on an even side: nothing before, one pixel after."""
+    x = randn(2, 6, 6, 3)
+    same = ((0, 1), (0, 1))
+    gradcheck(lambda x: max_pool(x, 3, 2, same), x)
+    gradcheck(lambda x: average_pool(x, 3, 2, same), x)
+    y = max_pool(Tensor(x), 3, 2, same).data
+    assert y.shape == (2, 3, 3, 3)
+    np.testing.assert_array_equal(y[:, 2, 2], x[:, 4:, 4:].max(axis=(1, 2)))
+
+
+def test_global_average_pool():
+    gradcheck(global_average_pool, randn(2, 3, 4, 5))
+
+
+def double_loop(z1, z2, temperature):
+    """Algorithm 1, letter by letter."""
+    z = np.concatenate([z1, z2])
+    n = len(z1)
+    u = z / np.linalg.norm(z, axis=1, keepdims=True)
+    total = 0.0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        others = [np.exp(u[i] @ u[k] / temperature) for k in range(2 * n) if k != i]
+        total += -np.log(np.exp(u[i] @ u[j] / temperature) / sum(others))
+    return total / (2 * n)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.floats(0.05, 10), st.integers(0, 1000))
+def test_nt_xent_is_algorithm_1_and_blind_to_order_and_scale(n, temperature, seed):
+    rng = np.random.default_rng(seed)
+    z1, z2 = rng.standard_normal((2, n, 4))
+    loss = float(nt_xent(Tensor(z1), Tensor(z2), temperature))
+    assert loss == pytest.approx(double_loop(z1, z2, temperature), rel=1e-10)
+    order = rng.permutation(n)
+    scale = rng.uniform(0.1, 10, (n, 1))
+    assert float(nt_xent(Tensor(z1[order]), Tensor(z2[order]), temperature)) == pytest.approx(loss)
+    assert float(nt_xent(Tensor(z1 * scale), Tensor(z2), temperature)) == pytest.approx(loss)
+    assert float(nt_xent(Tensor(z2), Tensor(z1), temperature)) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("n", [2, 64, 512])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nt_xent_of_a_collapsed_model_is_the_chance_line(n, dtype):
+    z = np.tile(randn(1, 8), (n, 1)).astype(dtype)
+    assert float(nt_xent(Tensor(z), Tensor(z), 0.5)) == pytest.approx(np.log(2 * n - 1), rel=1e-6)
+
+
+def test_nt_xent_gradients_and_torch():
+    z1, z2 = randn(2, 6, 5)
+    gradcheck(lambda a, b: nt_xent(a, b, 0.3), z1, z2)
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    tz = torch.tensor(np.concatenate([z1, z2]), requires_grad=True)
+    u = F.normalize(tz)
+    s = (u @ u.T / 0.3).fill_diagonal_(float("-inf"))
+    F.cross_entropy(s, (torch.arange(12) + 6) % 12).backward()
+    a, b = Tensor(z1, True), Tensor(z2, True)
+    nt_xent(a, b, 0.3).backward()
+    np.testing.assert_allclose(np.concatenate([a.grad, b.grad]), tz.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.07, 10])
+def test_nt_xent_is_stable_in_float32(temperature):
+    z1, z2 = randn(2, 32, 16).astype(np.float32)
+    a, b = Tensor(z1, True), Tensor(z2, True)
+    loss = nt_xent(a, b, temperature)
+    loss.backward()
+    exact = float(
+        nt_xent(Tensor(z1.astype(np.float64)), Tensor(z2.astype(np.float64)), temperature)
+    )
+    assert float(loss) == pytest.approx(exact, rel=1e-4)
+    assert np.isfinite(a.grad).all()
+
+
+def test_nt_xent_of_zero_vectors_is_finite():
+    a, b = Tensor(np.zeros((3, 4)), True), Tensor(np.zeros((3, 4)), True)
+    nt_xent(a, b).backward()
+    assert np.isfinite(a.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan")])
+def test_nt_xent_refuses_bad_temperatures(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        nt_xent(Tensor(randn(2, 3)), Tensor(randn(2, 3)), temperature)
+
+
+def test_contrastive_accuracy():
+    z = np.eye(4)
+    assert contrastive_accuracy(z, z) == 1.0
+    assert contrastive_accuracy(z, z[::-1]) == 0.0
+
+
+def test_cross_entropy():
+    logits, labels = randn(5, 3), np.array([0, 2, 1, 1, 0])
+    gradcheck(lambda x: cross_entropy(x, labels), logits)
+    torch = pytest.importorskip("torch")
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+    assert float(cross_entropy(Tensor(logits), labels)) == pytest.approx(expected.item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"classes 0\.\.2"):
+        cross_entropy(Tensor(logits), labels + 1)

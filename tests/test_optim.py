@@ -1,0 +1,117 @@
+"""Optimizers against the written rule, step by step; schedules at their corners."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisimclr.optim import LARS, SGD
+from minisimclr.schedule import scaled_rate, warmup_cosine
+from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
+
+W = [0.5, -1.0, 2.0]
+CASES = [  # kind, start, gradients of successive steps
+    (WEIGHT, W, [[0.1, 0.2, -0.3]] * 3),
+    (WEIGHT, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0], [5.0, -5.0, 1.0]]),
+    (WEIGHT, [0.0, 0.0, 0.0], [[0.1, 0.2, -0.3]] * 2),  # norm of the weight 0: trust 1
+    (WEIGHT, W, [[-5e-7 * 1, 1e-6, -2e-6]] * 2),  # the gradient cancels the decay: norm 0, trust 1
+    (NORM, W, [[0.1, 0.2, -0.3]] * 3),  # neither decayed nor adapted
+    (BIAS, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]),
+]
+
+
+def official_lars(w, gradients, rates, adapt, momentum=0.9, decay=1e-6, eeta=0.001):
+    """google-research/simclr, lars_optimizer.py with classic momentum, in words turned to
+    floats.
+    """
+    w, v = np.array(w), np.zeros(len(w))
+    for g, lr in zip(np.array(gradients), rates, strict=True):
+        trust = 1.0
+        if adapt:
+            g = g + decay * w
+            w_norm, g_norm = np.linalg.norm(w), np.linalg.norm(g)
+            if w_norm > 0 and g_norm > 0:
+                trust = eeta * w_norm / g_norm
+        v = momentum * v + lr * trust * g
+        w = w - v
+    return w
+
+
+@pytest.mark.parametrize("kind, start, gradients", CASES)
+def test_lars_is_the_official_rule(kind, start, gradients):
+    p = Parameter(np.array(start), kind)
+    optimizer = LARS([("p", p)], lr=0.0)
+    rates = [2.0, 1.0, 0.5][: len(gradients)]
+    for g, lr in zip(gradients, rates, strict=True):
+        p.grad, optimizer.lr = np.array(g), lr
+        optimizer.step()
+    expected = official_lars(start, gradients, rates, adapt=kind == WEIGHT)
+    np.testing.assert_allclose(p.data, expected, rtol=1e-12)
+
+
+def test_sgd_matches_torch_at_a_constant_rate():
+    torch = pytest.importorskip("torch")
+    p, bias = Parameter(np.array(W)), Parameter(np.array(W), BIAS)
+    ours = SGD([("p", p), ("b", bias)], 0.1, momentum=0.9, weight_decay=0.01)
+    tp, tb = (torch.tensor(W, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    groups = [{"params": [tp], "weight_decay": 0.01}, {"params": [tb]}]
+    theirs = torch.optim.SGD(groups, 0.1, momentum=0.9)
+    for i in range(4):
+        g = np.random.default_rng(i).standard_normal(3)
+        p.grad = bias.grad = g
+        tp.grad, tb.grad = torch.tensor(g), torch.tensor(g)
+        ours.step()
+        theirs.step()
+    np.testing.assert_allclose(p.data, tp.detach(), rtol=1e-12)
+    np.testing.assert_allclose(bias.data, tb.detach(), rtol=1e-12)
+    assert (p.data != bias.data).all()
+
+
+def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
+    p = Parameter(np.array(W))
+    optimizer = SGD([("p", p)], 0.1)
+    optimizer.step()
+    np.testing.assert_array_equal(p.data, W)
+    p.grad = np.ones(3)
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+@pytest.mark.parametrize("kind", [SGD, LARS])
+def test_state_restores_exactly(kind):
+    def advance(optimizer, p, steps):
+        for i in steps:
+            p.grad = np.random.default_rng(i).standard_normal(3)
+            optimizer.step()
+
+    p, q = Parameter(np.array(W)), Parameter(np.array(W))
+    a, b = kind([("p", p)], 0.1), kind([("p", q)], 0.1)
+    advance(a, p, range(6))
+    advance(b, q, range(3))
+    c = kind([("p", q)], 0.1)
+    c.load_state_dict(b.state_dict())
+    advance(c, q, range(3, 6))
+    np.testing.assert_array_equal(p.data, q.data)
+
+
+def test_schedule_corners():
+    def rate(step):
+        return warmup_cosine(step, 2.0, 10, 110)
+
+    assert rate(0) == 0
+    assert rate(5) == 1.0
+    assert rate(10) == 2.0
+    assert rate(60) == pytest.approx(1.0)
+    assert rate(110) == pytest.approx(0.0)
+    assert warmup_cosine(0, 2.0, 0, 100) == 2.0
+
+
+@given(st.integers(0, 200), st.integers(0, 50))
+def test_schedule_stays_between_zero_and_peak(step, warmup):
+    assert 0 <= warmup_cosine(step, 1.0, warmup, 200) <= 1
+
+
+def test_batch_scaling():
+    assert scaled_rate(0.3, 512, "linear") == pytest.approx(0.6)
+    assert scaled_rate(0.075, 4096, "sqrt") == pytest.approx(scaled_rate(0.3, 4096, "linear"))
+    assert scaled_rate(0.3, 512, "none") == 0.3

@@ -1,0 +1,187 @@
+"""The engine: graphs, freeing, accumulation, and a gradcheck that can fail."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minisimclr as ms
+from minisimclr.ops.basic import concatenate, linear
+from minisimclr.tensor import Function, Tensor, gradcheck, no_grad
+
+
+def randn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_keeps_float_types_and_converts_others():
+    assert Tensor(np.zeros(2, np.float64)).dtype == np.float64
+    assert Tensor(np.zeros(2, np.float32)).dtype == np.float32
+    assert Tensor(np.zeros(2, np.int64)).dtype == np.float32
+    x = Tensor(np.ones(2, np.float32))
+    assert (2.0 * x + 1 - x / 3.0 + np.ones(2)).dtype == np.float32
+
+
+def test_ndarray_on_the_left_defers_to_tensor():
+    y = np.ones(3) * Tensor(np.arange(3.0), requires_grad=True)
+    assert isinstance(y, Tensor)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda a, b: a + b,
+        lambda a, b: a - b,
+        lambda a, b: 2.0 - a * b,
+        lambda a, b: a / (b * b + 1.0),
+        lambda a, b: 1.0 / (b**2.0 + 1.0) + a,
+        lambda a, b: (a * b).exp().sum(axis=1) + (b * b + 0.5).log().mean(),
+        lambda a, b: a.sum(axis=(0, 1), keepdims=True) * b,
+        lambda a, b: (a - b).relu() * b,
+        lambda a, b: a.reshape(4, 3) @ (b * a)[0:2].transpose()[:3],
+        lambda a, b: concatenate([a, a + b], axis=1).transpose()[1:5, ::2],
+    ],
+)
+def test_gradients_of_expressions(fn):
+    gradcheck(fn, randn(3, 4), randn(3, 1, seed=1))
+
+
+def test_linear_gradients():
+    gradcheck(linear, randn(5, 3), randn(2, 3, seed=1), randn(2, seed=2))
+    gradcheck(linear, randn(5, 3), randn(2, 3, seed=1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_broadcasting_gradients(data):
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    other = [n if data.draw(st.booleans()) else 1 for n in shape][data.draw(st.integers(0, 1)) :]
+    gradcheck(lambda a, b: a * b + b, randn(*shape), randn(*other, seed=1))
+
+
+class WrongSquare(Function):
+    def forward(self, x):
+        self.x = x
+        return x * x
+
+    def backward(self, gy):
+        return gy * self.x  # the factor 2 forgotten
+
+
+class Vandal(Function):
+    def forward(self, x):
+        return x * 2
+
+    def backward(self, gy):
+        gy *= 2  # belongs to somebody else
+        return gy
+
+
+def test_gradcheck_catches_a_wrong_gradient_and_names_the_input():
+    with pytest.raises(AssertionError, match=r"input 1 of shape \(4,\)"):
+        gradcheck(lambda a, b: a + WrongSquare()(b), randn(4), randn(4, seed=1))
+
+
+def test_gradcheck_catches_writing_into_what_belongs_to_others():
+    with pytest.raises(ValueError, match="read-only"):
+        gradcheck(lambda x: Vandal()(x), randn(4))
+
+
+def test_a_gradient_of_the_wrong_shape_names_the_operation():
+    class Flat(Function):
+        def forward(self, x):
+            return x * 1
+
+        def backward(self, gy):
+            return gy.ravel()
+
+    with pytest.raises(AssertionError, match="Flat"):
+        Flat()(Tensor(randn(2, 2), requires_grad=True)).sum().backward()
+
+
+def test_shared_inputs_add_up_without_touching_each_other():
+    x = Tensor(np.ones(3), requires_grad=True)
+    y = x * 2.0
+    (y + y + y * y).sum().backward()  # d/dx (4x + 4x^2)
+    np.testing.assert_array_equal(x.grad, 12 * np.ones(3))
+    kept = x.grad
+    (x * 1.0).sum().backward()  # gradients of two backwards add up, in a new array
+    np.testing.assert_array_equal(x.grad, 13 * np.ones(3))
+    np.testing.assert_array_equal(kept, 12 * np.ones(3))
+
+
+def test_second_backward_raises():
+    x = Tensor(np.ones(3), requires_grad=True)
+    y = (x * x).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="used up"):
+        y.backward()
+
+
+def test_backward_needs_a_graph_and_a_scalar():
+    with pytest.raises(RuntimeError, match="no recorded operation"):
+        Tensor(np.ones(1)).backward()
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        (Tensor(np.ones(3), requires_grad=True) * 2.0).backward()
+
+
+def test_no_grad_records_nothing():
+    x = Tensor(np.ones(3), requires_grad=True)
+    with no_grad():
+        assert (x * x).creator is None
+    assert (x * x).creator is not None
+
+
+def test_unneeded_gradients_are_not_computed():
+    a, b = Tensor(randn(3, 3), requires_grad=True), Tensor(randn(3, 3))
+    y = a @ b
+    assert y.creator.needs == (True, False)
+    assert y.creator.backward(np.ones((3, 3)))[1] is None
+
+
+def test_depth_is_not_limited_by_recursion():
+    x = y = Tensor(np.ones(1), requires_grad=True)
+    for _ in range(20_000):
+        y = y + 1.0
+    y.backward()
+    assert x.grad == 1
+
+
+def test_arrays_die_without_the_collector():
+    """Forward keeps only what an operation saved; backward leaves nothing behind."""
+    gc.collect()
+    gc.disable()
+    try:
+        x = Tensor(randn(100), requires_grad=True)
+        hidden = x + 1.0  # nobody saves the result of the first addition
+        watched = weakref.ref(hidden.data)
+        y = hidden + 1.0
+        del hidden
+        assert watched() is None
+        saved = y * y  # Multiply saves y
+        watched = weakref.ref(y.data)
+        loss = saved.sum()
+        del y, saved
+        assert watched() is not None
+        loss.backward()
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_of_norm_relu_chain():
+    """20 x (batch norm, ReLU): one map a layer is kept (the input, which is the ReLU before)."""
+    import tracemalloc
+
+    norms = [ms.nn.BatchNorm(8) for _ in range(20)]
+    x = Tensor(np.random.default_rng(0).random((64, 16, 16, 8), np.float32), requires_grad=True)
+    tracemalloc.start()
+    y = x
+    for norm in norms:
+        y = norm(y, relu=True)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 20.5 * x.data.nbytes
