@@ -7,6 +7,7 @@ never before.
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +78,22 @@ def choose_device(name: str) -> tuple[str, str]:
     if name == "auto":
         return "cpu", str(reason)
     raise reason
+
+
+def synchronize(device: str) -> None:
+    """Wait until `device` has done all it was asked to."""
+    if device != "cpu":
+        cupy().cuda.get_current_stream().synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes held so far: resident set of the process, or the GPU's memory pool."""
+    if device != "cpu":
+        return cupy().get_default_memory_pool().total_bytes()
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain

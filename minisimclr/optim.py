@@ -58,6 +58,13 @@ class SGD:
     def _update(self, name: str, p: Parameter, decay: float) -> None:
         momentum_update(p.data, p.grad, self.velocity[name], self.lr, self.momentum, decay)
 
+    def gradient_norm(self) -> float:
+        """Length of all gradients as one vector: not finite as soon as one number in them is
+        not.
+        """
+        gradients = [p.grad.ravel() for p in self.parameters.values() if p.grad is not None]
+        return float(sum(g @ g for g in gradients)) ** 0.5
+
     def zero_grad(self) -> None:
         for p in self.parameters.values():
             p.grad = None

@@ -5,9 +5,8 @@ loss asks each view to find its partner among the 2N - 1 others.
 """
 
 from dataclasses import dataclass
-from math import log
-
-import numpy as np
+from math import isfinite, log
+from typing import NamedTuple
 
 from . import augment
 from .backend import Array, xp_of
@@ -62,6 +61,18 @@ def chance_loss(n: int) -> float:
     return log(2 * n - 1)
 
 
+class Step(NamedTuple):
+    """What one training step saw, before it moved the weights."""
+
+    loss: float
+    accuracy: float  # share of the views that found their partner
+    gradient_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return isfinite(self.loss) and isfinite(self.gradient_norm)
+
+
 def training_step(
     model: Model,
     optimizer: SGD,
@@ -69,11 +80,10 @@ def training_step(
     views: augment.Views,
     size: int,
     temperature: float,
-) -> tuple[float, float]:
-    """One step of Algorithm 1 on images (N, H, W, 3) uint8: the loss before it, and the share of
-    the views that found their partner.
+) -> Step:
+    """One step of Algorithm 1 on images (N, H, W, 3) uint8, `views` being the draws of t and t'.
 
-    The loss is NaN or infinite if training has diverged; the weights are then left as they were.
+    Where the loss or a gradient is not finite the weights are left as they were.
     """
     n = len(images)
     x1, x2 = augment.apply_views(images, views, size)  # t(x), t'(x): two (N, size, size, 3)
@@ -81,12 +91,14 @@ def training_step(
     h = model.encoder(Tensor(x))  # (2N, D)
     z = model.head(h)  # (2N, d_out)
     loss = nt_xent(z[:n], z[n:], temperature)
-    value = float(loss)
-    if np.isfinite(value):
-        optimizer.zero_grad()
-        loss.backward()
+    optimizer.zero_grad()
+    loss.backward()
+    step = Step(
+        float(loss), contrastive_accuracy(z.data[:n], z.data[n:]), optimizer.gradient_norm()
+    )
+    if step.finite:
         optimizer.step()
-    return value, contrastive_accuracy(z.data[:n], z.data[n:])
+    return step
 
 
 def calibrate(module: Module, x: Array) -> None:

@@ -3,24 +3,26 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import augment
-from .backend import choose_device, set_threads, threads, to_device, to_host
+from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import locked
 from .probe import alignment, effective_rank, uniformity
-from .run import Run, make_run_folder, open_run, read_config, stop_signals, write_line
+from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import chance_loss, training_step
 
-ORDER, VIEWS, MONITOR = 0, 1, 2  # Philox streams: order of images, training views, monitoring views
+VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
 MONITORED = 256  # images on which alignment, uniformity and rank are measured
 Notify = Callable[[str, dict[str, Any]], None]
 
@@ -50,7 +52,11 @@ def pretrain(
 
 def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     """The data set, with pictures a quarter larger than the views so that crops keep detail."""
-    dataset = open_dataset(config.data, config.image_size * 5 // 4, progress=progress_of(notify))
+    dataset = open_dataset(
+        config.data,
+        config.image_size * 5 // 4,
+        lambda done, total: notify("prepare", {"done": done, "total": total}),
+    )
     n = len(dataset.split("pretrain"))
     if config.batch_size > n:
         raise ConfigError(
@@ -58,10 +64,6 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
             f"the {n} unlabelled images of {config.data}"
         )
     return dataset
-
-
-def progress_of(notify: Notify) -> Callable[[int, int], None]:
-    return lambda done, total: notify("prepare", {"done": done, "total": total})
 
 
 def resume(
@@ -90,92 +92,137 @@ def resume(
         raise OutputError(f"{path} is being trained by another process") from error
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how its learning rate moves; all in steps."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    peak: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: int) -> "Plan":
+        each = images // config.batch_size
+        peak = scaled_rate(config.lr, config.batch_size, config.lr_scaling)
+        return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
+
+    def rate(self, step: int) -> float:
+        return warmup_cosine(step, self.peak, self.warmup, self.total)
+
+
+def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> augment.Views:
+    """The random parameters of both views of `images` (N, S, S, 3) at a step."""
+    n, height, width, _ = images.shape
+    crop = (config.crop_min, 1.0)
+    return augment.draw_views(
+        config.seed, step, n, height, width, config.strength, crop, stream=stream
+    )
+
+
 def train(
     run: Run, dataset: Dataset, device: str, time_limit: float | None, notify: Notify
 ) -> None:
     """The training loop: from run.step to the end, a time limit or a signal."""
-    config, model = run.config, run.model
-    pool = dataset.split("pretrain")
-    n = config.batch_size
-    steps_per_epoch = len(pool) // n
-    total = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    peak = scaled_rate(config.lr, n, config.lr_scaling)
-    height, width = dataset.images.shape[1:3]
-    started = time.monotonic()
-    losses: list[float] = []
-
+    config, model, optimizer = run.config, run.model, run.optimizer
+    pool, n = dataset.split("pretrain"), config.batch_size
+    plan = Plan.of(config, len(pool))
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
+    deadline = time.monotonic() + (inf if time_limit is None else time_limit)
+    losses: list[float] = []
     with (
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("a") as metrics,
         (run.path / "timings.jsonl").open("a") as timings,
     ):
-        while run.step < total and not run.stopped:
+        while run.step < plan.total and not run.stopped:
             begin = time.perf_counter()
-            _, images, _ = next(source)  # (N, S, S, 3) uint8
+            _, batch, _ = next(source)
             waited = time.perf_counter() - begin
+            images = to_device(batch, device)  # (N, S, S, 3) uint8
 
-            run.optimizer.lr = warmup_cosine(run.step, peak, warmup, total)
-            views = augment.draw_views(
-                config.seed, run.step, n, height, width,
-                strength=config.strength, crop_scale=(config.crop_min, 1.0),
-            )  # fmt: skip
             model.train()
-            loss, accuracy = training_step(
-                model, run.optimizer, to_device(images, device), views,
-                config.image_size, config.temperature,
-            )  # fmt: skip
-            if not np.isfinite(loss):
-                raise DivergedError(
-                    f"the loss of step {run.step} is {loss}: lower --lr or raise --temperature; "
-                    f"the last good state is in {run.path / 'checkpoints'}"
-                )
+            optimizer.lr = plan.rate(run.step)
+            views = draw(config, run.step, images)
+            step = training_step(
+                model, optimizer, images, views, config.image_size, config.temperature
+            )
+            if not step.finite:
+                raise DivergedError(DIVERGED.format(run.step, step, run.path / "checkpoints"))
+            run.step += 1
+            losses.append(step.loss)
 
-            epoch, run.step = run.step // steps_per_epoch, run.step + 1
-            losses.append(loss)
-            line = {"step": run.step, "epoch": epoch + 1, "loss": loss, "chance": chance_loss(n),
-                    "accuracy": accuracy, "lr": run.optimizer.lr}  # fmt: skip
             seconds = time.perf_counter() - begin
-            timing = {"step": run.step, "seconds": seconds, "data_wait": waited,
-                      "views_per_second": 2 * n / seconds}  # fmt: skip
-            if end_of_epoch := run.step % steps_per_epoch == 0:
-                line |= monitor(model, dataset, config, device)
+            line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
+            line |= {"chance": chance_loss(n), "lr": optimizer.lr, **step._asdict()}
+            timing = {"step": run.step, "seconds": seconds, "data_wait": waited}
+            timing["views_per_second"] = 2 * n / seconds
+            if end_of_epoch := run.step % plan.steps_per_epoch == 0:
+                line |= monitor(run, dataset, device)
             write_line(metrics, line)
             write_line(timings, timing)
-            notify("step", line | timing | {"steps": total})
 
-            if time_limit is not None and time.monotonic() - started >= time_limit:
+            if time.monotonic() >= deadline:
                 run.stopped = "time limit"
             run.stopped = stop.get("signal", run.stopped)
+            if end_of_epoch or run.stopped:
+                run.save(dataset.fingerprint)
+            notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
                 mean = float(np.mean(losses))
                 losses.clear()
                 notify("epoch", line | timing | {"mean_loss": mean, "epochs": config.epochs})
                 if mean > chance_loss(n) - 0.01:
-                    notify("warning", {"text": CHANCE_WARNING.format(mean, chance_loss(n))})
-            if end_of_epoch or run.stopped or run.step == total:
-                run.save(dataset.fingerprint)
+                    notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
 
 
-CHANCE_WARNING = (
-    "the loss ({:.3f}) sits on its chance line ln(2N-1) = {:.3f}: the model does not tell images apart. "
-    "Usual causes: learning rate far too high or zero, too high a temperature, embeddings collapsed"
+DIVERGED = (
+    "training diverged at step {0}: loss {1.loss}, gradient norm {1.gradient_norm}; lower --lr or "
+    "raise --temperature (the last good state is in {2})"
+)
+ON_CHANCE_LINE = (
+    "the loss ({:.3f}) sits on its chance line ln(2N-1) = {:.3f}: the model cannot tell images "
+    "apart. Usual causes: a learning rate of zero or far too high, too high a temperature, collapse"
 )
 
 
-def monitor(model: Model, dataset: Dataset, config: TrainConfig, device: str) -> dict[str, float]:
+def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, float]:
     """Alignment, uniformity and effective rank on a fixed set of images and views."""
-    chosen = dataset.split("pretrain")[:MONITORED]
-    images = to_device(dataset.images[chosen], device)
-    views = augment.draw_views(
-        config.seed, 0, len(chosen), *images.shape[1:3],
-        strength=config.strength, crop_scale=(config.crop_min, 1.0), stream=MONITOR,
-    )  # fmt: skip
-    x1, x2 = augment.apply_views(images, views, config.image_size)
-    z1, z2 = model.project(x1), model.project(x2)
+    images = to_device(dataset.images[dataset.split("pretrain")[:MONITORED]], device)
+    views = draw(run.config, 0, images, stream=MONITOR)
+    x1, x2 = augment.apply_views(images, views, run.config.image_size)
+    z1, z2 = run.model.project(x1), run.model.project(x2)
     return {
         "alignment": float(alignment(z1, z2)),
         "uniformity": float(uniformity(z1)),
-        "effective_rank": float(effective_rank(to_host(model.encode(x1)))),
+        "effective_rank": float(effective_rank(run.model.encode(x1))),
+    }
+
+
+def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
+    """What `pretrain` would do, from a few steps that are thrown away; writes no run folder."""
+    set_threads(config.threads or threads())
+    device, reason = choose_device(config.device)
+    dataset = open_training_data(config, notify)
+    run = new_run(Path("-"), config, device)
+    pool = dataset.split("pretrain")
+    plan = Plan.of(config, len(pool))
+    images = to_device(dataset.images[pool[: config.batch_size]], device)
+    seconds = []
+    for step in range(3):
+        begin = time.perf_counter()
+        views = draw(config, step, images)
+        training_step(
+            run.model, run.optimizer, images, views, config.image_size, config.temperature
+        )
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "settings": config.to_dict(),
+        "device": f"{device} ({reason})",
+        "images": f"{len(pool):,} unlabelled of {dataset.name}",
+        "parameters": sum(p.data.size for _, p in run.model.named_parameters()),
+        "steps": f"{plan.total} ({plan.steps_per_epoch} an epoch)",
+        "seconds a step": round(min(seconds), 3),
+        "minutes in all": round(plan.total * min(seconds) / 60, 1),
+        "peak memory, MB": round(peak_memory(device) / 1e6),
     }

@@ -12,7 +12,7 @@ import click
 
 from ..errors import MinisimclrError
 
-COMMANDS = ("train", "probe", "data")
+COMMANDS = ("train", "probe", "data", "profile")
 
 
 class Commands(click.Group):
@@ -37,7 +37,7 @@ def group() -> None:
     """SimCLR from scratch on NumPy and CuPy.
 
     \b
-    minisimclr train                          learn from cartoon dogs in minutes, no GPU, no download
+    minisimclr train                          learn from cartoon dogs in minutes, without a GPU
     minisimclr train --data DIR --epochs 50   the same on a folder of your own pictures
     """
 

@@ -40,7 +40,7 @@ def json_option(function: Any) -> Any:
 
 
 def write_json(json_file: str | None, values: Any) -> bool:
-    """Do what --json asks for; True if standard output now holds the JSON and nothing else should."""
+    """Do what --json asks for; True if standard output now holds the JSON and nothing else."""
     if json_file is None:
         return False
     text = json.dumps(values, indent=1) + "\n"

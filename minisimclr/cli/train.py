@@ -1,4 +1,4 @@
-"""minisimclr train: settings from flags, environment, files and defaults; a bar; the probe's table."""
+"""minisimclr train: settings from flags, environment and files; a bar; the probe's table."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +31,7 @@ def setting_options(function: Any) -> Any:
 
 
 def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple[TrainConfig, dict]:
-    """The configuration, and where each value comes from: flag > environment > file > preset > default."""
+    """The configuration and each value's origin: flag > environment > file > preset > default."""
     values = {name: f.default for name, f in SETTINGS.items()}
     origins = dict.fromkeys(values, "default")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
@@ -77,7 +77,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         else:
             settings, origins = settle(ctx, preset, config)
             if dry_run:
-                return show_plan(training.plan(settings, display.notify), origins)
+                return show_plan(training.dry_run(settings, display.notify), origins)
             run = training.pretrain(
                 settings, out, origins=origins, time_limit=time_limit, notify=display.notify
             )

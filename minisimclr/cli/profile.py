@@ -1,0 +1,33 @@
+"""minisimclr profile: where a training step spends its time."""
+
+from pathlib import Path
+
+import click
+
+from ..config import TrainConfig
+from .options import json_option, write_json
+
+ENCODERS = TrainConfig.__dataclass_fields__["encoder"].metadata["choices"]
+
+
+@click.command()
+@click.option("--encoder", type=click.Choice(ENCODERS), default="resnet18", help="Network.")
+@click.option("--stem", type=click.Choice(("cifar", "imagenet", "small")), default="cifar")
+@click.option("--width", default=0, help="Channels of the first stage; 0: the encoder's own.")
+@click.option("--image-size", default=32, help="Side of the views, in px.")
+@click.option("--batch-size", default=64, help="Images in a step; each has two views.")
+@click.option("--steps", default=5, help="Steps to time, after two that are not.")
+@click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
+@click.option("--threads", default=0, help="CPU threads; 0: as many as there are cores.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace.")
+@json_option
+def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
+    """Time a training step, then each of its operations against this machine's roofline."""
+    from .. import profile as profiling
+
+    result = profiling.profile(**settings, thread_count=threads)
+    if trace:
+        profiling.write_trace(result, trace)
+    result.pop("events")
+    if not write_json(json_file, result):
+        click.echo(profiling.table(result))

@@ -1,0 +1,240 @@
+"""Where a training step spends its time: every operation of the engine, forward and backward.
+
+The step is timed bare first; then, in a separate pass, an observer on the engine times each
+operation and counts what it must do at the least: floating-point operations, and bytes of its
+inputs and outputs. With the machine's own peak rates (a large matrix product, a long sum) these
+give each operation a floor,
+
+    seconds >= max(flops / peak flops, bytes / peak bandwidth)     (Williams et al. 2009,
+    "roofline")
+
+and the share of it that was reached.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from . import tensor
+from .backend import (
+    choose_device,
+    peak_memory,
+    set_threads,
+    synchronize,
+    threads,
+    to_device,
+    xp_of,
+)
+from .errors import ConfigError
+from .files import write_bytes
+from .ops.basic import Linear
+from .ops.conv import Conv2d
+from .ops.loss import NTXent, nt_xent
+from .optim import SGD
+from .simclr import Model
+from .tensor import Function, Tensor
+
+WARMUP, BATCHES = 2, 3  # untimed steps; input batches taken in turn, so that none stays in cache
+
+
+def profile(
+    encoder: str = "resnet18",
+    stem: str = "cifar",
+    width: int = 0,
+    image_size: int = 32,
+    batch_size: int = 64,
+    steps: int = 5,
+    device: str = "auto",
+    thread_count: int = 0,
+) -> dict[str, Any]:
+    """Time `steps` training steps without augmentation, then one more operation by operation.
+
+    The step: encoder, head (D-D-128), NT-Xent, backward, SGD with momentum, on 2 * batch_size
+    views. Returns step_seconds (median), views_per_second, peak_bytes (resident set; on a GPU its
+    pool), roofline, ops (rows of name, direction, calls, seconds, flops, bytes), and events for a
+    trace.
+    """
+    if steps < 1 or batch_size < 2:
+        raise ConfigError(
+            f"profile needs steps >= 1 and batch_size >= 2, not {steps}, {batch_size}"
+        )
+    set_threads(thread_count or threads())
+    device, _ = choose_device(device)
+    model = Model.build(encoder, stem, width, seed=0)
+    for _, module in model.parts():
+        module.to(device)
+    optimizer = SGD(model.named_parameters(), 0.1, weight_decay=1e-4)
+    rng = np.random.default_rng(0)
+    shape = (2 * batch_size, image_size, image_size, 3)
+    views = [to_device(rng.random(shape, np.float32), device) for _ in range(BATCHES)]
+
+    def step(i: int) -> None:
+        z = model.head(model.encoder(Tensor(views[i % BATCHES])))
+        optimizer.zero_grad()
+        nt_xent(z[:batch_size], z[batch_size:]).backward()
+        optimizer.step()
+
+    for i in range(WARMUP):
+        step(i)
+    seconds = [timed(lambda i=i: step(i), device) for i in range(steps)]  # type: ignore[misc]
+    peak = peak_memory(device)
+    recorder = Recorder(device)
+    recorder.record(lambda: step(0))
+    return {
+        "encoder": encoder, "stem": stem, "image_size": image_size, "batch_size": batch_size,
+        "device": device, "threads": threads(),
+        "step_seconds": median(seconds), "views_per_second": 2 * batch_size / median(seconds),
+        "peak_bytes": peak, "roofline": roofline(device), "ops": recorder.rows(),
+        "events": recorder.events,
+    }  # fmt: skip
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds that `run` takes, to the end of what it asks of the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def roofline(device: str, n: int = 2048, length: int = 1 << 25) -> dict[str, float]:
+    """This machine's measured peaks: matrix product n^3 (flop/s), sum of two vectors (byte/s)."""
+    xp = xp_of(to_device(np.zeros(1, np.float32), device))
+    a, b = xp.ones((n, n), xp.float32), xp.ones(length, xp.float32)
+    c, total = xp.empty_like(a), xp.empty_like(b)
+    product = min(timed(lambda: xp.matmul(a, a, out=c), device) for _ in range(5))
+    addition = min(timed(lambda: xp.add(b, b, out=total), device) for _ in range(5))
+    return {"flops_per_second": 2 * n**3 / product, "bytes_per_second": 2 * b.nbytes / addition}
+
+
+class Recorder:
+    """Observes the engine and notes each operation: what, when, how long, how much work."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.events: list[dict[str, Any]] = []
+
+    def record(self, run: Callable[[], Any]) -> None:
+        """Run it with the observer in place."""
+        self.start = time.perf_counter()
+        tensor.observer = self.observe
+        try:
+            run()
+        finally:
+            tensor.observer = None
+
+    def observe(self, function: Function, direction: str, run: Callable, arrays: tuple) -> Any:
+        name, read = describe(function, direction, arrays), sum(a.nbytes for a in arrays)
+        synchronize(self.device)
+        start = time.perf_counter()
+        result = run(*arrays)
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        results = result if isinstance(result, tuple) else (result,)
+        made = [r for r in results if r is not None]
+        self.events.append({
+            "name": name, "direction": direction, "start": start - self.start, "seconds": seconds,
+            "flops": flops(function, direction, arrays, made),
+            "bytes": read + sum(r.nbytes for r in made) + saved_bytes(function, direction),
+        })  # fmt: skip
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Events summed by name and direction, the slowest first."""
+        table: dict[tuple[str, str], dict[str, Any]] = {}
+        for event in self.events:
+            key = event["name"], event["direction"]
+            row = table.setdefault(
+                key,
+                {
+                    "name": key[0],
+                    "direction": key[1],
+                    "calls": 0,
+                    "seconds": 0.0,
+                    "flops": 0,
+                    "bytes": 0,
+                },
+            )
+            row["calls"] += 1
+            for figure in ("seconds", "flops", "bytes"):
+                row[figure] += event[figure]
+        return sorted(table.values(), key=lambda row: -row["seconds"])
+
+
+def describe(function: Function, direction: str, arrays: tuple) -> str:
+    """Class name, and for a convolution its kernel, stride and channels."""
+    if not isinstance(function, Conv2d):
+        return type(function).__name__
+    w = arrays[1] if direction == "forward" else function.w
+    kh, kw, c, o = w.shape
+    return f"Conv2d {kh}x{kw}/{function.stride[0]} {c}>{o}"
+
+
+def saved_bytes(function: Function, direction: str) -> int:
+    """Bytes of the saved arrays that a backward has to read."""
+    if direction == "forward":
+        return 0
+    return sum(getattr(value, "nbytes", 0) for value in vars(function).values())
+
+
+def flops(function: Function, direction: str, arrays: tuple, made: list) -> int:
+    """Multiplications and additions of the plain algorithm; one for each number made elsewhere.
+
+    A fast convolution (Winograd) needs fewer: its rate may exceed the roofline.
+    """
+    if isinstance(function, (Conv2d, Linear)):
+        w = arrays[1] if direction == "forward" else function.w
+        inner = w[..., 0].size if isinstance(function, Conv2d) else w.shape[1]  # terms of one sum
+        if direction == "forward":
+            return 2 * made[0].size * inner
+        return 2 * arrays[0].size * inner * sum(function.needs[:2])  # as many for each gradient
+    if isinstance(function, NTXent):
+        views, d = (arrays[0] if direction == "forward" else made[0]).shape
+        return 2 * views * views * d
+    return sum(m.size for m in made)
+
+
+def table(result: dict[str, Any], most: int = 16) -> str:
+    """The hot spots as text."""
+    roof = result["roofline"]
+    step = sum(row["seconds"] for row in result["ops"])
+    lines = [
+        f"{'operation':<26}{'':>9}{'calls':>6}{'ms':>9}{'share':>7}{'GFLOP':>8}{'MB':>8}"
+        f"{'GF/s':>8}{'GB/s':>7}{'of roof':>9}"
+    ]
+    for row in result["ops"][:most]:
+        s, work, moved = row["seconds"], row["flops"], row["bytes"]
+        name, direction = row["name"], row["direction"]
+        floor = max(work / roof["flops_per_second"], moved / roof["bytes_per_second"])
+        lines.append(
+            f"{name:<26}{direction:>9}{row['calls']:>6}{s * 1e3:>9.2f}{s / step:>7.1%}"
+            f"{work / 1e9:>8.2f}{moved / 1e6:>8.1f}{work / s / 1e9:>8.1f}{moved / s / 1e9:>7.1f}"
+            f"{floor / s:>9.0%}"
+        )
+    if rest := result["ops"][most:]:
+        s = sum(row["seconds"] for row in rest)
+        lines.append(f"{f'{len(rest)} more':<26}{'':>15}{s * 1e3:>9.2f}{s / step:>7.1%}")
+    lines.append(
+        f"step {result['step_seconds'] * 1e3:.1f} ms, {result['views_per_second']:,.0f} views/s, "
+        f"peak {result['peak_bytes'] / 1e6:,.0f} MB on {result['device']}, "
+        f"{result['threads']} threads; roof {roof['flops_per_second'] / 1e9:.0f} GF/s, "
+        f"{roof['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+    return "\n".join(lines)
+
+
+def write_trace(result: dict[str, Any], path: Path) -> None:
+    """Events in Chrome's trace format, for ui.perfetto.dev or chrome://tracing. Raises OSError."""
+    events = [
+        {"name": e["name"], "cat": e["direction"], "ph": "X", "pid": 1, "tid": 1,
+         "ts": e["start"] * 1e6, "dur": e["seconds"] * 1e6,
+         "args": {"flops": e["flops"], "bytes": e["bytes"]}}
+        for e in result["events"]
+    ]  # fmt: skip
+    write_bytes(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())

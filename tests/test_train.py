@@ -1,0 +1,217 @@
+"""Runs: repeatable to the byte, stoppable anywhere, honest when they go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr import checkpoint
+from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
+from minisimclr.files import locked
+from minisimclr.run import open_run, read_config
+from minisimclr.simclr import chance_loss
+from minisimclr.train import Plan, pretrain, resume
+
+
+@pytest.fixture(scope="module")
+def config(pictures):
+    return ms.TrainConfig(
+        data=str(pictures), width=4, image_size=16, batch_size=16, epochs=3, lr=0.1, threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    return pretrain(config, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def content(run_path):
+    """What of a run must be the same however it came about."""
+    newest = checkpoint.listed(run_path / "checkpoints")[-1]
+    return (run_path / "metrics.jsonl").read_bytes(), newest.name, newest.read_bytes()
+
+
+class Stop:
+    """A notify that stops the run at a step, as a signal does."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def __call__(self, event, values):
+        if event == "step" and values["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_learns_and_leaves_its_folder(finished, config):
+    lines = [json.loads(x) for x in (finished.path / "metrics.jsonl").read_text().splitlines()]
+    total = Plan.of(config, len(ms.data.open_dataset(config.data, 20).split("pretrain"))).total
+    assert [line["step"] for line in lines] == list(range(1, total + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["chance"] == chance_loss(16) == pytest.approx(np.log(31))
+    assert {"alignment", "uniformity", "effective_rank"} <= lines[-1].keys()
+    assert not any("seconds" in line for line in lines)
+    timings = [json.loads(x) for x in (finished.path / "timings.jsonl").read_text().splitlines()]
+    assert {"seconds", "data_wait", "views_per_second"} <= timings[0].keys()
+    settings = json.loads((finished.path / "config.json").read_text())
+    assert settings["lr"] == {"value": 0.1, "origin": "default"}
+    assert read_config(finished.path) == config
+    assert not list(finished.path.rglob(".*.tmp"))
+
+
+def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
+    assert content(pretrain(config, tmp_path / "again").path) == content(finished.path)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])  # warming up, at the edge of an epoch, within one
+def test_stopped_and_resumed_is_uninterrupted(step, finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run", notify=Stop(step))
+    assert run.stopped == "SIGTERM"
+    assert run.step <= step + 1
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": torn')  # a later, unsaved line
+    assert resume(tmp_path / "run").stopped == ""
+    assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    assert run.stopped == "time limit"
+    assert run.step == 1
+    resume(tmp_path / "run")
+    assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    before = content(finished.path)
+    assert resume(finished.path).step == finished.step
+    assert content(finished.path) == before
+
+
+def test_resuming_without_a_checkpoint_starts_at_step_0(finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    for path in checkpoint.listed(run.path / "checkpoints"):
+        path.unlink()
+    resume(run.path)
+    assert content(run.path) == content(finished.path)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run")
+    newest = checkpoint.listed(run.path / "checkpoints")[-1]
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    with pytest.warns(UserWarning, match="trying the one before"):
+        resume(run.path)
+    assert content(run.path) == content(finished.path)
+    for path in checkpoint.listed(run.path / "checkpoints"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="none of its 2"):
+        open_run(run.path)
+
+
+def test_a_killed_run_goes_on(finished, config, tmp_path):
+    script = (
+        "import sys, json, minisimclr as ms; from pathlib import Path\n"
+        "ms.pretrain(ms.TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    out = tmp_path / "run"
+    child = subprocess.Popen([sys.executable, "-c", script, json.dumps(config.to_dict()), str(out)])
+    while not checkpoint.listed(out / "checkpoints"):
+        assert child.poll() in (None, 0)
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    resume(out)
+    assert content(out) == content(finished.path)
+
+
+def test_an_existing_folder_is_never_touched(finished, config):
+    before = content(finished.path)
+    with pytest.raises(ConfigError, match="exists already"):
+        pretrain(config, finished.path)
+    assert content(finished.path) == before
+
+
+def test_a_run_in_use_is_refused(finished):
+    with locked(finished.path / "run"), pytest.raises(OutputError, match="another process"):
+        resume(finished.path)
+
+
+def test_other_data_is_refused(finished, config, tmp_path, pictures):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    fake = ms.data.open_dataset(str(pictures), 20)
+    object.__setattr__(fake, "fingerprint", "0" * 64)
+    with pytest.raises(DataError, match="other data"):
+        resume(run.path, dataset=fake)
+
+
+def test_divergence_keeps_the_last_good_state(config, tmp_path):
+    wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
+    with pytest.raises(DivergedError, match="step"), np.errstate(all="ignore"):
+        pretrain(wild, tmp_path / "run")
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert np.isfinite(json.loads(line)["loss"])
+    for path in checkpoint.listed(tmp_path / "run" / "checkpoints"):
+        arrays, _ = checkpoint.load(path)
+        assert all(np.isfinite(a).all() for a in arrays.values())
+
+
+def test_a_run_on_the_chance_line_says_so(config, tmp_path):
+    heard = []
+    flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 1})
+    pretrain(flat, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
+    assert any(event == "warning" and "chance line" in v["text"] for event, v in heard)
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(config, tmp_path):
+    with pytest.raises(ConfigError, match="larger than the"):
+        pretrain(ms.TrainConfig(**config.to_dict() | {"batch_size": 1000}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ({"temperature": -1.0}, "temperature must be greater than 0"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"encoder": "resnet19"}, "encoder must be one of"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"epochs": 2.5}, "epochs must be of type int"),
+        ({"crop_min": 1.5}, "crop_min must be at most 1"),
+        ({"seed": True}, "seed must be of type int"),
+        ({"lr": -1.0, "epochs": 0}, "lr must be .*; epochs|epochs must be .*; lr"),
+    ],
+)
+def test_bad_settings_are_all_named(bad, said):
+    with pytest.raises(ConfigError, match=said):
+        ms.TrainConfig(**bad)
+
+
+def test_checkpoints_hold_no_clock(finished, tmp_path):
+    arrays, state = checkpoint.load(checkpoint.listed(finished.path / "checkpoints")[-1])
+    checkpoint.save(tmp_path / "a.h5", arrays, state)
+    time.sleep(1.1)
+    checkpoint.save(tmp_path / "b.h5", arrays, state)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch):
+    arrays, state = checkpoint.load(checkpoint.listed(finished.path / "checkpoints")[-1])
+    target = tmp_path / "a.h5"
+    checkpoint.save(target, arrays, state)
+    before = target.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minisimclr.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(target, arrays, state | {"step": 99})
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
