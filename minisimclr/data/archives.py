@@ -1,0 +1,80 @@
+"""Read tar archives as a stream, member by member: nothing is ever written to the disk.
+
+That leaves no path to escape from and no link to follow. What remains is refused by name: links and
+devices, members too large, too many or there twice, and headers that promise what is not there.
+`tarfile` ends silently at some kinds of damage, so the caller counts what it got.
+"""
+
+import bz2
+import gzip
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from ..errors import DataError
+
+MAX_MEMBERS = 1_000_000
+MAX_MEMBER_BYTES = 64 << 20  # with its headers and padding
+OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZ": bz2.open,
+    b"\xfd7": lzma.open,
+}  # by first two bytes
+
+
+def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """(path in the archive, content) of the regular files in a plain or compressed tar file.
+
+    Raises DataError if the archive cannot be read or holds what no data set needs.
+    """
+    seen: set[PurePosixPath] = set()
+    try:
+        with path.open("rb") as raw:
+            opener = OPENERS.get(raw.read(2))
+            raw.seek(0)
+            stream: Any = Metered(opener(raw) if opener else raw)
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    name = PurePosixPath(member.name)
+                    check(member, name)
+                    if name in seen:
+                        raise DataError(f"has {member.name!r} twice")
+                    if len(seen) == MAX_MEMBERS:
+                        raise DataError(f"has more than {MAX_MEMBERS:,} members")
+                    seen.add(name)
+                    if file := archive.extractfile(member):
+                        yield name, file.read()
+                    archive.members = []  # tarfile would keep every header
+                    stream.left = MAX_MEMBER_BYTES
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    # On damage, tarfile and the decompressors raise whatever they stumble over.
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read as a tar archive ({error})") from error
+
+
+def check(member: tarfile.TarInfo, name: PurePosixPath) -> None:
+    if name.is_absolute() or ".." in name.parts:
+        raise DataError(f"{member.name!r} points out of the archive")
+    if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise DataError(f"{member.name!r} is a link, a device or sparse: only plain files may be")
+    if not 0 <= member.size <= MAX_MEMBER_BYTES:
+        raise DataError(f"{member.name!r} has {member.size:,} bytes, no picture has")
+
+
+class Metered:
+    """A file that refuses to be read for more than MAX_MEMBER_BYTES per member."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.left = MAX_MEMBER_BYTES
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"a member takes more than {MAX_MEMBER_BYTES >> 20} MiB")
+        return content

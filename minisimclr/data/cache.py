@@ -1,0 +1,250 @@
+"""The cache: all pictures of a data set at one size in one immutable HDF5 file, read by memmap.
+
+    byte 0      one line of JSON: where the pixels start, SHA-256 of the header and of the pixels
+    byte 4096   HDF5 header and small arrays: labels, splits, duplicate_of, about (JSON)
+    ...         `images`, uint8 (N, S, S, 3), contiguous and last
+
+HDF5 only lays the file out, in memory. Every byte on the disk is written by plain file calls, so
+that a full disk is an OSError and not a crash in the library; and NumPy reads the rows with neither
+h5py nor its lock. The first line, in HDF5's user block, covers every other byte of the file.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+
+from ..backend import available_cores
+from ..errors import DataError, OutputError
+from ..files import publish
+from .source import SPLITS, Job, Options, Plan
+from .workers import parallel_map
+
+FORMAT = "minisimclr cache 1"
+BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
+CHUNK = 32  # pictures in a message to a worker
+PER_WORKER = 256  # fewer pictures are not worth starting a process for
+MAX_SKIPPED = 0.01  # of all pictures
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N pictures of side S with labels and splits, from `open_dataset`."""
+
+    name: str
+    images: np.memmap  # uint8 (N, S, S, 3)
+    labels: np.ndarray  # int64 (N,), -1 where unknown
+    class_names: tuple[str, ...]
+    splits: np.ndarray  # uint8 (N,), indices into SPLITS
+    fingerprint: str  # SHA-256 of the pixels, in hex
+    path: Path
+    file_names: tuple[str, ...]
+    duplicate_of: np.ndarray  # int64 (N,), the first row with the same pixels: its own if new
+    recipe: dict[str, Any]  # all that the pixels and splits depend on
+    notes: dict[str, Any]
+
+    def split(self, name: str) -> np.ndarray:
+        """Indices (int64, increasing) of the pictures in pretrain, labelled or test."""
+        return np.flatnonzero(self.splits == SPLITS.index(name))
+
+    @property
+    def options(self) -> Options:
+        """What the user chose when the data set was prepared."""
+        return Options(**self.recipe["options"])
+
+    def verify(self) -> None:
+        """Compare the pixels with their fingerprint. Raises DataError if a bit has changed."""
+        if sha256(self.images) != self.fingerprint:
+            raise DataError(f"{self.path}: pixels changed on the disk: delete it and prepare again")
+
+
+def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | None) -> None:
+    """Make every picture of `plan` and publish the cache `path`.
+
+    `recipe` says all that the pixels depend on; its `size` and `options` are followed. Raises
+    DataError for a picture that cannot be decoded (with skip_bad: for more than 1 % of them) and
+    OutputError where the disk is full or cannot be written.
+    """
+    needed = len(plan.names) * recipe["size"] ** 2 * 3
+    try:
+        if needed > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with publish(path) as temporary, temporary.open("w+b") as file:
+            bad = fill(file, name, plan, recipe, progress)
+            if bad:
+                fill(file, name, plan.without(bad), recipe, progress)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OutputError(
+            f"{path}: {error.strerror} (the cache needs {needed:,} bytes, {free:,} are free)"
+        ) from error
+
+
+def fill(
+    file: BinaryIO, name: str, plan: Plan, recipe: dict, progress: Progress | None
+) -> dict[int, str]:
+    """Write the whole cache; or, if pictures may be skipped and are bad, return {row: reason}."""
+    size, total = recipe["size"], len(plan.names)
+    row_bytes = size * size * 3
+    start = BLOCK + len(lay_out(name, plan, recipe, np.arange(total)))
+    file.truncate(start + total * row_bytes)
+    digests, bad = [b""] * total, {}
+    workers = min(available_cores(), total // PER_WORKER)
+    results = chain.from_iterable(parallel_map(make, chunks(plan.jobs(size)), workers))
+    for done, (row, pixels, digest) in enumerate(results, 1):
+        if isinstance(pixels, bytes):
+            digests[row] = digest
+            file.seek(start + row * row_bytes)
+            file.write(pixels)
+        else:
+            bad[row] = pixels
+            what = f"{name}: {plan.names[row]!r} {pixels}"
+            if not recipe["options"]["skip_bad"]:
+                raise DataError(f"{what}: repair or remove it, or leave such out with --skip-bad")
+            if len(bad) > max(1, total * MAX_SKIPPED):
+                raise DataError(f"{what}, and with it more than 1 % of all pictures are bad")
+        if progress:
+            progress(done, total)
+    if bad:
+        return bad
+    file.flush()
+    first: dict[bytes, int] = {}
+    duplicate_of = np.array([first.setdefault(d, row) for row, d in enumerate(digests)])
+    header = lay_out(name, plan, recipe, duplicate_of)
+    pixels_hash = sha256(np.memmap(file, np.uint8, "r", start))
+    file.seek(0)
+    file.write(first_line(start, sha256(header), pixels_hash) + header)
+    return {}
+
+
+def chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    jobs = iter(jobs)
+    while chunk := list(islice(jobs, CHUNK)):
+        yield chunk
+
+
+def make(jobs: list[Job]) -> list[tuple[int, bytes | str, bytes]]:
+    """In a worker: (row, pixels or the reason why there are none, digest of the pixels) per job."""
+    results: list[tuple[int, bytes | str, bytes]] = []
+    for row, function, arguments in jobs:
+        try:
+            pixels = function(*arguments).tobytes()
+            results.append((row, pixels, hashlib.sha256(pixels).digest()))
+        except DataError as error:
+            results.append((row, str(error), b""))
+    return results
+
+
+def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> bytes:
+    """What lies between first line and pixels; as long for any other `duplicate_of`."""
+    about = {
+        "name": name,
+        "recipe": recipe,
+        "notes": plan.notes,
+        "class_names": list(plan.class_names),
+        "file_names": list(plan.names),
+    }
+    size = recipe["size"]
+    memory = io.BytesIO()
+    with h5py.File(
+        memory, "w", userblock_size=BLOCK, alignment_threshold=BLOCK, alignment_interval=BLOCK
+    ) as tree:
+        tree["labels"] = plan.labels
+        tree["splits"] = plan.splits
+        tree["duplicate_of"] = duplicate_of
+        tree["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        # The pixels get their place at once and are never written: they end up behind `memory`.
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        space = h5py.h5s.create_simple((len(plan.names), size, size, 3))
+        images = h5py.h5d.create(tree.id, b"images", h5py.h5t.STD_U8LE, space, layout)
+        start = images.get_offset()
+    header = memory.getvalue()[BLOCK:]
+    assert len(header) <= start - BLOCK, "HDF5 has put something behind the pixels"
+    return header.ljust(start - BLOCK, b"\0")
+
+
+def first_line(start: int, header_hash: str, pixels_hash: str) -> bytes:
+    line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": pixels_hash}
+    return json.dumps(line).encode().ljust(BLOCK - 1) + b"\n"
+
+
+def sha256(content: Any) -> str:
+    """SHA-256, in hex, of anything that lies in one piece of memory."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def load(path: Path) -> Dataset:
+    """Open a cache. Raises DataError unless it is one and every byte but the pixels is intact.
+
+    The file may come from anywhere: no link is followed out of it, and nothing larger than the file
+    is read. What another process publishes at `path` later does not change an open data set.
+    """
+    try:
+        with path.open("rb") as file:
+            block = file.read(BLOCK)
+            line = json.loads(block)
+            start = line["start"]
+            if block != first_line(start, line["header"], line["pixels"]):
+                raise DataError(f"{path}: is not {FORMAT!r}")
+            if sha256(file.read(start - BLOCK)) != line["header"]:
+                raise DataError(f"{path}: its header changed on the disk: delete it, prepare again")
+            with h5py.File(file, "r") as tree:
+                end = os.fstat(file.fileno()).st_size
+                images = plain(tree, "images", end)
+                shape = images.shape
+                if images.id.get_offset() != start or start + images.nbytes != end:
+                    raise DataError(f"{path}: its pixels are not where they should be")
+                small = ("labels", "splits", "duplicate_of", "about")
+                labels, splits, duplicate_of, text = (plain(tree, k, start)[:] for k in small)
+            pixels = np.memmap(file, np.uint8, "r", start, shape)
+        about = json.loads(text.tobytes())
+        if len(shape) != 4 or shape[1:] != (about["recipe"]["size"],) * 2 + (3,):
+            raise DataError(f"{path}: its images have the shape {shape}")
+        ceilings = ((labels, len(about["class_names"])), (splits, len(SPLITS)))
+        if any(len(v) != shape[0] or v.min() < -1 or v.max() >= top for v, top in ceilings):
+            raise DataError(f"{path}: its labels or splits do not fit its images")
+        return Dataset(
+            images=pixels,
+            labels=labels,
+            splits=splits,
+            duplicate_of=duplicate_of,
+            fingerprint=line["pixels"],
+            path=path,
+            class_names=tuple(about.pop("class_names")),
+            file_names=tuple(about.pop("file_names")),
+            **about,
+        )
+    except DataError:
+        raise
+    except Exception as error:  # whatever JSON, h5py and NumPy stumble over
+        raise DataError(f"{path}: no minisimclr cache can be read there ({error})") from error
+
+
+def plain(tree: h5py.File, name: str, limit: int) -> h5py.Dataset:
+    """An array of integers that lies in this file, in one piece of at most `limit` bytes."""
+    data = tree[name] if isinstance(tree.get(name, getlink=True), h5py.HardLink) else None
+    if (
+        not isinstance(data, h5py.Dataset)
+        or data.is_virtual
+        or data.external
+        or data.chunks
+        or data.dtype.kind not in "iu"
+        or data.id.get_storage_size() != data.nbytes
+        or data.nbytes > limit
+    ):
+        raise DataError(f"{name} is not stored as one array in the file")
+    return data

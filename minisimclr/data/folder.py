@@ -1,0 +1,87 @@
+"""A folder of pictures: one folder per class (of any depth inside), or pictures without labels.
+
+Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `labelled`, the rest
+`pretrain`. Classes of fewer than three pictures and pictures without labels are all `pretrain`.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from .images import SUFFIXES, decode_file
+from .source import LABELLED, TEST, Job, Options, Plan, Source, choose
+
+
+def source(root: Path, options: Options) -> Source:
+    """The pictures below `root`, but for hidden ones. Raises DataError if there are none."""
+    if options.crop == "boxes":
+        raise ConfigError(f"{root} has no annotation to crop by: only Stanford Dogs has boxes")
+    found = {path.relative_to(root): stat for path, stat in files(root)}
+    pictures = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
+    classes = sorted({path.parts[0] for path in pictures if len(path.parts) > 1})
+    loose = [path for path in pictures if len(path.parts) == 1]
+    if classes and loose:
+        raise DataError(f"{root} holds folders, but {loose[0].name!r} and maybe others are in none")
+
+    def plan() -> Plan:
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers.get(path.parts[0], -1) for path in pictures], np.int64)
+
+        def jobs(size: int) -> Iterator[Job]:
+            return ((i, decode_file, (root / path, size)) for i, path in enumerate(pictures))
+
+        names = [path.as_posix() for path in pictures]
+        notes = {"ignored_files": len(found) - len(pictures)}
+        splits = split_classes(labels, classes, options.labels_per_class)
+        return Plan(names, labels, classes, splits, jobs, notes)
+
+    listing = [(str(p), found[p].st_size, found[p].st_mtime_ns) for p in pictures]
+    identity = hashlib.sha256(repr(listing).encode()).hexdigest()
+    return Source(root.resolve().name, identity, plan)
+
+
+def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files below `root` that are not hidden; links to folders count at the top level only."""
+    try:
+        tops = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+        for top in tops:
+            if not top.is_dir():
+                yield top, top.stat()
+            for folder, inner, names in os.walk(top, onerror=fail):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                for name in names:
+                    if not name.startswith("."):
+                        path = Path(folder, name)
+                        yield path, path.stat()
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def fail(error: OSError) -> None:
+    raise error
+
+
+def split_classes(
+    labels: np.ndarray, class_names: list[str], labels_per_class: int | None
+) -> np.ndarray:
+    """Split codes (N,) uint8 by the rule above; `labels_per_class` replaces the labelled fifth."""
+    splits = np.zeros(len(labels), np.uint8)
+    for number, name in enumerate(class_names):
+        rows = np.flatnonzero(labels == number)
+        test = max(1, round(len(rows) / 5)) if len(rows) >= 3 else 0
+        labelled = test if labels_per_class is None else labels_per_class
+        if test + labelled > len(rows):
+            raise ConfigError(
+                f"labels per class is {labelled}, but {name!r} has only {len(rows) - test} "
+                "pictures that are not for testing"
+            )
+        chosen = choose(rows, test + labelled, stream=number)
+        splits[chosen[:test]] = TEST
+        splits[chosen[test:]] = LABELLED
+    return splits

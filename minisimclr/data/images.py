@@ -1,0 +1,113 @@
+"""From the bytes of a JPEG, PNG or WebP file to one square of RGB pixels, or a reason why not.
+
+The picture is turned upright (EXIF), cropped to a square, resized with Pillow's antialiased bicubic
+filter. Transparency is laid on white, 16-bit grey keeps its high byte, CMYK and palettes become
+RGB, and of an animation the first frame counts. Damage inside a JPEG's scan usually decodes without
+an error, so only an archive's checksum proves that the pixels are the original ones.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from ..errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FILTER = "bicubic, JPEG draft down to 1.5 times the side"
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 50_000_000  # a 50-megapixel camera
+MIN_SIDE, MAX_ASPECT = 8, 20
+DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
+
+#: x0, y0, x1, y1 in pixels of a picture of the width and height that follow.
+Box = tuple[int, int, int, int, int, int]
+
+
+def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
+    """The picture in `content` as uint8 (size, size, 3): its centre, or the square around `box`.
+
+    Raises DataError for anything but a decodable picture of reasonable size.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow grumbles about metadata that nobody needs
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            check_dimensions(image.width, image.height, box)
+            x, y, side = square(image.width, image.height, box)
+            gain = max(1.0, side / (DRAFT_GAP * size))
+            full_width = image.width
+            image.draft(None, (int(image.width / gain), int(image.height / gain)))
+            x, y, side = (v * image.width / full_width for v in (x, y, side))
+            bounds = (x, y, min(x + side, image.width), min(y + side, image.height))
+            small = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, bounds)
+            small.info = image.info  # boxes are given in the picture as stored, so turning is last
+            ImageOps.exif_transpose(small, in_place=True)
+            return np.asarray(small)
+    except DataError:
+        raise
+    except Exception as error:  # on junk, Pillow raises whatever its parsers stumble over
+        raise DataError(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def decode_file(path: Path, size: int) -> np.ndarray:
+    """`decode` of what a file holds. Raises DataError also if that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(f"has more than {MAX_BYTES >> 20} MiB")
+    return decode(content, size)
+
+
+def check_dimensions(width: int, height: int, box: Box | None) -> None:
+    """Raise DataError for bombs, specks and slivers, and for a box that is not of this picture."""
+    if width * height > MAX_PIXELS:
+        raise DataError(f"has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(
+            f"has {width} x {height} pixels: both sides must have {MIN_SIDE} "
+            f"and neither {MAX_ASPECT} times the other"
+        )
+    if box and box[4:] != (width, height):
+        raise DataError(f"has {width} x {height} pixels, its annotation says {box[4]} x {box[5]}")
+
+
+def square(width: int, height: int, box: Box | None) -> tuple[float, float, float]:
+    """Left, top and side of the smallest square around `box` that fits into the picture."""
+    x0, y0, x1, y1 = box[:4] if box else (0, 0, width, height)
+    side = min(max(x1 - x0, y1 - y0), width, height)
+    left = min(max((x0 + x1 - side) / 2, 0), width - side)
+    top = min(max((y0 + y1 - side) / 2, 0), height - side)
+    return left, top, side
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that FORMATS can hold as RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def contact_sheet(rows: list[tuple[str, np.ndarray]], caption_width: int = 150) -> bytes:
+    """A PNG with one row of pictures, uint8 (n, S, S, 3), beside each caption."""
+    side = max(rows[0][1].shape[1], 16)
+    columns = max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (caption_width + columns * side, len(rows) * side), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (caption, images) in enumerate(rows):
+        draw.text((4, y * side + side // 2 - 6), caption, fill="black")
+        for x, image in enumerate(images):
+            sheet.paste(Image.fromarray(image), (caption_width + x * side, y * side))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()

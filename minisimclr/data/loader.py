@@ -1,0 +1,72 @@
+"""Shuffled batches of pictures, fetched ahead by a thread.
+
+The order is a pure function of (seed, step): a run can resume at any step, and `world_size`
+processes together see what one process would see.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import count
+
+import numpy as np
+
+from ..errors import ConfigError
+
+AHEAD = 2  # batches fetched before they are asked for
+
+#: step, uint8 (n, S, S, 3), int64 (n,): where in the data set the pictures are
+Batch = tuple[int, np.ndarray, np.ndarray]
+
+
+def batches(
+    images: np.ndarray,
+    indices: np.ndarray,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches of images[indices] from step `start_step` on; each epoch is shuffled anew.
+
+    `batch_size` counts all processes; this one gets the n = batch_size / world_size pictures of its
+    rank. An epoch is len(indices) // batch_size steps: the rest, which is too small for a batch,
+    sits out. The time that next() takes is the time waited for data. Raises ConfigError.
+    """
+    steps = len(indices) // batch_size if batch_size > 0 else 0
+    if not steps:
+        raise ConfigError(f"batch size is {batch_size}, but the split has {len(indices)} images")
+    if batch_size % world_size:
+        raise ConfigError(f"batch size {batch_size} cannot be shared by {world_size} processes")
+    n = batch_size // world_size
+
+    @lru_cache(maxsize=1)
+    def shuffled(epoch: int) -> np.ndarray:
+        return indices[permutation(seed, epoch, len(indices))]
+
+    def fetch(step: int) -> Batch:
+        epoch, position = divmod(step, steps)
+        begin = position * batch_size + rank * n
+        chosen = shuffled(epoch)[begin : begin + n]
+        return step, np.asarray(images[chosen]), chosen
+
+    return prefetch(fetch, start_step)
+
+
+def prefetch(fetch, step: int) -> Iterator[Batch]:
+    """fetch(step), fetch(step + 1), ..., computed AHEAD of time in one thread."""
+    with ThreadPoolExecutor(1, "loader") as pool:
+        waiting = deque(pool.submit(fetch, step + i) for i in range(AHEAD))
+        for following in count(step + AHEAD):
+            batch = waiting.popleft().result()
+            waiting.append(pool.submit(fetch, following))
+            yield batch
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """A random order of range(n) that depends on nothing but the arguments."""
+    # The generator counts up the first word itself, so the epoch goes into the second.
+    keys = np.random.Philox(key=seed, counter=[0, epoch, 0, 0]).random_raw(n)
+    return np.argsort(keys, kind="stable")

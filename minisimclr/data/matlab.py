@@ -1,0 +1,76 @@
+"""Read text, numbers and cell arrays of them from MATLAB v5 files, which the official lists are.
+
+Format: MathWorks, "MAT-File Format", version 5. A file is a 128-byte header and elements: a tag
+(type, bytes), data, padding to 8 bytes; an array is an element of elements, often deflated.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+
+MAX_BYTES = 64 << 20  # of one inflated variable; the official ones have 3
+NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8",
+           13: "<u8"}  # fmt: skip
+UTF8, MATRIX, DEFLATED = 16, 14, 15
+CELL, CHAR = 1, 4  # classes of arrays
+
+
+def load(content: bytes) -> dict[str, Any]:
+    """Variables by name: a cell array as a flat list, numbers as an array, text as str.
+
+    Raises DataError for anything else, damaged or larger than a list can be.
+    """
+    try:
+        if content[126:128] != b"IM":
+            raise DataError("is no little-endian MATLAB v5 file")
+        return dict(array(data) for kind, data in elements(content[128:]) if kind == MATRIX)
+    except (struct.error, ValueError, KeyError, StopIteration, RecursionError, zlib.error) as error:
+        raise DataError(f"is a damaged MATLAB file ({error})") from error
+
+
+def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, bytes) of each element in `data`, inflated."""
+    position = 0
+    while position < len(data):
+        kind, length = struct.unpack_from("<II", data, position)
+        begin = position + 8
+        if kind >> 16:  # a small element: length, type and up to 4 bytes in one tag
+            kind, length, begin = kind & 0xFFFF, kind >> 16, position + 4
+        if begin + length > len(data):
+            raise ValueError("an element ends behind the file")
+        body = data[begin : begin + length]
+        position = begin + length
+        if kind == DEFLATED:
+            inflater = zlib.decompressobj()
+            body = inflater.decompress(body, MAX_BYTES)
+            if not inflater.eof:
+                raise ValueError(f"a variable is cut off or has more than {MAX_BYTES >> 20} MiB")
+            yield from elements(body)
+        else:
+            position += -position % 8  # relative to a start that is a multiple of 8 itself
+            yield kind, body
+
+
+def array(data: bytes) -> tuple[str, Any]:
+    """Name and value of an array element: flags, dimensions, name, then cells or numbers."""
+    parts = elements(data)
+    flags, shape, name = (body for _, body in (next(parts), next(parts), next(parts)))
+    kind = flags[0]
+    count = int(np.prod(np.frombuffer(shape, "<i4").astype(object)))
+    if kind == CELL:
+        value: Any = [array(body)[1] for _, body in parts]
+    else:
+        numeric, body = next(parts)
+        if kind == CHAR and numeric == UTF8:
+            return name.decode("ascii"), body.decode("utf-8")
+        value = np.frombuffer(body, NUMBERS[numeric])
+        if kind == CHAR:
+            return name.decode(), "".join(map(chr, value))
+    if len(value) != count:
+        raise ValueError(f"an array holds {len(value)} of its {count} values")
+    return name.decode(), value

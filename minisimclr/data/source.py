@@ -1,0 +1,76 @@
+"""What a data set is before it is cached: names, labels, splits, and how to make each picture.
+
+Every data set has three disjoint splits: `pretrain` (labels unused), `labelled` (trains probes) and
+`test` (scores them). Who falls where depends on seed 0 and the order of the pictures alone, through
+raw numbers of a Philox generator, which NumPy promises never to change.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+
+SPLITS = ("pretrain", "labelled", "test")
+PRETRAIN, LABELLED, TEST = range(3)
+
+#: A row of the cache, a picklable function and its arguments; the call returns uint8 (S, S, 3).
+Job = tuple[int, Callable[..., np.ndarray], tuple]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose when a data set is prepared; kept in the cache."""
+
+    crop: str = "centre"  # or "boxes": around the annotated animal
+    skip_bad: bool = False  # leave out what cannot be decoded, up to 1 %
+    labels_per_class: int | None = None  # None: a fifth of each class
+
+    def __post_init__(self):
+        if self.crop not in ("centre", "boxes"):
+            raise ConfigError(f"crop is {self.crop!r}: choose centre or boxes")
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise ConfigError(f"labels per class is {self.labels_per_class}: choose 1 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """N pictures in row order; `jobs(S)` yields the work for each row once, in any order."""
+
+    names: Sequence[str]
+    labels: np.ndarray  # (N,) int64, -1 where unknown
+    class_names: Sequence[str]
+    splits: np.ndarray  # (N,) uint8, indices into SPLITS
+    jobs: Callable[[int], Iterator[Job]]
+    notes: dict[str, Any] = field(default_factory=dict)  # what `data info` should tell
+
+    def without(self, bad: dict[int, str]) -> "Plan":
+        """The plan less the rows `bad` (row: reason), which its notes list."""
+        kept = [row for row in range(len(self.names)) if row not in bad]
+        new_rows = {old: new for new, old in enumerate(kept)}
+
+        def jobs(size: int) -> Iterator[Job]:
+            for row, function, arguments in self.jobs(size):
+                if row in new_rows:
+                    yield new_rows[row], function, arguments
+
+        names = [self.names[row] for row in kept]
+        notes = {**self.notes, "skipped": {self.names[row]: why for row, why in bad.items()}}
+        return Plan(names, self.labels[kept], self.class_names, self.splits[kept], jobs, notes)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pictures come from. `identity` (JSON, cheap) changes whenever the pictures may have."""
+
+    name: str
+    identity: Any
+    plan: Callable[[], Plan]
+
+
+def choose(rows: np.ndarray, count: int, stream: int) -> np.ndarray:
+    """`count` of `rows`, drawn with seed 0; a smaller count draws a part of the same choice."""
+    keys = np.random.Philox(key=0, counter=[0, stream, 0, 0]).random_raw(len(rows))
+    return rows[np.argsort(keys, kind="stable")[:count]]
