@@ -26,19 +26,8 @@ COLOURS = {
     "red": (200, 128, 68),
     "fawn": (216, 184, 142),
     "brown": (124, 80, 54),
-    "nose": (36, 30, 34),
     "pink": (226, 140, 140),
 }
-COLLARS = ("red", "grey", "brown")
-# Above and below the horizon: sky over meadow, park, beach, wall over floor, street, straw.
-SCENES = (
-    ((178, 192, 200), (128, 144, 106)),
-    ((150, 164, 140), (110, 126, 88)),
-    ((186, 194, 196), (190, 174, 144)),
-    ((192, 182, 168), (146, 122, 100)),
-    ((146, 154, 164), (152, 150, 148)),
-    ((176, 168, 148), (186, 166, 120)),
-)
 # Control points of the right ear; the left one is its mirror image.
 EARS = {
     "prick": ((0.15, -0.75), (0.55, -1.75), (0.75, -1.75), (1.05, -0.20), (0.50, -0.30)),
@@ -58,7 +47,6 @@ MARKS = {
     "curls": ((0.50, -0.80, 0.50, 0.45), (0.00, -1.15, 0.55, 0.50)),
     "ruff": ((0.85, 0.45, 0.50, 0.60), (0.00, 0.75, 0.80, 0.60)),
     "spots": ((0.62, 0.40, 0.17, 0.14), (0.30, -0.72, 0.18, 0.13), (0.70, -0.32, 0.12, 0.16)),
-    "none": (),
 }
 
 
@@ -77,12 +65,10 @@ class Breed(NamedTuple):
 
 BREEDS = (
     Breed("beagle", "red", "white", "long", "brown", "blaze", (0.90, 1.00), (0.42, 0.38)),
-    Breed(
-        "border collie", "black", "white", "tipped", "black", "blaze", (0.92, 1.00), (0.38, 0.40)
-    ),
+    Breed("border collie", "black", "white", "tipped", "black", "blaze", (0.92, 1.0), (0.38, 0.4)),
+    Breed("boston terrier", "black", "white", "bat", "black", "blaze", (1.08, 0.9), (0.48, 0.34)),
     Breed("corgi", "red", "white", "bat", "red", "blaze", (1.02, 0.90), (0.36, 0.34)),
     Breed("dalmatian", "white", "white", "drop", "black", "spots", (0.90, 1.02), (0.44, 0.40)),
-    Breed("french bulldog", "black", "grey", "bat", "black", "none", (1.10, 0.92), (0.66, 0.38)),
     Breed("husky", "grey", "white", "prick", "grey", "mask", (1.00, 0.96), (0.40, 0.40)),
     Breed("poodle", "white", "white", "long", "white", "curls", (0.80, 0.98), (0.32, 0.46)),
     Breed("pug", "fawn", "black", "button", "black", "goggles", (1.10, 1.00), (0.56, 0.40)),
@@ -92,8 +78,7 @@ BREEDS = (
     Breed("shiba", "red", "white", "prick", "red", "mask", (1.04, 0.92), (0.36, 0.32)),
 )
 CLASS_NAMES = tuple(breed.name for breed in BREEDS)
-_ANGLES = np.arange(24) * (2 * np.pi / 24)
-CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)  # (24, 2)
+CIRCLE = np.exp(2j * np.pi * np.arange(24) / 24).view(float).reshape(24, 2)
 
 
 def label(index: int) -> int:
@@ -111,29 +96,27 @@ def draw(index: int, size: int) -> np.ndarray:
 
 def _background(rng, side: int) -> Image.Image:
     """Two muted tones that meet at a horizon, mottled and out of focus."""
-    above, below = np.array(SCENES[rng.integers(len(SCENES))], float)
+    behind = rng.uniform((142, 152, 144), (188, 192, 196))  # sky, wall or trees
+    in_front = rng.uniform((110, 118, 90), (172, 156, 122))  # grass, sand or floor
     nearness = np.clip(np.arange(6) - rng.uniform(1, 5), 0, 1)[:, None, None]  # 0 above the horizon
-    tones = above + (below - above) * nearness + rng.normal(0, 9, (6, 6, 1)) + rng.normal(0, 6, 3)
-    tones = np.clip(tones, 0, 255).astype(np.uint8)  # (6, 6, 3)
-    return Image.fromarray(tones).resize((side, side), Image.Resampling.BICUBIC)
+    tones = behind + (in_front - behind) * nearness + rng.uniform(-16, 16, (6, 6, 1))
+    return Image.fromarray(tones.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _light(rng, pixels: np.ndarray) -> np.ndarray:
     """Brightness, a warm or cool cast, and light that falls off in some direction."""
-    side = np.linspace(-1, 1, len(pixels))
-    across, down = rng.uniform(-0.18, 0.18, 2)
-    falloff = 1 + across * side + down * side[:, None]  # (size, size)
-    cast = rng.uniform(0.72, 1.12) * (1 + rng.uniform(-0.07, 0.07) * np.array([1, 0, -1]))
-    return np.clip(pixels * falloff[:, :, None] * cast, 0, 255).astype(np.uint8)
+    slopes = rng.uniform(-0.2, 0.2, (2, 1)) * np.linspace(-1, 1, len(pixels))
+    cast = rng.uniform(0.62, 1.14) * (1 + rng.uniform(-0.06, 0.06) * np.array([1, 0, -1]))
+    light = (1 + np.add.outer(*slopes))[:, :, None] * cast  # (size, size, 3)
+    return np.clip(pixels * light, 0, 255).astype(np.uint8)
 
 
 def _smooth(points) -> np.ndarray:
-    """A smooth closed curve from control points, by Chaikin's corner cutting."""
+    """A smooth closed curve (8n, 2) from control points (n, 2), by Chaikin's corner cutting."""
     points = np.asarray(points)
     for _ in range(3):
-        following = np.roll(points, -1, axis=0)
-        pairs = [0.75 * points + 0.25 * following, 0.25 * points + 0.75 * following]
-        points = np.stack(pairs, axis=1).reshape(-1, 2)  # (n, 2, 2) -> (2n, 2)
+        after = np.roll(points, -1, axis=0)
+        points = np.stack([3 * points + after, points + 3 * after], axis=1).reshape(-1, 2) / 4
     return points
 
 
@@ -142,11 +125,11 @@ class _Pen:
 
     def __init__(self, rng, image: Image.Image):
         self.draw = ImageDraw.Draw(image)
-        tilt, self.turn = rng.uniform(-0.35, 0.35), rng.uniform(-1, 1)
-        self.centre = image.width * rng.uniform((0.40, 0.42), (0.60, 0.56))
+        tilt, self.turn = rng.uniform(-0.45, 0.45), rng.uniform(-1, 1)
+        self.centre = image.width * rng.uniform((0.30, 0.36), (0.70, 0.62))
         axes = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-        self.axes = image.width * rng.uniform(0.20, 0.29) * axes  # px per unit of x and of y
-        self.tint = rng.uniform(0.86, 1.10) * rng.uniform(0.95, 1.05, 3)  # no two coats are alike
+        self.axes = image.width * rng.uniform(0.15, 0.28) * axes  # px per unit of x and of y
+        self.tint = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # no two coats are alike
 
     def fill(self, outline, colour: str, shade: float = 1.0, depth: float = 0.0) -> None:
         """Fill an (n, 2) outline; the nearer to the viewer, the more it moves as the head turns."""
@@ -159,28 +142,27 @@ class _Pen:
 
 
 def _portrait(pen: _Pen, breed: Breed, rng) -> None:
-    mouth_open, blink = rng.random(2) < (0.5, 0.1)
+    """Body, collar, standing ears, head with marks, hanging ears, tongue, snout, nose and eyes."""
+    tongue_out, awake = rng.random(2) < (0.5, 0.9)
     ear = _smooth(EARS[breed.ears]) * rng.uniform(0.92, 1.08, 2)
-    both = ((-1, 1), (1, 1))
+    mirrors = ((-1, 1), (1, 1))
 
-    pen.oval(0, 2.1, 1.1, 1.4, breed.coat, 0.95)
-    pen.oval(0, 2.0, 0.6, 0.95, breed.trim)
-    pen.oval(0, 1.0, 0.72, 0.28, COLLARS[rng.integers(len(COLLARS))])
-    for mirror in both if breed.ears not in HANGING else ():
+    pen.oval(0, 3.2, 1.2, 2.5, breed.coat, 0.95)
+    pen.oval(0, 3.0, 0.6, 2.0, breed.trim)
+    pen.oval(0, 1.0, 0.72, 0.28, ("red", "grey", "brown")[rng.integers(3)])
+    for mirror in mirrors if breed.ears not in HANGING else ():
         pen.fill(ear * mirror, breed.ear, 0.94, -0.1)
         pen.fill((0.55 * ear + 0.45 * ear.mean(axis=0)) * mirror, "pink", 0.9, -0.1)
     pen.oval(0, 0, *breed.head, breed.coat)
-    for x, *oval in MARKS[breed.mark]:
+    for x, y, w, h in MARKS[breed.mark]:
         for side in (-x, x):
-            pen.oval(side, *oval, breed.ear if breed.mark == "spots" else breed.trim, 1.0, 0.15)
-    for mirror in both if breed.ears in HANGING else ():
+            pen.oval(side, y, w, h, breed.ear if breed.mark == "spots" else breed.trim, 1.0, 0.15)
+    for mirror in mirrors if breed.ears in HANGING else ():
         pen.fill(ear * mirror, breed.ear, 0.9, -0.1)
-    if mouth_open:
-        pen.oval(0, 0.40 + breed.snout[1], 0.17, 0.27, "pink", 1.0, 0.28)
+    pen.oval(0, 0.40 + tongue_out * breed.snout[1], 0.17, 0.27, "pink", 1.0, 0.28)
     pen.oval(0, 0.42, *breed.snout, breed.trim, 1.04, 0.28)
-    pen.oval(0, 0.28, 0.19, 0.14, "nose", 1.0, 0.38)
-    opening = 0.03 if blink else 0.19
+    pen.oval(0, 0.28, 0.19, 0.14, "black", 0.6, 0.38)
     for x in (-0.38, 0.38):
-        pen.oval(x, -0.08, 0.17, opening, "brown", 1.0, 0.2)
-        pen.oval(x, -0.08, 0.13, 0.8 * opening, "nose", 1.0, 0.2)
-        pen.oval(x + 0.05, -0.14, 0.05, 0.25 * opening, "white", 1.0, 0.2)
+        pen.oval(x, -0.08, 0.17, 0.03 + 0.16 * awake, "brown", 1.0, 0.2)
+        pen.oval(x, -0.08, 0.13, 0.02 + 0.13 * awake, "black", 0.6, 0.2)
+        pen.oval(x + 0.05, -0.14, 0.05, 0.01 + 0.04 * awake, "white", 1.0, 0.2)
