@@ -4,7 +4,12 @@ The recipe (Pillai et al., OSDI 2014): write a temporary file in the same direct
 rename it over the final name, fsync the directory. Temporary and lock names start with a dot.
 """
 
+import errno
+import glob
+import hashlib
 import os
+import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +19,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS on Linux returns
+
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; rename it to `path` on success, remove it on any failure.
 
-    Raises OSError where the directory cannot be written or the disk is full; `path` is untouched then.
+    Raises OSError where the directory cannot be written or the disk is full; `path` is untouched
+    then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -49,14 +57,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `path` (a hidden file beside it). The kernel frees it when the process dies.
 
-    With wait=False a lock held by another process raises BlockingIOError.
+    Only the holder may publish at `path`, so what dead processes left there is removed. With
+    wait=False a lock held by another process raises BlockingIOError. Where the file system cannot
+    lock, a warning says so: racing processes then do the same work, and the last one wins.
     """
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("a") as handle:
+    with path.with_name(f".{path.name}.lock").open("a") as handle:
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                    stale.unlink(missing_ok=True)
+            except OSError as error:
+                if error.errno not in CANNOT_LOCK:
+                    raise
+                warnings.warn(f"{path.parent}: this file system has no locks", stacklevel=3)
         yield

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,16 @@ from .images import FILTER
 from .loader import batches
 from .source import SPLITS, Job, Options, Plan, Source
 
-__all__ = ["Dataset", "Options", "batches", "cache_folder", "cache_path", "open_dataset", "prepare"]
+__all__ = [
+    "Dataset",
+    "Options",
+    "batches",
+    "cache_folder",
+    "cache_path",
+    "open_dataset",
+    "prepare",
+    "prepared",
+]
 
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)
@@ -38,24 +46,23 @@ def open_dataset(
     """A data set with pictures of side `image_size`: toydogs, stanford-dogs, or the one at a path.
 
     A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*), a folder of
-    class folders, a folder of pictures, or a cache file. The first call builds the cache; later
-    ones reuse it while its source stays as it is, with the options it was last prepared with.
-    `progress(done, total)` is called while it is built. Raises ConfigError, DataError, OSError.
+    class folders, a folder of pictures, or a cache file, which comes in the size it has. The first
+    call builds the cache; later ones reuse it while its source stays as it is, with the options it
+    was last prepared with. Only stanford-dogs must be prepared before. `progress(done, total)` is
+    called while a cache is built. Raises ConfigError, DataError, OSError.
     """
-    path = cache_path(name_or_path, image_size)
-    prepared = None
-    if path.exists():
-        with suppress(DataError):  # a damaged cache is as good as none
-            prepared = cache.load(path)
-    if str(name_or_path) == "stanford-dogs":
-        if prepared is None:
-            size = path.stem.rpartition("-")[2]
-            raise DataError(
-                f"stanford-dogs is not prepared at {size}: run "
-                f"`minisimclr data prepare stanford-dogs --image-size {size.removesuffix('px')}`"
-            )
-        return prepared
-    return prepare(name_or_path, image_size, prepared.options if prepared else DEFAULTS, progress)
+    path, size = cache_path(name_or_path, image_size)
+    if path == Path(name_or_path):
+        return cache.load(path)
+    made = load_if_valid(path)
+    if str(name_or_path) != "stanford-dogs":
+        return prepare(name_or_path, image_size, made.options if made else DEFAULTS, progress)
+    if made is None:
+        raise DataError(
+            f"stanford-dogs is not prepared with {size} px: run "
+            f"`minisimclr data prepare stanford-dogs --image-size {size}`"
+        )
+    return made
 
 
 def prepare(
@@ -63,50 +70,69 @@ def prepare(
     image_size: int | None = None,
     options: Options = DEFAULTS,
     progress: Progress | None = None,
-    source: Source | None = None,
+    archives: stanford_dogs.Archives | None = None,
+    url: str | None = None,
+    allow_unverified: bool = False,
 ) -> Dataset:
-    """Open a data set with these options, building the cache if the one there is not just so.
+    """Build the cache of a data set with these options, unless the one there is just so; open it.
 
-    `source` replaces what the name or path stands for. Raises ConfigError, DataError, OSError.
+    The last three are for stanford-dogs: `archives` (images, lists, annotation) that need no
+    download, another address to download from, and whether other than the official archives will
+    do. Raises ConfigError, DataError, OSError.
     """
-    path = cache_path(name_or_path, image_size)
-    if path == Path(name_or_path):
-        return cache.load(path)
-    source = source or find(name_or_path, options)
+    path, size = cache_path(name_or_path, image_size)
+    if str(name_or_path) == "stanford-dogs":
+        made = load_if_valid(path)
+        if made and made.options == options and not (archives or url):
+            return made
+        downloads = cache_folder() / "downloads"
+        source = stanford_dogs.official(
+            archives or {}, options, downloads, url or stanford_dogs.URL, allow_unverified, progress
+        )
+    elif archives or url or allow_unverified:
+        raise ConfigError(f"{name_or_path}: archives and addresses are for stanford-dogs only")
+    else:
+        source = find(name_or_path, options)
     recipe = {
         "source": source.identity,
-        "size": int(path.stem.rpartition("-")[2].removesuffix("px")),
+        "size": size,
         "filter": FILTER,
         "pillow": PIL.__version__,
         "options": asdict(options),
     }
-
-    def reusable() -> Dataset | None:
-        with suppress(DataError):
-            dataset = cache.load(path)
-            if dataset.recipe == recipe:
-                return dataset
-        return None
-
-    if dataset := reusable():
-        return dataset
+    made = load_if_valid(path)
+    if made and made.recipe == recipe:
+        return made
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        if dataset := reusable():  # built by whoever held the lock before
-            return dataset
-        cache.build(path, source.name, source.plan(), recipe, progress)
+        made = load_if_valid(path)  # another process may just have built it
+        if not made or made.recipe != recipe:
+            cache.build(path, source.name, source.plan(), recipe, progress)
         return cache.load(path)
+
+
+def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:
+    """The data set as it was prepared; builds nothing. Raises DataError if it is not there."""
+    return cache.load(cache_path(name_or_path, image_size)[0])
+
+
+def load_if_valid(path: Path) -> Dataset | None:
+    """The cache at `path`; a missing or damaged one is none, as it can be built again."""
+    try:
+        return cache.load(path)
+    except DataError:
+        return None
 
 
 def find(name_or_path: str | Path, options: Options) -> Source:
     """The source that a name or path stands for. Raises DataError if there is none."""
+    root = Path(name_or_path)
     if str(name_or_path) == "toydogs":
         if options != DEFAULTS:
-            raise ConfigError("toydogs has neither boxes, bad pictures nor other splits")
+            raise ConfigError("toydogs has no boxes, no bad pictures and a fixed split")
         return Source("toydogs", toydogs.VERSION, plan_toydogs)
-    root = Path(name_or_path)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder, nor a data set (toydogs, stanford-dogs)")
+        raise DataError(f"{root}: no such folder, nor one of the data sets toydogs, stanford-dogs")
     if archives := stanford_dogs.in_folder(root):
         stats = [(path.name, path.stat()) for path in archives.values()]
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -132,18 +158,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisimclr"
 
 
-def cache_path(name_or_path: str | Path, image_size: int | None = None) -> Path:
-    """Where the cache of a data set lies or would lie; a cache file itself is its own place."""
+def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple[Path, int]:
+    """Where the cache of a data set belongs, and its side S; a cache file belongs where it is."""
     path = Path(name_or_path)
-    if str(name_or_path) in ("toydogs", "stanford-dogs"):
-        stem = str(name_or_path)
-    elif path.is_file():
-        return path
-    else:
-        place = os.fsencode(path.resolve())
-        stem = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII)[:40]
-        stem += "-" + hashlib.sha256(place).hexdigest()[:8]
-    size = image_size or (toydogs.IMAGE_SIZE if stem == "toydogs" else DEFAULT_SIZE)
+    stem = str(name_or_path)
+    size = DEFAULT_SIZE if image_size is None else image_size
+    if stem == "toydogs" and image_size is None:
+        size = toydogs.IMAGE_SIZE
     if size not in SIZES:
-        raise ConfigError(f"image size is {size}: choose {SIZES[0]} to {SIZES[-1]}")
-    return cache_folder() / f"{stem}-{size}px.h5"
+        raise ConfigError(f"image size is {size}: choose {SIZES[0]} to {SIZES[-1]} pixels")
+    if stem not in ("toydogs", "stanford-dogs"):
+        if path.is_file():
+            return path, size
+        place = path.resolve()
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", place.name)[:40]
+        stem += "-" + hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    return cache_folder() / f"{stem}-{size}px.h5", size

@@ -16,13 +16,10 @@ from typing import Any, BinaryIO
 
 from ..errors import DataError
 
-MAX_MEMBERS = 1_000_000
+MAX_MEMBERS = 200_000  # tarfile keeps the header of each
 MAX_MEMBER_BYTES = 64 << 20  # with its headers and padding
-OPENERS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZ": bz2.open,
-    b"\xfd7": lzma.open,
-}  # by first two bytes
+#: How to open an archive that begins with these two bytes.
+OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
 def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
@@ -47,7 +44,6 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     seen.add(name)
                     if file := archive.extractfile(member):
                         yield name, file.read()
-                    archive.members = []  # tarfile would keep every header
                     stream.left = MAX_MEMBER_BYTES
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

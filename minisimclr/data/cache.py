@@ -228,6 +228,8 @@ def load(path: Path) -> Dataset:
             file_names=tuple(about.pop("file_names")),
             **about,
         )
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there: run `minisimclr data prepare`") from error
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over

@@ -67,6 +67,6 @@ def prefetch(fetch, step: int) -> Iterator[Batch]:
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """A random order of range(n) that depends on nothing but the arguments."""
-    # The generator counts up the first word itself, so the epoch goes into the second.
-    keys = np.random.Philox(key=seed, counter=[0, epoch, 0, 0]).random_raw(n)
+    # Drawing counts up the first word, so the epoch goes where it cannot be reached.
+    keys = np.random.Philox(key=[seed, 0], counter=[0, 0, epoch, 0]).random_raw(n)
     return np.argsort(keys, kind="stable")

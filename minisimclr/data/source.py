@@ -71,6 +71,6 @@ class Source:
 
 
 def choose(rows: np.ndarray, count: int, stream: int) -> np.ndarray:
-    """`count` of `rows`, drawn with seed 0; a smaller count draws a part of the same choice."""
-    keys = np.random.Philox(key=0, counter=[0, stream, 0, 0]).random_raw(len(rows))
+    """`count` of `rows`, drawn with seed 0; a smaller count draws a part of the same."""
+    keys = np.random.Philox(key=[0, 2], counter=[0, 0, stream, 0]).random_raw(len(rows))
     return rows[np.argsort(keys, kind="stable")[:count]]

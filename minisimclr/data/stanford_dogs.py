@@ -9,6 +9,7 @@ the breeds by largest remainder and drawn with seed 0 (1,716), the rest is `test
 Source: Khosla et al., "Novel dataset for fine-grained image categorization", 2011.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..files import file_sha256
 from . import matlab
 from .archives import members
+from .cache import Progress
+from .download import download
 from .images import SUFFIXES, Box, decode
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
 
@@ -57,6 +61,38 @@ def source(
         return Plan(files, labels, class_names, splits, jobs, {"verified": verified})
 
     return Source(name, identity, plan)
+
+
+def official(
+    given: Archives,
+    options: Options,
+    folder: Path,
+    url: str = URL,
+    allow_unverified: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Stanford Dogs from `given` archives; those missing are downloaded to `folder` from `url`.
+
+    Raises DataError for an archive that is not the official one, unless `allow_unverified`.
+    """
+    archives, hashes = dict(given), {}
+    for name in ("images", "lists", "annotation")[: 3 if options.crop == "boxes" else 2]:
+        size, sha256 = OFFICIAL[name]
+        if name not in archives:
+            archives[name] = folder / hashlib.sha256(url.encode()).hexdigest()[:8] / f"{name}.tar"
+            address = f"{url.rstrip('/')}/{name}.tar"
+            download(address, archives[name], size, None if allow_unverified else sha256, progress)
+        try:
+            hashes[name] = file_sha256(archives[name])
+        except OSError as error:
+            raise DataError(f"{archives[name]}: cannot be read ({error.strerror})") from error
+        if hashes[name] != sha256 and not allow_unverified:
+            raise DataError(
+                f"{archives[name]}: is not the official {name}.tar (SHA-256 {hashes[name]}): take "
+                "an official copy, or trust this one with --allow-unverified"
+            )
+    verified = all(OFFICIAL[name][1] == found for name, found in hashes.items())
+    return source("stanford-dogs", archives, options, hashes, verified)
 
 
 def in_folder(root: Path) -> Archives:

@@ -1,0 +1,134 @@
+"""minisimclr data: prepare a data set once, check that it is intact, look at what is in it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..files import write_bytes
+from .display import Display
+from .options import json_option, write_json
+
+NAME = click.argument("name", metavar="NAME|PATH")
+SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
+FILE = click.Path(path_type=Path)
+SPLITS = ("pretrain", "labelled", "test")
+
+
+@click.group()
+def data() -> None:
+    """Prepare, check and show data sets: toydogs, stanford-dogs, or a folder of pictures."""
+
+
+@data.command()
+@NAME
+@SIZE
+@click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="To keep.")
+@click.option("--skip-bad", is_flag=True, help="Leave out undecodable pictures, at most 1 %.")
+@click.option("--labels-per-class", type=int, metavar="N", help="Labelled pictures; else a fifth.")
+@click.option("--images-tar", type=FILE, help="stanford-dogs: take this and do not download it.")
+@click.option("--lists-tar", type=FILE, help="The same for the lists.")
+@click.option("--annotation-tar", type=FILE, help="The same for the boxes.")
+@click.option("--url", help="stanford-dogs: download the three archives from here.")
+@click.option("--allow-unverified", is_flag=True, help="Take archives that are not the official.")
+@json_option
+def prepare(
+    name, image_size, crop, skip_bad, labels_per_class, url, allow_unverified, json_file, **tars
+) -> None:
+    """Build the cache of a data set, downloading what is needed."""
+    from .. import data as datasets
+
+    options = datasets.Options(crop, skip_bad, labels_per_class)
+    archives = {key.removesuffix("_tar"): path for key, path in tars.items() if path}
+    with Display() as display:
+        dataset = datasets.prepare(
+            name, image_size, options, display.on_prepare, archives, url, allow_unverified
+        )
+    show(facts(dataset), json_file)
+
+
+@data.command()
+@NAME
+@SIZE
+@json_option
+def verify(name, image_size, json_file) -> None:
+    """Check every byte of a prepared cache: exit code 0 if it is intact, 3 if not or not there."""
+    from .. import data as datasets
+
+    dataset = datasets.prepared(name, image_size)
+    dataset.verify()
+    show({"path": str(dataset.path), "sha256": dataset.fingerprint, "valid": True}, json_file)
+
+
+@data.command()
+@NAME
+@SIZE
+@click.option("--sheet", type=FILE, metavar="FILE.png", help="Draw sample pictures of each class.")
+@json_option
+def info(name, image_size, sheet, json_file) -> None:
+    """Show what a prepared data set holds and where it lies."""
+    from .. import data as datasets
+    from ..data.images import contact_sheet
+
+    dataset = datasets.prepared(name, image_size)
+    if sheet:
+        write_bytes(sheet, contact_sheet(samples(dataset)))
+    show(facts(dataset) | {"classes": class_counts(dataset)}, json_file)
+
+
+def facts(dataset: Any) -> dict[str, Any]:
+    """The figures of a data set, for people and for JSON."""
+    names, splits = dataset.file_names, dataset.splits
+    duplicates = [(i, j) for i, j in enumerate(dataset.duplicate_of.tolist()) if i != j]
+    return {
+        "name": dataset.name,
+        "path": str(dataset.path),
+        "images": len(dataset.images),
+        "image_size": dataset.images.shape[1],
+        "bytes": dataset.path.stat().st_size,
+        **{split: len(dataset.split(split)) for split in SPLITS},
+        "class_count": len(dataset.class_names),
+        **asdict(dataset.options),
+        **dataset.notes,
+        "duplicates": len(duplicates),
+        "duplicates_across_splits": [
+            [names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]
+        ],
+        "sha256": dataset.fingerprint,
+    }
+
+
+def class_counts(dataset: Any) -> dict[str, dict[str, int]]:
+    """Pictures of each class in each split."""
+    return {
+        name: {split: int((dataset.labels[dataset.split(split)] == k).sum()) for split in SPLITS}
+        for k, name in enumerate(dataset.class_names)
+    }
+
+
+def samples(dataset: Any) -> list[tuple[str, Any]]:
+    """Rows of a contact sheet: up to 12 classes, or 12 rows of pictures without labels."""
+    rows, columns = 12, 10
+    if not dataset.class_names:
+        starts = range(0, min(len(dataset.images), rows * columns), columns)
+        return [(f"from {i}", dataset.images[i : i + columns]) for i in starts]
+    classes = range(0, len(dataset.class_names), -(-len(dataset.class_names) // rows))
+    members = {k: (dataset.labels == k).nonzero()[0][:columns] for k in classes}
+    return [(dataset.class_names[k], dataset.images[m]) for k, m in members.items() if len(m)]
+
+
+def show(values: dict[str, Any], json_file: str | None) -> None:
+    """Print figures one a line, lists and tables one entry a line, or do what --json asks for."""
+    if write_json(json_file, values):
+        return
+    for key, value in values.items():
+        if isinstance(value, dict | list):
+            entries = value.items() if isinstance(value, dict) else value
+            click.echo(f"{key:>24}  {len(value)}")
+            for first, second in entries:
+                if isinstance(second, dict):
+                    second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
+                click.echo(f"{'':>26}{first}  {second}")
+        else:
+            click.echo(f"{key.replace('_', ' '):>24}  {value}")

@@ -1,0 +1,131 @@
+"""Download a file into place only when it is whole and right, resuming where an attempt broke off.
+
+What has arrived waits in a hidden file beside the final one, along with the server's mark for this
+version of the file (ETag or date), so that the next attempt or the next run asks for the rest only.
+"""
+
+import http.client
+import ssl
+import time
+import urllib.request
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+
+from ..errors import DataError
+from ..files import file_sha256, locked, sync
+from .cache import Progress
+
+ATTEMPTS = 4
+BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one after it
+TIMEOUT = 30.0  # seconds of silence
+SLOWEST = 5_000  # bytes per second on average, once TIMEOUT has passed
+BROKEN = (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+
+
+def download(
+    url: str, path: Path, size: int, sha256: str | None, progress: Progress | None = None
+) -> None:
+    """Fetch `url` to `path`: `size` bytes with this SHA-256; if that is None, at most `size` bytes.
+
+    A right file that is there already stays. Raises DataError if the server does not deliver it,
+    OSError where the disk cannot take it.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise DataError(f"{url}: is not an http or https address")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, mark = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "mark"))
+    with locked(path):
+        if path.exists() and sha256 in (None, file_sha256(path)):
+            return
+        for attempt in range(ATTEMPTS):
+            try:
+                fetch(url, part, mark, size, progress)
+                break
+            except BROKEN as error:
+                refused = isinstance(error, HTTPError) and error.code < 500 and error.code != 416
+                if refused or attempt == ATTEMPTS - 1:
+                    reason = " ".join(str(error).split())
+                    raise DataError(
+                        f"{url}: {reason}: fetch {path.name} in another way and name it with "
+                        f"--{path.stem}-tar"
+                    ) from error
+                time.sleep(BACK_OFF * 2**attempt)
+        if sha256 not in (None, file_sha256(part)):
+            part.unlink()
+            raise DataError(f"{url}: what arrived is not the file with SHA-256 {sha256}")
+        sync(part)
+        part.replace(path)
+        mark.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None) -> None:
+    """Add to `part` what it lacks. Raises one of BROKEN where another attempt may get further."""
+    have = part.stat().st_size if part.exists() and mark.exists() else 0
+    headers = {"User-Agent": "minisimclr", "Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text()}
+    try:
+        response = opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416:  # the file there does not go on where ours ends
+            part.unlink()
+        raise
+    with response, part.open("ab") as file:
+        resumed = (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+        if response.status != 206 or not resumed:  # all of it comes: new, or not to be resumed
+            have = 0
+            file.truncate(0)
+            mark.unlink(missing_ok=True)
+            if version := strong_mark(response.headers):
+                mark.write_text(version)
+        length = response.headers["Content-Length"]
+        total = have + int(length) if length else size
+        if total > size:
+            raise DataError(f"{url}: offers {total:,} bytes where {size:,} are expected")
+        began, had = time.monotonic(), have
+        while block := response.read1(1 << 16):
+            have += len(block)
+            if have > total:
+                raise DataError(f"{url}: does not end after {total:,} bytes")
+            if have - had < SLOWEST * (time.monotonic() - began - TIMEOUT):
+                raise TimeoutError(f"less than {SLOWEST} bytes per second")
+            file.write(block)
+            if progress:
+                progress(have, total)
+    if length and have < total:
+        raise ConnectionError(f"closed after {have:,} of {total:,} bytes")
+
+
+def strong_mark(headers: http.client.HTTPMessage) -> str | None:
+    """What tells one version of the file from another, byte for byte (RFC 9110, section 8.8)."""
+    etag = headers["ETag"]
+    return etag if etag and not etag.startswith("W/") else headers["Last-Modified"]
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects from web address to web address, but never back from https to http."""
+
+    max_redirections = 5
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if new not in ("http", "https") or (old, new) == ("https", "http"):
+            raise DataError(f"{req.full_url}: redirects to {newurl}, which is refused")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def opener() -> urllib.request.OpenerDirector:
+    """Speaks http and https, if need be through the environment's proxy, and nothing else."""
+    director = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        Redirects,
+    ):
+        director.add_handler(handler())
+    return director
