@@ -1,5 +1,6 @@
 """Modules and networks: torchvision's names and layouts, torch's outputs and gradients."""
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -88,7 +89,7 @@ def torch_run(net, x):
     n = len(x) // 2
     loss = torch.nn.functional.cross_entropy(s, (torch.arange(2 * n) + n) % (2 * n))
     loss.backward()
-    return h.detach().numpy(), float(loss), {k: p.grad.numpy() for k, p in net.named_parameters()}
+    return h.detach().numpy(), loss.item(), {k: p.grad.numpy() for k, p in net.named_parameters()}
 
 
 def our_run(net, x):
@@ -126,19 +127,29 @@ def test_networks_equal_torch(encoder, stem):
     for name, value in reference.state_dict().items():  # running statistics too
         np.testing.assert_allclose(after[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
-    # float32: outputs close; gradients no farther from float64 than 5x torch's own are.
-    single = getattr(ms.nn, encoder)(stem, 8)
-    single.load_state_dict(state)
-    torch_single = torch_resnet(encoder, stem, 8)
-    x32 = x.astype(np.float32)
-    h32, _, grads32 = our_run(single, x32)
-    _, _, torch_grads32 = torch_run(torch_single, x32)
-    assert distance(h32, ref_h) < 1e-3
-    every = [
-        np.concatenate([g[k].ravel() for k in ref_grads])
-        for g in (grads32, torch_grads32, ref_grads)
-    ]
-    assert distance(every[0], every[2]) <= 5 * distance(every[1], every[2])
+
+@pytest.mark.parametrize("encoder, stem", NETWORKS)
+def test_float32_networks_are_as_exact_as_torch(encoder, stem):
+    """Outputs to 1e-3; gradients within 5x of torch's own distance from float64.
+
+    A ReLU whose input is nearly 0 may open in one implementation and not in the other, and then
+    gradients differ by a per cent: one draw says nothing, the median of a few does.
+    """
+    reference = torch_resnet(encoder, stem, 8)
+    state = {k: v.numpy().copy() for k, v in reference.state_dict().items()}
+    off = np.zeros((5, 2))
+    for i in range(len(off)):
+        x = rand(4, 32, 32, 3, seed=i).astype(np.float32)
+        net = getattr(ms.nn, encoder)(stem, 8)
+        net.load_state_dict(state)
+        h, _, ours = our_run(net, x)
+        _, _, torchs = torch_run(copy.deepcopy(reference), x)
+        exact_h, _, exact = torch_run(copy.deepcopy(reference).double(), x.astype(np.float64))
+        assert distance(h, exact_h) < 1e-3
+        flat = [np.concatenate([g[k].ravel() for k in exact]) for g in (ours, torchs, exact)]
+        off[i] = distance(flat[0], flat[2]), distance(flat[1], flat[2])
+    ours, torchs = np.median(off, axis=0)
+    assert ours <= 5 * torchs, off
 
 
 def test_the_rival_carries_the_same_names():
