@@ -1,8 +1,51 @@
-"""minisimclr: SimCLR from scratch on NumPy and CuPy."""
+"""minisimclr: SimCLR from scratch on NumPy and CuPy.
 
-from . import nn, ops, optim, schedule
+    import minisimclr as ms
+    run = ms.pretrain(ms.TrainConfig(epochs=5))
+    h = run.model.encode(views)                     # (N, D)
+
+Read in this order: tensor, ops, nn, augment, simclr, train, probe.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import augment, nn, ops, optim, schedule
 from .config import TrainConfig
 from .ops.loss import nt_xent
 from .tensor import Function, Parameter, Tensor, gradcheck, no_grad
 
+if TYPE_CHECKING:
+    from . import data, probe, simclr, train
+    from .train import pretrain
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Function",
+    "Parameter",
+    "Tensor",
+    "TrainConfig",
+    "augment",
+    "data",
+    "gradcheck",
+    "nn",
+    "no_grad",
+    "nt_xent",
+    "ops",
+    "optim",
+    "pretrain",
+    "probe",
+    "schedule",
+    "simclr",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs HDF5 or Pillow on first use, so that `minisimclr --help` stays quick."""
+    if name == "pretrain":
+        return import_module(".train", __name__).pretrain
+    if name in ("data", "probe", "simclr", "train"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
