@@ -10,7 +10,7 @@ Read in this order: tensor, ops, nn, augment, simclr, train, probe.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import augment, nn, ops, optim, schedule
+from . import augment, kernels, nn, ops, optim, schedule
 from .config import TrainConfig
 from .ops.loss import nt_xent
 from .tensor import Function, Parameter, Tensor, gradcheck, no_grad
@@ -29,6 +29,7 @@ __all__ = [
     "augment",
     "data",
     "gradcheck",
+    "kernels",
     "nn",
     "no_grad",
     "nt_xent",

@@ -96,9 +96,23 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reuse_memory() -> bool:
+    """Keep freed memory in the process, ready for the next array; true if the C library can.
+
+    Otherwise glibc gives every large array back to the system at once, and the next one's pages
+    come zeroed and one fault at a time: a ReLU of 33 MB takes 6.1 ms instead of 3.1. This is what
+    CuPy's memory pool does on a GPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # of <malloc.h>
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 # Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain
-# Python # threads that each work on their own images run side by side. BLAS has threads of its own:
-# two pools of # n threads on n cores only get in each other's way, so inside `parallel` each BLAS
+# Python threads that each work on their own images run side by side. BLAS has threads of its own:
+# two pools of n threads on n cores only get in each other's way, so inside `parallel` each BLAS
 # call keeps to one.
 
 

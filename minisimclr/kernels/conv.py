@@ -1,0 +1,144 @@
+"""The three passes of a convolution for NumPy, each by the method that costs least for its shape.
+
+    1x1                       a matrix product on the pixels as they lie in memory
+    3x3, stride 1 or 2        Winograd, where its tiles leave less to multiply (winograd.py)
+    anything else             im2col in blocks that stay in cache
+
+Threads work on images of their own, each with single-threaded BLAS. That is faster than one thread
+with threaded BLAS, since copies and small products then run side by side as well.
+"""
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ..backend import parallel
+from ..ops.conv import Pair, conv_input_gradient, conv_output, conv_weight_gradient, output_size
+from . import winograd
+
+WORKSPACE = 1 << 18  # numbers in one block of patches: 1 MiB, a core's second-level cache
+
+
+def is_plain(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype == np.float32
+
+
+def is_pointwise(w_shape: tuple, padding: Pair) -> bool:
+    return w_shape[:2] == (1, 1) and padding == (0, 0)
+
+
+def strided_pixels(x: np.ndarray, stride: Pair) -> np.ndarray:
+    return np.ascontiguousarray(x[:, :: stride[0], :: stride[1]])  # (N, OH, OW, C)
+
+
+@conv_output.register(np.ndarray)
+def output(x: np.ndarray, w: np.ndarray, stride: Pair, padding: Pair) -> np.ndarray:
+    if not is_plain(x, w):
+        return conv_output.dispatch(object)(x, w, stride, padding)
+    size = output_size(x.shape, w.shape, stride, padding)
+    if m := winograd.tile(len(x), w.shape, size, stride, padding):
+        return winograd.output(x, w, stride[0], padding[0], size, m)
+    y = np.empty((len(x), *size, w.shape[3]), x.dtype)
+    if is_pointwise(w.shape, padding):
+        x = strided_pixels(x, stride)
+        x, flat = x.reshape(-1, x.shape[3]), y.reshape(-1, w.shape[3])  # (N*OH*OW, C), (..., O)
+        parallel(lambda i, k: np.matmul(x[i:k], w[0, 0], out=flat[i:k]), len(x))
+        return y
+    matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
+
+    def work(start: int, stop: int) -> None:
+        for block in blocks(start, stop, size, len(matrix)):
+            rows = patches(x[block], w.shape, stride, padding, size)
+            np.matmul(rows, matrix, out=y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
+
+    parallel(work, len(x))
+    return y
+
+
+@conv_input_gradient.register(np.ndarray)
+def input_gradient(
+    gy: np.ndarray, w: np.ndarray, x_shape: tuple, stride: Pair, padding: Pair
+) -> np.ndarray:
+    if not is_plain(gy, w):
+        return conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
+    size = gy.shape[1:3]
+    if m := winograd.tile(len(gy), w.shape, size, stride, padding):
+        return winograd.input_gradient(gy, w, x_shape, stride[0], padding[0], m)
+    gx = np.empty(x_shape, gy.dtype)
+    kh, kw, c, o = w.shape
+    matrix = w.reshape(-1, o)  # (KH*KW*C, O)
+    if is_pointwise(w.shape, padding):
+        g = np.ascontiguousarray(gy).reshape(-1, o)  # (N*OH*OW, O)
+        part = gx if stride == (1, 1) else np.empty((*gy.shape[:3], c), gy.dtype)
+        flat = part.reshape(-1, c)
+        parallel(lambda i, k: np.matmul(g[i:k], matrix.T, out=flat[i:k]), len(g))
+        if part is not gx:
+            gx[...] = 0
+            gx[:, :: stride[0], :: stride[1]] = part
+        return gx
+    (sh, sw), (ph, pw), (oh, ow) = stride, padding, size
+    _, h, width, _ = x_shape
+
+    def work(start: int, stop: int) -> None:
+        for block in blocks(start, stop, size, len(matrix)):
+            rows = gy[block].reshape(-1, o) @ matrix.T  # (n*OH*OW, KH*KW*C)
+            rows = rows.reshape(-1, oh, ow, kh, kw, c)
+            padded = np.zeros((len(rows), h + 2 * ph, width + 2 * pw, c), gy.dtype)
+            for i in range(kh):
+                for j in range(kw):
+                    padded[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += rows[:, :, :, i, j]
+            gx[block] = padded[:, ph : ph + h, pw : pw + width]
+
+    parallel(work, len(gy))
+    return gx
+
+
+@conv_weight_gradient.register(np.ndarray)
+def weight_gradient(
+    gy: np.ndarray, x: np.ndarray, w_shape: tuple, stride: Pair, padding: Pair
+) -> np.ndarray:
+    if not is_plain(gy, x):
+        return conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
+    size = gy.shape[1:3]
+    if m := winograd.tile(len(gy), w_shape, size, stride, padding):
+        return winograd.weight_gradient(gy, x, w_shape, stride[0], padding[0], m)
+    kh, kw, c, o = w_shape
+    if is_pointwise(w_shape, padding):
+        x = strided_pixels(x, stride).reshape(-1, c)  # (N*OH*OW, C)
+        g = np.ascontiguousarray(gy).reshape(-1, o)  # (N*OH*OW, O)
+        gw = np.empty((c, o), gy.dtype)
+        parallel(lambda i, k: np.matmul(x[:, i:k].T, g, out=gw[i:k]), c)
+        return gw.reshape(w_shape)
+
+    def work(start: int, stop: int) -> np.ndarray:
+        gw = np.zeros((kh * kw * c, o), gy.dtype)
+        for block in blocks(start, stop, size, len(gw)):
+            rows = patches(x[block], w_shape, stride, padding, size)
+            gw += rows.T @ gy[block].reshape(-1, o)  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
+        return gw
+
+    return sum(parallel(work, len(x))).reshape(w_shape)
+
+
+def blocks(start: int, stop: int, size: Pair, row: int):
+    """Slices of images start..stop whose patches, `row` numbers each, fill the workspace."""
+    step = max(1, WORKSPACE // (size[0] * size[1] * row))
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
+
+
+def patches(x: np.ndarray, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> np.ndarray:
+    """Patches of x (n, H, W, C) as rows (n*OH*OW, KH*KW*C).
+
+    One row of a patch, KW*C numbers, lies in one piece in the padded image, so that one copy of
+    overlapping views does it all.
+    """
+    n, h, w, c = x.shape
+    (kh, kw), (sh, sw), (ph, pw), (oh, ow) = w_shape[:2], stride, padding, size
+    if ph or pw:
+        padded = np.zeros((n, h + 2 * ph, w + 2 * pw, c), x.dtype)
+        padded[:, ph : ph + h, pw : pw + w] = x
+        x = padded
+    image, row, pixel, number = np.ascontiguousarray(x).strides
+    views = as_strided(
+        x, (n, oh, ow, kh, kw * c), (image, sh * row, sw * pixel, row, number), writeable=False
+    )
+    return views.reshape(n * oh * ow, kh * kw * c)

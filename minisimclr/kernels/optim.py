@@ -1,0 +1,31 @@
+"""The optimizer's passes for NumPy: in blocks that stay in cache, on all threads."""
+
+import numpy as np
+
+from ..backend import parallel
+from ..optim import momentum_update
+
+BLOCK = 1 << 15  # numbers: 128 KiB of each of four arrays
+
+
+@momentum_update.register(np.ndarray)
+def _momentum_update(
+    w: np.ndarray, g: np.ndarray, v: np.ndarray, lr: float, momentum: float, decay: float
+) -> None:
+    if not (w.dtype == g.dtype == v.dtype == np.float32 and w.flags.c_contiguous):
+        return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
+    w, g, v = w.reshape(-1), np.ascontiguousarray(g).reshape(-1), v.reshape(-1)
+    lr = np.float32(lr)
+
+    def work(start: int, stop: int) -> None:
+        buffer = np.empty(BLOCK, w.dtype)
+        for i in range(start, stop, BLOCK):
+            block = slice(i, min(i + BLOCK, stop))
+            change = np.multiply(w[block], np.float32(decay), out=buffer[: block.stop - i])
+            change += g[block]
+            change *= lr
+            v[block] *= np.float32(momentum)
+            v[block] += change
+            w[block] -= v[block]
+
+    parallel(work, len(w), BLOCK)
