@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError if nothing could be made at `path`; leaves no trace."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
+        pass
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -81,6 +81,8 @@ def prepare(
     do. Raises ConfigError, DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
+    if path == Path(name_or_path):
+        return cache.load(path)
     if str(name_or_path) == "stanford-dogs":
         made = load_if_valid(path)
         if made and made.options == options and not (archives or url):

@@ -125,7 +125,7 @@ def fill(
     header = lay_out(name, plan, recipe, duplicate_of)
     pixels_hash = sha256(np.memmap(file, np.uint8, "r", start))
     file.seek(0)
-    file.write(first_line(start, sha256(header), pixels_hash) + header)
+    file.write(first_line(start, header, pixels_hash) + header)
     return {}
 
 
@@ -169,6 +169,7 @@ def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> by
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        layout.set_obj_track_times(False)  # the same pictures make the same file
         space = h5py.h5s.create_simple((len(plan.names), size, size, 3))
         images = h5py.h5d.create(tree.id, b"images", h5py.h5t.STD_U8LE, space, layout)
         start = images.get_offset()
@@ -177,7 +178,9 @@ def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> by
     return header.ljust(start - BLOCK, b"\0")
 
 
-def first_line(start: int, header_hash: str, pixels_hash: str) -> bytes:
+def first_line(start: int, header: bytes, pixels_hash: str) -> bytes:
+    """The first BLOCK bytes; their `header` vouches for the hash of the pixels, too."""
+    header_hash = sha256(header + pixels_hash.encode())
     line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": pixels_hash}
     return json.dumps(line).encode().ljust(BLOCK - 1) + b"\n"
 
@@ -198,26 +201,24 @@ def load(path: Path) -> Dataset:
             block = file.read(BLOCK)
             line = json.loads(block)
             start = line["start"]
-            if block != first_line(start, line["header"], line["pixels"]):
-                raise DataError(f"{path}: is not {FORMAT!r}")
-            if sha256(file.read(start - BLOCK)) != line["header"]:
+            if line["format"] != FORMAT:
+                raise DataError(
+                    f"{path}: is {line['format']!r} and not {FORMAT!r}: prepare it again"
+                )
+            if block != first_line(start, file.read(start - BLOCK), line["pixels"]):
                 raise DataError(f"{path}: its header changed on the disk: delete it, prepare again")
             with h5py.File(file, "r") as tree:
                 end = os.fstat(file.fileno()).st_size
                 images = plain(tree, "images", end)
                 shape = images.shape
-                if images.id.get_offset() != start or start + images.nbytes != end:
+                place = images.dtype, images.id.get_offset(), start + images.nbytes
+                if place != (np.uint8, start, end):
                     raise DataError(f"{path}: its pixels are not where they should be")
                 small = ("labels", "splits", "duplicate_of", "about")
                 labels, splits, duplicate_of, text = (plain(tree, k, start)[:] for k in small)
             pixels = np.memmap(file, np.uint8, "r", start, shape)
         about = json.loads(text.tobytes())
-        if len(shape) != 4 or shape[1:] != (about["recipe"]["size"],) * 2 + (3,):
-            raise DataError(f"{path}: its images have the shape {shape}")
-        ceilings = ((labels, len(about["class_names"])), (splits, len(SPLITS)))
-        if any(len(v) != shape[0] or v.min() < -1 or v.max() >= top for v, top in ceilings):
-            raise DataError(f"{path}: its labels or splits do not fit its images")
-        return Dataset(
+        dataset = Dataset(
             images=pixels,
             labels=labels,
             splits=splits,
@@ -228,12 +229,27 @@ def load(path: Path) -> Dataset:
             file_names=tuple(about.pop("file_names")),
             **about,
         )
+        if not fits(dataset):
+            raise DataError(f"{path}: its images, labels, splits and names do not fit together")
+        return dataset
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there: run `minisimclr data prepare`") from error
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over
         raise DataError(f"{path}: no minisimclr cache can be read there ({error})") from error
+
+
+def fits(dataset: Dataset) -> bool:
+    """Whether the parts of a data set have lengths and values that agree."""
+    n, side = len(dataset.images), dataset.recipe["size"]
+    rows = dataset.labels, dataset.splits, dataset.duplicate_of, dataset.file_names
+    return (
+        dataset.images.shape == (n, side, side, 3)
+        and all(len(row) == n for row in rows)
+        and -1 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.class_names)
+        and dataset.splits.max() < len(SPLITS)
+    )
 
 
 def plain(tree: h5py.File, name: str, limit: int) -> h5py.Dataset:

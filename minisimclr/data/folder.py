@@ -48,23 +48,19 @@ def source(root: Path, options: Options) -> Source:
 
 def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Files below `root` that are not hidden; links to folders count at the top level only."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     try:
-        tops = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-        for top in tops:
-            if not top.is_dir():
-                yield top, top.stat()
-            for folder, inner, names in os.walk(top, onerror=fail):
-                inner[:] = [name for name in inner if not name.startswith(".")]
-                for name in names:
-                    if not name.startswith("."):
-                        path = Path(folder, name)
-                        yield path, path.stat()
+        for top in (path for path in root.iterdir() if path.name[0] != "."):
+            below = os.walk(top, onerror=fail) if top.is_dir() else [(root, [], [top.name])]
+            for folder, inner, names in below:
+                inner[:] = [name for name in inner if name[0] != "."]
+                for path in (Path(folder, name) for name in names if name[0] != "."):
+                    yield path, path.stat()
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-
-def fail(error: OSError) -> None:
-    raise error
 
 
 def split_classes(

@@ -25,12 +25,17 @@ def load(content: bytes) -> dict[str, Any]:
 
     Raises DataError for anything else, damaged or larger than a list can be.
     """
+    if content[126:128] != b"IM":
+        raise DataError("is no little-endian MATLAB v5 file")
+    variables = {}
     try:
-        if content[126:128] != b"IM":
-            raise DataError("is no little-endian MATLAB v5 file")
-        return dict(array(data) for kind, data in elements(content[128:]) if kind == MATRIX)
-    except (struct.error, ValueError, KeyError, StopIteration, RecursionError, zlib.error) as error:
-        raise DataError(f"is a damaged MATLAB file ({error})") from error
+        for kind, data in elements(content[128:]):
+            if kind == MATRIX:
+                name, value = array(data)
+                variables[name] = value
+    except Exception as error:  # damage leads anywhere
+        raise DataError(f"is a damaged MATLAB file ({error or type(error).__name__})") from error
+    return variables
 
 
 def elements(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -48,9 +48,7 @@ def source(
         boxes = {}
         if options.crop == "boxes":
             if "annotation" not in archives:
-                raise DataError(
-                    f"{name}: boxes to crop by are in annotation.tar, which is not there"
-                )
+                raise DataError(f"{name}: cropping to boxes needs annotation.tar")
             boxes = read_boxes(archives["annotation"], files)
 
         def jobs(size: int) -> Iterator[Job]:

@@ -1,0 +1,508 @@
+"""The cache is whole or absent: killed, raced, out of space, damaged, forged, replaced, outdated."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisimclr import data
+from minisimclr.cli import main
+from minisimclr.data import cache, open_dataset, prepare, prepared
+from minisimclr.data.workers import parallel_map
+from minisimclr.errors import DataError, OutputError
+
+KILLS = 20  # moments at which a build is killed
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg/minisimclr"
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tmp_path_factory) -> Path:
+    """A valid cache, to be copied."""
+    return prepare(pictures, 16).path
+
+
+def child(*arguments, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_what_is_stored_is_what_was_decoded(pictures, home):
+    dataset = open_dataset(pictures, 20)
+    assert dataset.images.dtype == np.uint8
+    assert dataset.labels.dtype == dataset.split("test").dtype == np.int64
+    for row in (0, 57, 119):
+        file = np.asarray(Image.open(pictures / dataset.file_names[row]))
+        np.testing.assert_array_equal(dataset.images[row], file)
+    np.testing.assert_array_equal(dataset.images[[5, 3]][1], dataset.images[3])
+    with h5py.File(dataset.path) as file:  # any HDF5 program can read it
+        np.testing.assert_array_equal(file["images"][:], dataset.images)
+        assert file["images"].chunks is None
+        np.testing.assert_array_equal(file["labels"][:], dataset.labels)
+    assert dataset.fingerprint == cache.sha256(dataset.images)
+    assert dataset.path.parent == home
+
+
+def test_reuse_and_reasons_to_build_again(pictures, home, monkeypatch, tmp_path):
+    builds = []
+    build = cache.build
+    monkeypatch.setattr(cache, "build", lambda *a: (builds.append(a), build(*a)))
+    source = shutil.copytree(pictures, tmp_path / "source")
+    open_dataset(source, 16)
+    open_dataset(source, 16)
+    assert len(builds) == 1
+    open_dataset(source, 18)
+    assert len(builds) == 2  # another size has a cache of its own
+    os.utime(source / "blob/00.png", (0, 0))
+    open_dataset(source, 16)
+    assert len(builds) == 3
+    (source / "blob/01.png").unlink()
+    assert len(open_dataset(source, 16).images) == 119 and len(builds) == 4
+    monkeypatch.setattr(data, "FILTER", "other")
+    open_dataset(source, 16)
+    assert len(builds) == 5
+    monkeypatch.setattr(data.PIL, "__version__", "0")
+    open_dataset(source, 16)
+    assert len(builds) == 6
+    monkeypatch.setattr(data.toydogs, "VERSION", 0)
+    monkeypatch.setattr(data.toydogs, "SPLIT_SIZES", {"pretrain": 3, "labelled": 2, "test": 1})
+    assert open_dataset("toydogs", 16).splits.tolist() == [0, 0, 0, 1, 1, 2]
+    assert len(builds) == 7
+
+
+def test_format_of_another_version_is_refused_and_replaced(pictures, home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "FORMAT", "minisimclr cache 0")
+        path = prepare(pictures, 16).path
+    with pytest.raises(DataError, match="is 'minisimclr cache 0' and not"):
+        cache.load(path)
+    assert open_dataset(pictures, 16).path == path
+
+
+def test_workers_make_the_same_cache(pictures, home, monkeypatch):
+    one = prepare(pictures, 16)
+    content = one.path.read_bytes()
+    one.path.unlink()
+    monkeypatch.setattr(cache, "PER_WORKER", 40)
+    monkeypatch.setattr(cache, "available_cores", lambda: 3)
+    assert prepare(pictures, 16).path.read_bytes() == content
+
+
+def test_progress_reaches_the_end(pictures, home):
+    calls = []
+    open_dataset(pictures, 16, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 120) for i in range(1, 121)]
+
+
+def test_duplicates_are_reported(home, tmp_path):
+    for i, shade in enumerate((0, 9, 0, 0, 9, 77)):
+        Image.new("RGB", (20, 20), (shade, 0, 0)).save(tmp_path / f"{i}.png")
+    assert prepare(tmp_path, 16).duplicate_of.tolist() == [0, 1, 0, 0, 1, 5]
+
+
+# Interrupted and racing builds. One process forks children that build in no time, so that a kill
+# can strike anywhere.
+
+KILLER = """
+import json, os, pathlib, random, signal, sys, time
+from minisimclr.data import cache, prepare
+from minisimclr.errors import DataError
+source, kills, cores = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+cache.available_cores, cache.PER_WORKER = lambda: cores, 30
+path = prepare(source, 32).path
+counts = {"absent": 0, "valid": 0, "invalid": 0}
+def build():
+    path.unlink(missing_ok=True)
+    begin = time.perf_counter()
+    pid = os.fork()
+    if not pid:
+        try:
+            prepare(source, 32)
+        finally:
+            os._exit(0)
+    return pid, begin
+pid, begin = build()
+os.waitpid(pid, 0)
+whole = time.perf_counter() - begin
+for i in range(kills):
+    pid, begin = build()
+    time.sleep(random.Random(i).uniform(0, 1.1 * whole))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    try:
+        cache.load(path).verify()
+        counts["valid"] += 1
+    except DataError:
+        counts["invalid" if path.exists() else "absent"] += 1
+prepare(source, 32).verify()
+left = [p.name for p in path.parent.iterdir() if p != path and not p.name.endswith(".lock")]
+print(json.dumps(counts | {"left": left}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_builds_leave_no_cache_or_a_valid_one(pictures, home):
+    result = json.loads(child("-c", KILLER, pictures, KILLS, 1).stdout)
+    assert result["invalid"] == 0
+    assert result["absent"] > 0
+    assert result["absent"] + result["valid"] == KILLS
+    assert result["left"] == []  # the next builder has removed what the dead ones left
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_with_their_killed_parent(pictures, home):
+    result = json.loads(child("-c", KILLER, pictures, 3, 2).stdout)  # communicate() waits for pipes
+    assert result["invalid"] == 0 and result["left"] == []
+
+
+RACER = """
+import sys
+from minisimclr.data import cache, prepare
+build, built = cache.build, []
+cache.build = lambda *a: (built.append(1), build(*a))
+sys.stdin.readline()
+dataset = prepare(sys.argv[1], 64)
+dataset.verify()
+print(len(built), dataset.fingerprint)
+"""
+
+
+def test_of_four_racing_builders_one_builds(pictures, home):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipe = subprocess.PIPE
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, pictures], stdin=pipe, stdout=pipe, env=environment
+        )
+        for _ in range(4)
+    ]
+    for racer in racers:
+        racer.stdin.write(b"\n")
+        racer.stdin.flush()
+    answers = sorted(racer.communicate()[0].split() for racer in racers)
+    assert [built for built, _ in answers] == [b"0", b"0", b"0", b"1"]
+    assert len({fingerprint for _, fingerprint in answers}) == 1
+
+
+# Where the disk does not play along.
+
+
+def limited(limit: int):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.mark.parametrize("limit", [100, 50_000])
+def test_full_disk_ends_with_code_4(pictures, home, limit):
+    result = child(
+        "-m",
+        "minisimclr",
+        "data",
+        "prepare",
+        pictures,
+        "--image-size",
+        32,
+        preexec_fn=limited(limit),
+    )
+    assert result.returncode == 4
+    assert result.stderr.count("\n") == 1 and "the cache needs 368,640 bytes" in result.stderr
+    assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_too_little_space_is_found_before_the_work(pictures, home, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 8, 1000))
+    calls = []
+    with pytest.raises(OutputError, match="No space left .* needs 92,160 bytes, 1,000 are free"):
+        open_dataset(pictures, 16, lambda *a: calls.append(a))
+    assert calls == []
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
+def test_failing_disk(pictures, home, monkeypatch, fault):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if fault == "write":
+        monkeypatch.setattr(cache, "first_line", fail)
+    elif fault == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        open_dataset(pictures, 16)
+    assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_cache_folder_that_cannot_be_written(pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+        with pytest.raises(SystemExit) as exit:
+            main(["data", "prepare", str(pictures)])
+        assert exit.value.code == 4
+        assert capsys.readouterr().err.startswith(f"error: {place}")
+
+
+def test_read_only_cache_folder(pictures, home, monkeypatch):
+    path = open_dataset(pictures, 16).path
+    for lock in home.glob(".*"):
+        lock.unlink()
+    home.chmod(0o555)
+    try:
+        assert open_dataset(pictures, 16).path == path
+        assert list(home.iterdir()) == [path]  # nothing was even tried
+    finally:
+        home.chmod(0o755)
+
+
+def test_folder_of_caches_is_made_where_links_and_parents_are_missing(
+    pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not/yet/there"))
+    assert open_dataset(pictures, 16).path.is_relative_to(tmp_path / "not/yet/there")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_folder() == tmp_path / ".cache/minisimclr"
+
+
+# Damage, forgery, replacement.
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"hello\n" * 2000,
+    "JSON": lambda content: b"[1, 2]",
+    "first block only": lambda content: content[:4096],
+    "cut in the header": lambda content: content[:5000],
+    "cut in the pixels": lambda content: content[:-1],
+    "longer": lambda content: content + b"x",
+    "an older HDF5 file": lambda content: content[4096:],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_cache_is_never_read_and_built_again(made, pictures, home, kind, capsys):
+    path, _ = data.cache_path(pictures, 16)
+    home.mkdir(parents=True)
+    path.write_bytes(DAMAGE[kind](made.read_bytes()))
+    for command in ("verify", "info"):
+        with pytest.raises(SystemExit) as exit:
+            main(["data", command, str(pictures), "--image-size", "16"])
+        assert exit.value.code == 3
+        assert capsys.readouterr().err.count("\n") == 1
+    open_dataset(pictures, 16).verify()
+
+
+def test_every_flipped_byte_is_found(made, tmp_path):
+    content = made.read_bytes()
+    start = json.loads(content[:4096])["start"]
+    rng = np.random.default_rng(0)
+    places = np.concatenate([rng.integers(0, 4096, 60), rng.integers(4096, start, 70),
+                             rng.integers(start, len(content), 70)])  # fmt: skip
+    path = tmp_path / "cache.h5"
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        if place < start:  # found on opening
+            with pytest.raises(DataError):
+                cache.load(path)
+        else:
+            dataset = cache.load(path)
+            with pytest.raises(DataError, match="pixels changed"):
+                dataset.verify()
+
+
+def test_verify_says_3_for_changed_pixels(pictures, home, capsys):
+    path = open_dataset(pictures, 16).path
+    main_code(["data", "verify", str(path)], 0)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    main_code(["data", "verify", str(path)], 3)
+    assert "pixels changed" in capsys.readouterr().err
+
+
+def main_code(arguments, code):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == code
+
+
+def forge(path: Path, change) -> Path:
+    """A cache whose hashes are right and whose HDF5 part `change`(file) has written."""
+    with h5py.File(path, "w", userblock_size=4096, meta_block_size=1 << 16) as file:
+        change(file)
+    content = path.read_bytes()[4096:]
+    with h5py.File(path, "r") as file:
+        images = file.get("images")
+        start = images.id.get_offset() if isinstance(images, h5py.Dataset) else None
+    start = start or 4096 + len(content)
+    header, pixels = content[: start - 4096], content[start - 4096 :]
+    line = cache.first_line(start, header, cache.sha256(pixels))
+    path.write_bytes(line + content)
+    return path
+
+
+ABOUT = {
+    "name": "forged",
+    "recipe": {"size": 8, "options": {}},
+    "notes": {},
+    "class_names": ["a"],
+    "file_names": ["x", "y"],
+}
+
+
+def good(file, **other):
+    arrays = {
+        "labels": np.zeros(2, np.int64),
+        "splits": np.zeros(2, np.uint8),
+        "duplicate_of": np.arange(2),
+        "about": np.frombuffer(json.dumps(ABOUT).encode(), np.uint8),
+        "images": np.zeros((2, 8, 8, 3), np.uint8),
+    }
+    for name, array in (arrays | other).items():
+        if array is not None:
+            file[name] = array
+
+
+def external(file):
+    good(file, labels=None)
+    file.create_dataset("labels", (2,), "u1", external=[("/etc/hostname", 0, 2)])
+
+
+def external_images(file):
+    good(file, images=None)
+    file.create_dataset("images", (2, 8, 8, 3), "u1", external=[("/etc/passwd", 0, 384)])
+
+
+def virtual(file):
+    good(file, labels=None)
+    layout = h5py.VirtualLayout((2,), "i8")
+    layout[:] = h5py.VirtualSource("/tmp/other.h5", "x", (2,))
+    file.create_virtual_dataset("labels", layout)
+
+
+def bomb(file):
+    good(file, about=None)
+    file.create_dataset("about", (1 << 50,), "u1", chunks=(1 << 20,))
+
+
+def declared(file):
+    good(file, labels=None)
+    space = h5py.h5s.create_simple((1 << 50,))
+    h5py.h5d.create(file.id, b"labels", h5py.h5t.STD_U8LE, space)
+
+
+FORGED = {
+    "external file": external,
+    "external pixels": external_images,
+    "virtual": virtual,
+    "chunked bomb": bomb,
+    "declared bomb": declared,
+    "soft link": lambda f: good(f, labels=h5py.SoftLink("/splits")),
+    "external link": lambda f: good(f, labels=h5py.ExternalLink("/tmp/other.h5", "x")),
+    "group": lambda f: (good(f, labels=None), f.create_group("labels")),
+    "strings": lambda f: good(f, labels=np.array([b"a", b"b"])),
+    "floats": lambda f: good(f, labels=np.zeros(2)),
+    "missing": lambda f: good(f, splits=None),
+    "short": lambda f: good(f, labels=np.zeros(1, np.int64)),
+    "label of no class": lambda f: good(f, labels=np.array([0, 1])),
+    "split of no name": lambda f: good(f, splits=np.array([0, 3], np.uint8)),
+    "other shape": lambda f: good(f, images=np.zeros((2, 8, 3, 8), np.uint8)),
+    "16 bit": lambda f: good(f, images=np.zeros((2, 8, 8, 3), np.uint16)),
+    "not JSON": lambda f: good(f, about=np.zeros(9, np.uint8)),
+    "no names": lambda f: good(f, about=np.frombuffer(b'{"recipe": {"size": 8}}', np.uint8)),
+}
+
+
+def test_forgery_that_changes_nothing_is_accepted(tmp_path):
+    assert cache.load(forge(tmp_path / "cache.h5", good)).name == "forged"
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_cache_is_refused(tmp_path, kind):
+    with pytest.raises(DataError):
+        cache.load(forge(tmp_path / "cache.h5", FORGED[kind]))
+
+
+def test_cache_replaced_while_open(pictures, home):
+    dataset = open_dataset(pictures, 16)
+    before = np.array(dataset.images)
+    fingerprint = dataset.fingerprint
+    other = prepare(pictures, 16, data.Options(labels_per_class=3))
+    assert other.path == dataset.path and other.recipe != dataset.recipe
+    np.testing.assert_array_equal(dataset.images, before)
+    dataset.verify()
+    assert dataset.fingerprint == fingerprint
+
+
+def test_cache_file_by_path(pictures, home, tmp_path):
+    path = shutil.copy(open_dataset(pictures, 16).path, tmp_path / "own.h5")
+    dataset = open_dataset(path)
+    assert dataset.images.shape == (120, 16, 16, 3)
+    assert prepared(path).fingerprint == dataset.fingerprint == prepare(path).fingerprint
+
+
+# Workers.
+
+
+def double(x):
+    return 2 * x
+
+
+def die(x):
+    os._exit(7)
+
+
+def refuse(x):
+    raise DataError("refused")
+
+
+def chatter(x):
+    print("to standard output", x)
+    return x
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_parallel_map_keeps_order(workers):
+    assert list(parallel_map(double, range(50), workers)) == list(range(0, 100, 2))
+
+
+def test_parallel_map_reads_only_a_little_ahead():
+    taken = []
+    results = parallel_map(double, (taken.append(i) or i for i in range(1000)), 2)
+    assert next(results) == 0
+    assert len(taken) < 10
+    results.close()
+
+
+@pytest.mark.parametrize(("function", "text"), [(die, "ended .exit status 7"), (refuse, "refused")])
+def test_failing_worker(function, text):
+    with pytest.raises(DataError, match=text):
+        list(parallel_map(function, range(5), 2))
+
+
+def test_printing_worker(capfd):
+    assert list(parallel_map(chatter, range(3), 2)) == [0, 1, 2]

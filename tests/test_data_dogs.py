@@ -1,0 +1,381 @@
+"""The official layout: lists, archives and boxes are read exactly or refused; splits are as stated."""
+
+import gzip
+import hashlib
+import io
+import struct
+import tarfile
+import tracemalloc
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import official_layout as layout
+import pytest
+
+from minisimclr.data import Options, matlab, open_dataset, prepare, stanford_dogs
+from minisimclr.data.archives import MAX_MEMBER_BYTES, members
+from minisimclr.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def dogs(tmp_path_factory):
+    return layout.write_archives(tmp_path_factory.mktemp("data") / "dogs")
+
+
+def test_small_layout(dogs):
+    dataset = open_dataset(dogs, 24)
+    train, test = layout.files()
+    assert dataset.images.shape == (31, 24, 24, 3)
+    assert dataset.file_names == tuple(sorted(train + test))
+    assert dataset.class_names == ("Alpha", "flat-coated_beta", "Gamma")
+    names = np.array(dataset.file_names)
+    assert set(names[dataset.split("pretrain")]) == set(train)
+    labelled, rest = dataset.split("labelled"), dataset.split("test")
+    assert set(names[labelled]) | set(names[rest]) == set(test)
+    # A fifth of 19 is 4; exact shares 1, 1.2 and 1.6 give one each and the last to the third.
+    assert np.bincount(dataset.labels[labelled]).tolist() == [1, 1, 2]
+    assert not set(labelled) & set(rest)
+    assert dataset.labels.tolist() == [layout.BREEDS.index(n.split("/")[0]) for n in names]
+    assert not dataset.notes["verified"]
+
+
+def test_labels_per_class(dogs):
+    chosen = {}
+    for n in (1, 3):
+        dataset = prepare(dogs, 24, Options(labels_per_class=n))
+        chosen[n] = set(dataset.split("labelled"))
+        assert np.bincount(dataset.labels[dataset.split("labelled")]).tolist() == [n] * 3
+        assert len(dataset.split("pretrain")) == 12
+        assert len(dataset.split("test")) == 19 - 3 * n
+    assert chosen[1] < chosen[3]  # a larger budget adds to a smaller one
+    with pytest.raises(ConfigError, match="'Alpha' has 5"):
+        prepare(dogs, 24, Options(labels_per_class=5))
+
+
+def test_boxes(dogs):
+    """The crop follows the annotation: Pillow's own crop of the box, made square."""
+    whole, boxes = prepare(dogs, 30), prepare(dogs, 20, Options(crop="boxes"))
+    # The box 5,5,25,20 of 40 x 30 grows to the square 5,2.5,25,22.5.
+    middle = np.asarray(whole.images[:, 4:20, 2:18], float).mean()
+    assert abs(np.asarray(boxes.images, float).mean() - middle) < 8
+    assert boxes.fingerprint != prepare(dogs, 20).fingerprint
+
+
+def test_open_follows_the_options_it_was_prepared_with(dogs):
+    prepare(dogs, 16, Options(labels_per_class=2))
+    assert len(open_dataset(dogs, 16).split("labelled")) == 6
+
+
+def test_real_split(test_data):
+    archives = stanford_dogs.in_folder(test_data / "stanford-dogs-80px")
+    plan = stanford_dogs.source("dogs", archives, Options(), 0, False).plan()
+    counts = np.bincount(plan.splits)
+    assert counts.tolist() == [12000, 1716, 6864]
+    per_breed = np.bincount(plan.labels[plan.splits == 1], minlength=120)
+    tests = np.bincount(plan.labels[plan.splits > 0], minlength=120)
+    assert np.abs(per_breed - tests / 5).max() < 1
+    assert np.bincount(plan.labels[plan.splits == 0]).tolist() == [100] * 120
+    # The choice is part of what results mean: it must never change.
+    chosen = np.flatnonzero(plan.splits == 1)
+    assert plan.names[chosen[0]] == "n02085620-Chihuahua/n02085620_11818.jpg"
+    digest = hashlib.sha256(plan.splits.tobytes()).hexdigest()
+    assert digest[:16] == "cee4e16e583d0aa8"
+
+
+def test_lists_as_scipy_reads_them(test_data):
+    scipy_io = pytest.importorskip("scipy.io")
+    lists = {n.name: c for n, c in members(test_data / "stanford-dogs-80px/lists.tar")}
+    for name, content in lists.items():
+        referee = scipy_io.loadmat(io.BytesIO(content))
+        ours = matlab.load(content)
+        assert ours["file_list"] == [str(x[0]) for x in referee["file_list"][:, 0]], name
+        np.testing.assert_array_equal(ours["labels"], referee["labels"][:, 0])
+
+
+def test_matlab_numbers_and_text_as_scipy_writes_them():
+    scipy_io = pytest.importorskip("scipy.io")
+    values = {
+        "small": np.array([[7]], np.uint8),
+        "doubles": np.array([[1.5, np.nan, -2.0]]),
+        "int32": np.arange(300, dtype=np.int32)[:, None],
+        "words": np.array(["a", "bc", "é", "long " * 9], object)[:, None],
+    }
+    for packed in (False, True):
+        buffer = io.BytesIO()
+        scipy_io.savemat(buffer, values, do_compression=packed)
+        ours = matlab.load(buffer.getvalue())
+        assert ours["words"] == list(values["words"][:, 0])
+        for name in ("small", "doubles", "int32"):
+            np.testing.assert_array_equal(ours[name], values[name].ravel())
+
+
+def bomb() -> bytes:
+    inner = zlib.compress(bytes(100 << 20), 9)
+    return layout.mat([], np.zeros(0, np.uint8))[:128] + struct.pack("<II", 15, len(inner)) + inner
+
+
+TRAIN, TEST = layout.files()
+LABELS = layout.numbered(TRAIN)
+NAN = np.where(np.arange(len(LABELS)) == 3, np.nan, LABELS.astype(float))
+BAD_LISTS = {
+    "empty": (b"", "no little-endian MATLAB"),
+    "text": (b"n02085620-Chihuahua/n02085620_5927.jpg\n" * 9, "no little-endian MATLAB"),
+    "bomb": (bomb(), "more than 64 MiB"),
+    "cut": (layout.mat(TRAIN, LABELS)[:-9], "damaged"),
+    "no labels": (layout.mat(TRAIN, LABELS, deflate=False).replace(b"labels", b"lapels"), "lacks"),
+    "fewer labels": (layout.mat(TRAIN, LABELS[1:]), "12 files, but 11 labels"),
+    "label 0": (layout.mat(TRAIN, LABELS - 1), "no whole numbers from 1"),
+    "label 200": (
+        layout.mat(TRAIN, np.where(LABELS == 3, 200, LABELS).astype("u1")),
+        "whole numbers",
+    ),
+    "NaN": (layout.mat(TRAIN, NAN, 9), "no whole numbers from 1"),
+    "half": (layout.mat(TRAIN, LABELS * 1.5, 9), "no whole numbers from 1"),
+    "gap": (layout.mat(TRAIN, np.where(LABELS == 3, 4, LABELS).astype("u1")), "stands for|number"),
+    "two breeds, one label": (layout.mat(TRAIN, LABELS // 2 + 1), "stands for"),
+    "escape": (layout.mat(["../../etc/passwd", *TRAIN[1:]], LABELS), "not breed/picture"),
+    "no folder": (layout.mat(["x.jpg", *TRAIN[1:]], LABELS), "not breed/picture"),
+    "twice": (layout.mat([TRAIN[1], *TRAIN[1:]], LABELS), "twice"),
+    "overlap": (layout.mat([TEST[0], *TRAIN[1:]], LABELS), "in both lists"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LISTS)
+def test_bad_lists_are_refused(tmp_path, fault):
+    content, reason = BAD_LISTS[fault]
+    lists = [("train_list.mat", content), layout.list_members()[1]]
+    with pytest.raises(DataError, match=reason):
+        stanford_dogs.read_lists(layout.tar(tmp_path / "lists.tar", lists))
+
+
+def test_missing_list_is_named(tmp_path):
+    path = layout.tar(tmp_path / "lists.tar", layout.list_members()[:1])
+    with pytest.raises(DataError, match=r"has no test_list\.mat"):
+        stanford_dogs.read_lists(path)
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_mutated_lists_are_read_or_refused(deflate):
+    content = layout.mat(TRAIN, LABELS, deflate=deflate)
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        mutant = bytearray(content)
+        for position in rng.integers(128, len(content), rng.integers(1, 4)):
+            mutant[position] = rng.integers(256)
+        with suppress(DataError):
+            stanford_dogs.read_list(bytes(mutant))
+
+
+def special(kind: bytes, target: str = "", name: str = "Images/n01-Alpha/n01_0.jpg"):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member, b""
+
+
+def named(name: str, content: bytes = b"x", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member, content
+
+
+ESCAPES = {
+    "up": named("../escaped.jpg"),
+    "up inside": named("Images/../../escaped.jpg"),
+    "absolute": named("/tmp/escaped.jpg"),
+    "symbolic link": special(tarfile.SYMTYPE, "/etc/passwd"),
+    "hard link": special(tarfile.LNKTYPE, "/etc/passwd"),
+    "device": special(tarfile.CHRTYPE),
+    "FIFO": special(tarfile.FIFOTYPE),
+}
+
+
+@pytest.mark.parametrize("fault", ESCAPES)
+def test_members_that_could_escape_are_refused(tmp_path, monkeypatch, fault):
+    layout.write_archives(tmp_path / "dogs", images=[ESCAPES[fault], *layout.image_members()])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=r"images\.tar"):
+        open_dataset(tmp_path / "dogs", 24)
+    after = [p for p in sorted(tmp_path.rglob("*")) if "cache" not in p.parts[-3:]]
+    assert [p for p in after if not p.is_relative_to(tmp_path / "cache")] == before
+    assert not list((tmp_path / "cache").rglob("*.h5"))
+
+
+def test_setuid_member_is_only_read(tmp_path):
+    first, *rest = layout.image_members()
+    images = [named(first[0], first[1], mode=0o6777, uid=0), *rest]
+    assert len(open_dataset(layout.write_archives(tmp_path / "d", images), 24).images) == 31
+
+
+def test_tar_cut_anywhere_is_refused(tmp_path):
+    path = layout.tar(tmp_path / "images.tar", layout.image_members())
+    content = path.read_bytes()
+    end = content.rindex(b"ustar") // 512 * 512  # the last header
+    files = sorted(TRAIN + TEST)
+    for cut in range(0, end + 513, 512):
+        path.write_bytes(content[:cut])
+        with pytest.raises(DataError, match=r"images\.tar: "):
+            list(stanford_dogs.pictures(path, files))
+
+
+def test_bad_header_checksum_is_refused(tmp_path):
+    path = layout.tar(tmp_path / "images.tar", layout.image_members())
+    content = bytearray(path.read_bytes())
+    position = [i for i in range(0, len(content), 512) if content[i + 257 : i + 262] == b"ustar"][9]
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="22 of 31 listed pictures are missing"):
+        list(stanford_dogs.pictures(path, sorted(TRAIN + TEST)))
+
+
+def test_pictures_must_be_those_on_the_lists(tmp_path):
+    images = layout.image_members()
+    files = sorted(TRAIN + TEST)
+    read = lambda contents: list(  # noqa: E731
+        stanford_dogs.pictures(layout.tar(tmp_path / "images.tar", contents), files)
+    )
+    notes = [("Images/README", b"hello"), ("Images/.DS_Store", b"x")]
+    assert len(read([*notes, *images])) == 31  # other files do not matter
+    with pytest.raises(DataError, match="1 of 31 .* missing, 0 are on no list: 'n01-Alpha/n01_0"):
+        read(images[1:])
+    with pytest.raises(DataError, match="0 of 31 .* 1 are on no list: 'n09-Wolf/n09_1.jpg'"):
+        read([*images, ("Images/n09-Wolf/n09_1.jpg", b"")])
+    with pytest.raises(DataError, match="9 of 31"):
+        read([m for m in images if "n01" not in m[0]])
+    with pytest.raises(DataError, match="twice"):
+        read([*images, images[4]])
+
+
+def header(
+    size: int, kind: bytes = tarfile.REGTYPE, name: str = "Images/n01-Alpha/big.jpg"
+) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+BOMBS = {
+    "8 GB picture": header(8 << 30) + bytes(1 << 20),
+    "8 GB of extended header": header(8 << 30, tarfile.XHDTYPE) + bytes(1 << 20),
+    "8 GB of long name": header(8 << 30, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 20),
+    "negative size": header(-512),
+    "sparse": header(512, tarfile.GNUTYPE_SPARSE) + bytes(1024),
+    "zeros, deflated": gzip.compress(header(1 << 30, tarfile.XHDTYPE) + bytes(80 << 20), 1),
+}
+
+
+@pytest.mark.parametrize("fault", BOMBS)
+def test_tar_bombs_are_refused_in_little_memory(tmp_path, fault):
+    path = tmp_path / "images.tar"
+    path.write_bytes(BOMBS[fault])
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            list(stanford_dogs.pictures(path, TRAIN))
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_MEMBER_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisimclr.data.archives.MAX_MEMBERS", 30)
+    path = layout.tar(tmp_path / "images.tar", layout.image_members())
+    with pytest.raises(DataError, match="more than 30 members"):
+        list(members(path))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_compressed_archives(tmp_path, mode):
+    images = layout.image_members()
+    path = layout.tar(tmp_path / "images.tar", images, mode)
+    assert [(str(n), c) for n, c in members(path)] == images
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2 :] = b""
+    path.write_bytes(damaged)
+    with pytest.raises(DataError):
+        list(stanford_dogs.pictures(path, sorted(TRAIN + TEST)))
+
+
+def test_mutated_archives_are_read_or_refused(tmp_path):
+    path = layout.tar(tmp_path / "images.tar", layout.image_members()[:3])
+    content = path.read_bytes()
+    headers = [i for i in range(0, len(content), 512) if content[i + 257 : i + 262] == b"ustar"]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        mutant = bytearray(content)
+        begin = rng.choice(headers)
+        mutant[begin + rng.integers(512)] = rng.integers(256)
+        checksum = sum(mutant[begin : begin + 148]) + 256 + sum(mutant[begin + 156 : begin + 512])
+        mutant[begin + 148 : begin + 156] = b"%06o\0 " % checksum
+        path.write_bytes(mutant)
+        with suppress(DataError):
+            list(members(path))
+
+
+BAD_BOXES = {
+    "none": layout.annotation(boxes=()),
+    "empty": layout.annotation(boxes=((5, 5, 5, 9),)),
+    "no size": layout.annotation().replace(b"width", b"weight"),
+    "bomb": b'<!DOCTYPE a [<!ENTITY x "&x;&x;">]><annotation>&x;</annotation>',
+    "not XML": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("fault", BAD_BOXES)
+def test_bad_annotation_is_refused(tmp_path, fault):
+    good = [(f"Annotation/{name[:-4]}", layout.annotation()) for name in TRAIN[1:]]
+    path = layout.tar(
+        tmp_path / "a.tar", [*good, (f"Annotation/{TRAIN[0][:-4]}", BAD_BOXES[fault])]
+    )
+    with pytest.raises(DataError, match=r"no box for 1 pictures, .*n01_0"):
+        stanford_dogs.read_boxes(path, TRAIN)
+
+
+def test_largest_of_several_boxes(tmp_path):
+    content = layout.annotation(boxes=((1, 1, 5, 5), (3, 4, 30, 20), (2, 2, 9, 9)))
+    path = layout.tar(tmp_path / "a.tar", [(f"Annotation/{TRAIN[0][:-4]}", content)])
+    assert stanford_dogs.read_boxes(path, TRAIN[:1]) == {TRAIN[0]: (3, 4, 30, 20, 40, 30)}
+
+
+def test_real_annotation(test_data):
+    path = test_data / "stanford-dogs-80px/annotation-pug.tar.gz"
+    files = [f"{n.parent.name}/{n.name}.jpg" for n, _ in members(path)]
+    boxes = stanford_dogs.read_boxes(path, files)
+    assert len(boxes) == 200
+    assert boxes["n02110958-pug/n02110958_5834.jpg"] == (170, 247, 311, 387, 375, 500)
+
+
+def test_folder_with_half_of_the_layout(tmp_path):
+    layout.tar(tmp_path / "images.tar", [])
+    with pytest.raises(DataError, match=r"both images\.tar and lists\.tar"):
+        open_dataset(tmp_path)
+    (tmp_path / "images.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="keep one"):
+        open_dataset(tmp_path)
+
+
+def test_boxes_without_annotation(tmp_path):
+    layout.write_archives(tmp_path)
+    (tmp_path / "annotation.tar").unlink()
+    with pytest.raises(DataError, match=r"needs annotation\.tar"):
+        prepare(tmp_path, 24, Options(crop="boxes"))
+
+
+def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    archives = stanford_dogs.in_folder(dogs)
+    with pytest.raises(DataError, match=r"minisimclr data prepare stanford-dogs --image-size 24"):
+        open_dataset("stanford-dogs", 24)
+    with pytest.raises(DataError, match=r"images\.tar: is not the official images\.tar"):
+        prepare("stanford-dogs", 24, archives=archives)
+    dataset = prepare("stanford-dogs", 24, archives=archives, allow_unverified=True)
+    assert dataset.name == "stanford-dogs" and dataset.notes["verified"] is False
+    assert open_dataset("stanford-dogs", 24).fingerprint == dataset.fingerprint
+    hashes = {n: (p.stat().st_size, stanford_dogs.file_sha256(p)) for n, p in archives.items()}
+    monkeypatch.setattr(stanford_dogs, "OFFICIAL", hashes)
+    assert prepare("stanford-dogs", 20, archives=archives).notes["verified"] is True
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare("stanford-dogs", 16, archives={"images": tmp_path / "none", "lists": tmp_path})

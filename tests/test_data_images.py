@@ -1,0 +1,216 @@
+"""Every kind of picture becomes upright RGB in a defined way; junk and bombs are refused."""
+
+import io
+import struct
+import warnings
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisimclr.data.images import contact_sheet, decode, decode_file
+from minisimclr.errors import DataError
+
+RAMP = np.add.outer(np.arange(24) * 5, np.arange(24) * 3).astype(np.uint8)  # (24, 24)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + (chunk(b"IEND", b""))
+    )
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def half_transparent() -> Image.Image:
+    image = Image.fromarray(grey(RAMP)).convert("RGBA")
+    alpha = np.where(np.arange(24) < 12, 0, 255).astype(np.uint8)
+    image.putalpha(Image.fromarray(np.tile(alpha, (24, 1))))
+    return image
+
+
+def palette(**options) -> bytes:
+    image = Image.new("P", (24, 24), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50] + [0] * 762)
+    return encode(image, **options)
+
+
+WHITE_LEFT = grey(np.where(np.arange(24) < 12, 255, RAMP).astype(np.uint8))
+COLOUR = np.broadcast_to(np.array([200, 100, 50], np.uint8), (24, 24, 3))
+WHITE = np.full((24, 24, 3), 255, np.uint8)
+MODES = {
+    "RGB": (encode(Image.fromarray(grey(RAMP))), grey(RAMP)),
+    "grey": (encode(Image.fromarray(RAMP)), grey(RAMP)),
+    "bilevel": (encode(Image.new("1", (24, 24), 1)), WHITE),
+    "grey, 16 bit": (encode(Image.fromarray(RAMP.astype(np.uint16) * 256 + 77)), grey(RAMP)),
+    "alpha": (encode(half_transparent()), WHITE_LEFT),
+    "alpha, WebP": (encode(half_transparent(), "WEBP", lossless=True), WHITE_LEFT),
+    "grey and alpha": (encode(half_transparent().convert("LA")), WHITE_LEFT),
+    "palette": (palette(), COLOUR),
+    "palette with a clear colour": (palette(transparency=1), WHITE),
+    "grey with a clear value": (encode(Image.new("L", (24, 24), 9), transparency=9), WHITE),
+    "CMYK": (
+        encode(Image.new("CMYK", (24, 24), (0, 255, 255, 0)), "JPEG", quality=100),
+        np.broadcast_to(np.array([254, 0, 0], np.uint8), (24, 24, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode):
+    content, expected = MODES[mode]
+    tolerance = 2 if mode == "CMYK" else 0
+    np.testing.assert_allclose(
+        decode(content, 24).astype(int), expected.astype(int), atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright(orientation, kind):
+    """A picture stored turned or mirrored, with the tag that says so, comes out as it was."""
+    upright = np.zeros((48, 48, 3), np.uint8)
+    upright[:24, :24] = 255, 0, 0
+    upright[:24, 24:] = 0, 255, 0
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {} if kind == "PNG" else {"quality": 95}
+    content = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+    for size in (12, 48):  # with and without a JPEG draft
+        corner = size // 4
+        small = decode(content, size)
+        assert small[corner, corner, 0] > 200 > 60 > small[corner, corner, 1]
+        assert small[corner, -corner, 1] > 200 > 60 > small[corner, -corner, 0]
+        assert small[-corner].max() < 60
+
+
+def test_centre_square_with_pillows_filter():
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = image.crop((10, 0, 40, 30)).resize((20, 20), Image.Resampling.BICUBIC)
+    inner = np.s_[2:-2, 2:-2]  # at the edges, the filter also sees what the crop took away
+    np.testing.assert_array_equal(decode(encode(image), 20)[inner], np.asarray(expected)[inner])
+
+
+@pytest.mark.parametrize(
+    ("box", "square"),
+    [
+        ((10, 8, 20, 14), (10, 6, 20, 16)),  # grown to a square about its centre
+        ((0, 0, 6, 16), (0, 0, 16, 16)),  # pushed back inside
+        ((44, 20, 50, 30), (40, 20, 50, 30)),
+        ((0, 0, 50, 30), (10, 0, 40, 30)),  # cut down to what fits
+        ((40, 25, 99, 99), (20, 0, 50, 30)),  # beyond the edge
+    ],
+)
+def test_square_around_a_box(box, square):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
+    side = square[2] - square[0]
+    expected = np.asarray(image.crop(square))
+    np.testing.assert_array_equal(decode(encode(image), side, (*box, 50, 30)), expected)
+
+
+def test_box_of_another_picture_is_refused():
+    with pytest.raises(DataError, match="24 x 24 pixels, its annotation says 25 x 24"):
+        decode(MODES["RGB"][0], 12, (0, 0, 10, 10, 25, 24))
+
+
+def test_draft_changes_little(test_data):
+    """Decoding real photos at a half or a quarter moves pixels by about 1 of 255."""
+    changes = []
+    for path in sorted(test_data.glob("dog-photos/*/*.jpg"))[::4]:
+        image = Image.open(path).convert("RGB")
+        w, h = image.size
+        side = min(w, h)
+        box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+        full = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC, box)).astype(int)
+        changes.append(np.abs(decode_file(path, 64) - full).mean())
+    assert 0 < np.mean(changes) < 1.5
+
+
+NOISE = encode(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG"
+)
+BAD = {
+    "empty": (b"", "cannot be decoded"),
+    "text": (b"no picture at all", "cannot be decoded"),
+    "HTML": (b"<!doctype html><title>404</title>", "cannot be decoded"),
+    "truncated by half": (NOISE[: len(NOISE) // 2], "truncated"),
+    "truncated by a little": (NOISE[:-40], "truncated"),
+    "GIF": (encode(Image.new("L", (24, 24)), "GIF"), "cannot be decoded"),
+    "BMP": (encode(Image.new("L", (24, 24)), "BMP"), "cannot be decoded"),
+    "1 x 1": (encode(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
+    "sliver": (encode(Image.new("RGB", (2000, 30)), "JPEG"), "neither 20 times"),
+    "0 x 0": (png_header(0, 0), "0 x 0|cannot be decoded"),
+    "60 megapixels": (png_header(10_000, 6_000), "more than 50 million"),
+    "144 megapixels": (png_header(12_000, 12_000), "bomb"),
+    "400 megapixels": (png_header(20_000, 20_000), "bomb"),
+    "no pixels": (png_header(24, 24), "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_pictures_are_refused(kind):
+    content, reason = BAD[kind]
+    with pytest.raises(DataError, match=reason):
+        decode(content, 24)
+
+
+def test_any_damage_is_decoded_or_refused():
+    rng = np.random.default_rng(0)
+    for content in (NOISE, MODES["alpha"][0], MODES["alpha, WebP"][0], MODES["palette"][0]):
+        for _ in range(60):
+            damaged = bytearray(content)
+            for position in rng.integers(0, len(content), 4):
+                damaged[position] = rng.integers(256)
+            with suppress(DataError):
+                assert decode(bytes(damaged), 8).shape == (8, 8, 3)
+
+
+def test_no_warning_leaves():
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\xff\xff\0\0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(encode(Image.new("RGB", (24, 24)), "JPEG", exif=exif), 8)
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        decode_file(tmp_path, 8)
+
+
+def test_contact_sheet():
+    images = np.full((3, 20, 20, 3), 77, np.uint8)
+    sheet = Image.open(io.BytesIO(contact_sheet([("a", images), ("b", images[:2])])))
+    assert sheet.size == (150 + 60, 40)
+    assert sheet.getpixel((150 + 45, 10)) == (77, 77, 77)
+    assert sheet.getpixel((150 + 45, 30)) == (255, 255, 255)

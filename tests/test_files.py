@@ -1,0 +1,116 @@
+"""Durable files: every failure leaves the old content, no temporary file, and a clear error."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minisimclr import files
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("n", range(1, 4))
+def test_any_failing_call_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, n, old):
+    """The n-th of fsync (file), rename, fsync (directory) fails."""
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    calls = []
+
+    def failing(original):
+        def call(*arguments):
+            calls.append(original)
+            if len(calls) == n:
+                raise OSError(errno.EIO, "planted")
+            return original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(Path, "replace", failing(Path.replace))
+    with pytest.raises(OSError, match="planted"):
+        files.write_bytes(path, b"new")
+    assert len(calls) == n
+    assert (path.read_bytes() if path.exists() else None) == (old if n < 3 else b"new")
+    assert [p.name for p in tmp_path.iterdir()] == (["file"] if path.exists() else [])
+
+
+def test_interrupt_while_writing_removes_the_temporary_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.publish(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(files, "sync", lambda path: order.append(path.name))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    files.write_bytes(tmp_path / "file", b"new")
+    assert order[0].endswith(".tmp")
+    assert order[1:] == ["rename", tmp_path.name]
+
+
+def test_lock_removes_what_dead_writers_of_this_file_left_and_nothing_else(tmp_path):
+    kept = [tmp_path / name for name in (".other.0123.tmp", "cache[1].h5", ".cache1.h5.0.tmp")]
+    stale = tmp_path / ".cache[1].h5.0123abcd.tmp"
+    for path in (*kept, stale):
+        path.write_bytes(b"")
+    with files.locked(tmp_path / "cache[1].h5"):
+        assert not stale.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_lock_is_held_and_dies_with_its_process(tmp_path):
+    path = tmp_path / "file"
+    script = (
+        "import sys, pathlib, minisimclr.files as f\n"
+        "with f.locked(pathlib.Path(sys.argv[1])):\n    print('locked', flush=True); input()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(BlockingIOError), files.locked(path, wait=False):
+            pass
+        holder.kill()
+        holder.wait()
+        with files.locked(path, wait=False):
+            pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, 524])
+def test_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, code):
+    if files.fcntl is None:
+        pytest.skip("no flock here")
+
+    def refuse(*_):
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    stale = tmp_path / ".file.0123abcd.tmp"
+    stale.write_bytes(b"maybe somebody is writing this")
+    with pytest.warns(UserWarning, match="no locks"), files.locked(tmp_path / "file"):
+        files.write_bytes(tmp_path / "file", b"new")
+    assert stale.exists()
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_other_lock_errors_are_errors(tmp_path, monkeypatch):
+    if files.fcntl is None:
+        pytest.skip("no flock here")
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="broken"), files.locked(tmp_path / "file"):
+        pass
