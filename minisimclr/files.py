@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import OutputError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -53,10 +55,13 @@ def sync(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise OSError if nothing could be made at `path`; leaves no trace."""
+    """Raise OutputError if nothing could be made at `path`; leaves no trace."""
     parent = next(p for p in path.absolute().parents if p.exists())
-    with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
-        pass
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -16,15 +16,19 @@ from .backend import Array, choose_device, peak_memory, set_threads, threads, to
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
-from .files import locked
-from .probe import alignment, effective_rank, uniformity
+from .files import locked, require_writable
+from .probe import alignment, effective_rank, probe, uniformity
 from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
 from .schedule import scaled_rate, warmup_cosine
-from .simclr import chance_loss, training_step
+from .simclr import Model, calibrate, chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
 MONITORED = 256  # images on which alignment, uniformity and rank are measured
 Notify = Callable[[str, dict[str, Any]], None]
+
+
+def quiet(event: str, values: dict[str, Any]) -> None:
+    """Tell nobody."""
 
 
 def pretrain(
@@ -33,7 +37,7 @@ def pretrain(
     *,
     origins: dict[str, str] | None = None,
     time_limit: float | None = None,
-    notify: Notify = lambda event, values: None,
+    notify: Notify = quiet,
 ) -> Run:
     """Train encoder and head without labels and leave a run folder at `out`.
 
@@ -45,6 +49,8 @@ def pretrain(
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
         raise ConfigError(f"{out} exists already: name another --out, or go on with --resume {out}")
+    choose_device(config.device)
+    require_writable(out)  # before long work, not after it
     dataset = open_training_data(config, notify)
     make_run_folder(out, config, origins or {})
     return resume(out, time_limit=time_limit, notify=notify, dataset=dataset)
@@ -70,7 +76,7 @@ def resume(
     path: Path,
     *,
     time_limit: float | None = None,
-    notify: Notify = lambda event, values: None,
+    notify: Notify = quiet,
     dataset: Dataset | None = None,
 ) -> Run:
     """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end."""
@@ -85,8 +91,10 @@ def resume(
                 raise DataError(f"{path} was trained on other data than {config.data} holds now")
             # Lines after the checkpoint will be written again.
             os.truncate(path / "metrics.jsonl", state.get("logged_bytes", 0))
-            notify("start", {"run": run, "device": device, "reason": reason, "dataset": dataset})
-            train(run, dataset, device, time_limit, notify)
+            plan = Plan.of(config, len(dataset.split("pretrain")))
+            about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
+            notify("start", about | {"steps": plan.total})
+            train(run, dataset, plan, device, time_limit, notify)
             return run
     except BlockingIOError as error:
         raise OutputError(f"{path} is being trained by another process") from error
@@ -121,12 +129,11 @@ def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> 
 
 
 def train(
-    run: Run, dataset: Dataset, device: str, time_limit: float | None, notify: Notify
+    run: Run, dataset: Dataset, plan: Plan, device: str, time_limit: float | None, notify: Notify
 ) -> None:
     """The training loop: from run.step to the end, a time limit or a signal."""
     config, model, optimizer = run.config, run.model, run.optimizer
     pool, n = dataset.split("pretrain"), config.batch_size
-    plan = Plan.of(config, len(pool))
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
     losses: list[float] = []
@@ -172,7 +179,7 @@ def train(
                 mean = float(np.mean(losses))
                 losses.clear()
                 notify("epoch", line | timing | {"mean_loss": mean, "epochs": config.epochs})
-                if mean > chance_loss(n) - 0.01:
+                if run.step > plan.warmup and mean > chance_loss(n) - 0.01:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
 
 
@@ -181,8 +188,9 @@ DIVERGED = (
     "raise --temperature (the last good state is in {2})"
 )
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) sits on its chance line ln(2N-1) = {:.3f}: the model cannot tell images "
-    "apart. Usual causes: a learning rate of zero or far too high, too high a temperature, collapse"
+    "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images apart "
+    "no better than guessing. Early on that is normal; later, look for a learning rate of zero or "
+    "far too high, too high a temperature, or collapse"
 )
 
 
@@ -197,6 +205,26 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, float]:
         "uniformity": float(uniformity(z1)),
         "effective_rank": float(effective_rank(run.model.encode(x1))),
     }
+
+
+def probe_run(run: Run, labels: int | None = None, notify: Notify = quiet) -> dict[str, Any]:
+    """What the encoder of a run has learned, beside its controls (see probe.probe).
+
+    The random encoder is this run's own network as it was before step 0.
+    """
+    set_threads(run.config.threads or threads())
+    device, _ = choose_device(run.config.device)
+    dataset = open_training_data(run.config, notify)
+    size = run.config.image_size
+    fresh = new_run(run.path, run.config, device).model
+    sample = dataset.images[dataset.split("pretrain")[:MONITORED]]
+    calibrate(fresh.encoder, augment.center_view(to_device(sample, device), size))
+
+    def encoder_of(model: Model) -> Callable[[Array], Array]:
+        model.encoder.to(device)
+        return lambda views: model.encode(to_device(views, device))
+
+    return probe(dataset, encoder_of(run.model), size, encoder_of(fresh), labels)
 
 
 def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:

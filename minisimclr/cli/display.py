@@ -49,15 +49,17 @@ class Display:
     def on_prepare(self, done: int, total: int) -> None:
         self.advance(done, total, "preparing data")
 
-    def on_start(self, run: Any, device: str, reason: str, dataset: Any) -> None:
+    def on_start(self, run: Any, device: str, reason: str, dataset: Any, steps: int) -> None:
         pool, config = len(dataset.split("pretrain")), run.config
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
         self.say(
             f"{config.encoder}, {parameters / 1e6:.2f} M parameters, on {device} ({reason}); "
             f"{pool:,} unlabelled images of {dataset.name}; run folder {run.path}"
         )
-        if run.step:
-            self.say(f"going on from step {run.step}")
+        if run.step == steps:
+            self.say(f"already at its last step, {steps}: nothing left to train")
+        elif run.step:
+            self.say(f"going on from step {run.step} of {steps}")
 
     def on_step(self, step: int, steps: int, **v: Any) -> None:
         self.advance(

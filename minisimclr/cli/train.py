@@ -8,8 +8,9 @@ import click
 from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .options import Duration, read_toml
+from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
 SETTINGS = {f.name: f for f in fields(TrainConfig)}
@@ -88,9 +89,10 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         click.echo(f"  minisimclr train --resume {run.path}", err=True)
     if run.stopped.startswith("SIG"):
         return {"SIGINT": 130, "SIGTERM": 143}[run.stopped]
-    from .probe import probe_and_print
-
-    probe_and_print(run)
+    try:
+        show_probe(run)
+    except DataError as error:  # training without labels is what this is for
+        click.echo(f"note: {error}", err=True)
     return 0
 
 

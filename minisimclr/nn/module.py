@@ -115,7 +115,7 @@ class Module:
         for name, array in new.items():
             owner, attribute, value = mine[name]
             xp, old = xp_of(_array(value)), _array(value)
-            array = xp.ascontiguousarray(xp.asarray(array.astype(old.dtype)))
+            array = xp.asarray(array.astype(old.dtype, order="C"))
             if isinstance(value, Parameter):
                 value.data = array
             else:

@@ -1,0 +1,306 @@
+"""The command line as a user meets it: a real process, its output, its exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minisimclr
+from minisimclr.config import TrainConfig
+
+SMALL = [
+    "--width",
+    "4",
+    "--image-size",
+    "16",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "2",
+    "--threads",
+    "1",
+]
+
+
+def run(*arguments, env=None, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "minisimclr", *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | (env or {}), timeout=120, **options,
+    )  # fmt: skip
+
+
+def fails(code, said, *arguments, **options):
+    """The command exits with `code`, nothing on stdout, one line on stderr that says it."""
+    done = run(*arguments, **options)
+    assert done.returncode == code, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = run("train", "--data", pictures, "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_train_says_what_it_does_and_ends_with_the_table(trained):
+    out, done = trained
+    assert "epoch 2/2" in done.stderr
+    assert "\r" not in done.stderr  # no bar off a terminal
+    for row in ("SimCLR", "random encoder", "raw pixels", "chance"):
+        assert row in done.stdout
+    result = json.loads((out / "probe.json").read_text())
+    assert {"top1", "top5", "ci95", "C", "labels", "test", "classes", "controls"} <= result.keys()
+    assert {"chance", "pixels", "random_encoder"} <= result["controls"].keys()
+    low, high = result["ci95"]
+    assert 0 <= low <= result["top1"] <= high <= 1
+
+
+def test_probe_of_a_run_repeats_the_table(trained):
+    out, done = trained
+    again = run("probe", out)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    values = run("probe", out, "--json")
+    assert json.loads(values.stdout) == json.loads((out / "probe.json").read_text())
+
+
+def test_resume_of_a_finished_run_says_so(trained):
+    out, _ = trained
+    done = run("train", "--resume", out)
+    assert done.returncode == 0
+    assert "already" in done.stderr
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "minisimclr",
+        "train",
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
+    child = subprocess.Popen(
+        [*command, *SMALL, "--epochs", "5000"], stderr=subprocess.PIPE, text=True
+    )
+    while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert f"minisimclr train --resume {out}" in said
+    assert "Traceback" not in said
+    assert list((out / "checkpoints").glob("step-*.h5"))
+
+
+def test_a_terminal_gets_a_bar(pictures, tmp_path):
+    pty = pytest.importorskip("pty")
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "minisimclr",
+        "train",
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
+    chunks = []
+
+    def read(descriptor):
+        chunks.append(os.read(descriptor, 4096))
+        return chunks[-1]
+
+    code = pty.spawn([*command, *SMALL], read)
+    screen = b"".join(chunks).decode()
+    assert code == 0
+    assert "training" in screen
+    assert "chance" in screen
+    assert "\r" in screen
+
+
+def test_settings_come_from_flag_environment_file_default_in_this_order(pictures, tmp_path):
+    toml = tmp_path / "recipe.toml"
+    toml.write_text(f'data = "{pictures}"\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n')
+    out = tmp_path / "run"
+    flags = [
+        "--out",
+        out,
+        "--config",
+        toml,
+        "--seed",
+        "7",
+        "--image-size",
+        16,
+        "--time-limit",
+        "1s",
+    ]
+    environment = {
+        "MINISIMCLR_TEMPERATURE": "0.4",
+        "MINISIMCLR_SEED": "6",
+        "MINISIMCLR_BATCH_SIZE": "16",
+    }
+    done = run("train", *flags, env=environment)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["seed"] == {"value": 7, "origin": "flag"}
+    assert settings["temperature"] == {"value": 0.4, "origin": "environment"}
+    assert settings["lr"] == {"value": 0.01, "origin": str(toml)}
+    assert settings["epochs"]["origin"] == "default"
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
+    done = run("train", "--data", pictures, *SMALL, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("batch_size", "flag", "default", "steps", "minutes", "parameters"):
+        assert word in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--data", "/nonexistent/folder"], 3, "/nonexistent/folder"),
+        (["--data", "{empty}"], 3, "empty"),
+        (["--data", "{broken}"], 3, "bad.png"),
+        (["--batch-size", "5000"], 2, "5000"),
+        (["--encoder", "resnet19"], 2, "resnet19"),
+        (["--temperature", "-1"], 2, "temperature"),
+        (["--temperature", "nan"], 2, "temperature"),
+        (["--lr", "fast"], 2, "fast"),
+        (["--colour", "red"], 2, "--colour"),
+        (["--config", "/nonexistent.toml"], 2, "/nonexistent.toml"),
+        (["--config", "{typo}"], 2, "did you mean 'temperature'"),
+        (["--config", "{torn}"], 2, "torn.toml"),
+        (["--out", "{exists}"], 2, "exists already"),
+        (["--out", "/proc/nope/run"], 4, "/proc/nope"),
+        (["--resume", "/nonexistent"], 3, "/nonexistent"),
+        (["--resume", "{empty}", "--lr", "1"], 2, "--resume"),
+        (["--time-limit", "soon"], 2, "soon"),
+        (["--device", "gpu"], 2, "gpu"),
+        (["--device", "cuda:0"], 2, "CuPy|CUDA"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_code(arguments, code, said, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "typo.toml").write_text("temprature = 0.5\n")
+    (tmp_path / "torn.toml").write_text("lr = [")
+    (tmp_path / "exists").mkdir()
+    places = {
+        "empty": tmp_path / "empty", "broken": tmp_path / "broken", "typo": tmp_path / "typo.toml",
+        "torn": tmp_path / "torn.toml", "exists": tmp_path / "exists",
+    }  # fmt: skip
+    arguments = [a.format(**places) for a in arguments]
+    data = [] if "--data" in arguments or "--resume" in arguments else ["--data", pictures]
+    batch = [] if "--resume" in arguments else ["--batch-size", 16]
+    fails(code, said, "train", *data, *batch, *arguments, cwd=tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_folder_is_code_4(pictures, tmp_path):
+    tmp_path.chmod(0o555)
+    fails(4, "Permission", "train", "--data", pictures, *SMALL, "--out", tmp_path / "run")
+
+
+def test_no_labels_train_and_say_why_there_is_no_probe(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "flat").mkdir()
+    for i in range(40):
+        picture = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "flat" / f"{i}.png")
+    done = run("train", "--data", tmp_path / "flat", "--out", tmp_path / "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "label" in done.stderr
+    assert not (tmp_path / "run" / "probe.json").exists()
+
+
+def test_debug_shows_where_an_error_comes_from():
+    done = run("train", "--data", "/nonexistent/folder", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_every_setting_has_its_option():
+    shown = run("train", "--help").stdout
+    for f in fields(TrainConfig):
+        assert f"--{f.name.replace('_', '-')}" in shown
+
+
+def test_help_of_every_command():
+    shown = run("--help").stdout
+    commands = re.findall(r"^  (\w+)  ", shown.split("Commands:")[1], re.M)
+    assert {"train", "probe", "data", "profile"} <= set(commands)
+    for command in commands:
+        done = run(command, "--help")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"Usage: minisimclr {command}")
+
+
+def test_presets_are_valid_recipes():
+    for path in Path(minisimclr.__file__).parent.glob("presets/*.toml"):
+        TrainConfig(**tomllib.loads(path.read_text()))
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m minisimclr train --help | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("Usage")
+
+
+def test_profile(tmp_path):
+    trace, figures = tmp_path / "trace.json", tmp_path / "profile.json"
+    options = [
+        "--encoder",
+        "resnet10",
+        "--width",
+        4,
+        "--image-size",
+        16,
+        "--batch-size",
+        4,
+        "--steps",
+        2,
+    ]
+    done = run("profile", *options, "--trace", trace, "--json", figures)
+    assert done.returncode == 0, done.stderr
+    assert "Conv2d 3x3/1" in done.stdout
+    result = json.loads(figures.read_text())
+    assert result["step_seconds"] > 0
+    assert result["views_per_second"] == pytest.approx(8 / result["step_seconds"])
+    rows = {(r["name"], r["direction"]): r for r in result["ops"]}
+    first = rows["Conv2d 3x3/1 3>4", "forward"]
+    assert first["calls"] == 1
+    assert first["flops"] == 2 * (8 * 16 * 16) * (3 * 3 * 3) * 4
+    assert first["bytes"] == 4 * (8 * 16 * 16 * 3 + 3 * 3 * 3 * 4 + 8 * 16 * 16 * 4)
+    # The stem needs no gradient of the images: one product back, not two.
+    assert rows["Conv2d 3x3/1 3>4", "backward"]["flops"] == first["flops"]
+    deep = rows["Conv2d 3x3/1 32>32", "forward"]["flops"]
+    assert rows["Conv2d 3x3/1 32>32", "backward"]["flops"] == 2 * deep
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["ph"] for e in events} == {"X"}
+    assert len(events) == sum(r["calls"] for r in result["ops"])
