@@ -234,11 +234,17 @@ def blur(x: Array, sigmas: np.ndarray) -> Array:
     """
     xp = xp_of(x)
     chosen = np.flatnonzero(sigmas)
-    offset = xp.arange(x.shape[1], dtype=xp.float32)
-    offset = offset[:, None] - offset  # (S, S)
-    weight = xp.exp(-0.5 * (offset / xp.asarray(sigmas[chosen])[:, None, None]) ** 2)
-    weight = weight * (xp.abs(offset) <= x.shape[1] // 10 // 2)
-    weight = weight / weight.sum(axis=2, keepdims=True)  # (n, S, S)
+    weight = gaussian(xp.asarray(sigmas[chosen]), x.shape[1])
     x, rows = x.copy(), xp.asarray(chosen)
     x[rows] = separable(x[rows], weight, weight)
     return x
+
+
+def gaussian(sigma: Array, size: int) -> Array:
+    """Weights (N, size, size) of a Gaussian about every pixel of a line; rows sum to 1."""
+    xp = xp_of(sigma)
+    pixel = xp.arange(size)
+    bell = xp.exp(-0.5 * (pixel.astype(xp.float32) / sigma[:, None]) ** 2)
+    bell = bell * (pixel <= size // 10 // 2)  # (N, size): the weight at each distance
+    weight = bell[:, xp.abs(pixel[:, None] - pixel)]
+    return weight / weight.sum(axis=2, keepdims=True)
