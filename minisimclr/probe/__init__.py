@@ -1,0 +1,182 @@
+"""What did an encoder learn? Freeze it, fit a linear classifier to its features, and compare.
+
+The SimCLR paper's protocol for small data sets (Chen et al. 2020, appendix B.8): features of one
+fixed view an image, L2-regularised multinomial logistic regression by L-BFGS, the penalty chosen
+on a part of the labelled images. Test images are looked at once, and the result stands beside its
+controls: chance, raw pixels, a random encoder. Last come three statistics to monitor training by.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..augment import center_view
+from ..backend import Array, to_host, xp_of
+from ..errors import ConfigError, DataError
+from .logistic import LogisticRegression, Problem, finite
+
+Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
+# The best C for published SimCLR features differs by six decades between data sets.
+C_GRID = tuple(10.0 ** (k / 2) for k in range(-6, 11))
+
+
+def standardize(X: Array, *others: Array) -> list[Array]:
+    """X and others, with the mean and deviation of each feature of X made 0 and 1 (constants 0)."""
+    mean, deviation = X.mean(0), X.std(0)
+    deviation[deviation <= 1e-6 * abs(mean)] = 1
+    return [(each - mean) / deviation for each in (X, *others)]
+
+
+def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Indices of `count` labels: each class by its share and, if there is room, at least once.
+
+    A smaller count draws a part of the same choice. Raises ConfigError for one not in 1 ... N.
+    """
+    if not 1 <= count <= len(labels):
+        raise ConfigError(f"cannot take {count} of {len(labels)} labelled images")
+    keys = np.random.Philox(key=seed).random_raw(len(labels))
+    rows = np.lexsort((keys, labels))  # class by class, shuffled within each
+    sizes = np.unique(labels, return_counts=True)[1]
+    place = np.concatenate([np.arange(size) for size in sizes])  # within the class
+    share = np.where(place == 0, 0, (place + 0.5) / np.repeat(sizes, sizes))  # Sainte-Lague
+    return np.sort(rows[np.lexsort((keys[rows], share))[:count]])
+
+
+def select_c(
+    X: Array, y: Array, grid: Sequence[float] = C_GRID, seed: int = 0
+) -> tuple[float, str]:
+    """The C whose fit to four fifths of X does best on the rest (among equals the middle one).
+
+    Also a warning, or "". Each fit starts from that with the C before.
+    """
+    size = max(round(0.8 * len(y)), len(np.unique(y)))
+    if size == len(y):
+        return 1.0, "too few labelled images to choose C: it was set to 1"
+    fit = stratified(y, size, seed)
+    rest = np.setdiff1d(np.arange(len(y)), fit)
+    fit_X, rest_X = standardize(X[fit], X[rest])
+    problem, grid = Problem(fit_X, y[fit]), sorted(grid)
+    scores = [LogisticRegression(C).solve(problem).score(rest_X, y[rest]) for C in grid]
+    best = np.flatnonzero(np.equal(scores, max(scores)))
+    C = grid[best[len(best) // 2]]
+    edge = f"the best C, {C:g}, is at the edge of those tried: a better one may lie beyond"
+    return C, edge if C in (grid[0], grid[-1]) else ""
+
+
+def measure(X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0) -> dict[str, Any]:
+    """Choose C, fit again to all of X (N, D), test once: top1, top5, ci95, knn, C, warning."""
+    C, warning = select_c(X, y, seed=seed)
+    fit_X, rest_X = standardize(X, test_X)
+    model = LogisticRegression(C).fit(fit_X, y)
+    ranked = np.argsort(-to_host(model.decision_function(rest_X)), axis=1)[:, :5]
+    right = model.classes_[ranked] == test_y[:, None]  # (N, 5)
+    top1, top5 = float(right[:, 0].mean()), float(right.any(1).mean())
+    knn, ci95 = knn_score(X, y, test_X, test_y), wilson_interval(top1, len(test_y))
+    return {"top1": top1, "top5": top5, "ci95": ci95, "knn": knn, "C": C, "warning": warning}
+
+
+def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
+    """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [float((centre + side) / (1 + z * z / n)) for side in (-half, half)]
+
+
+def knn_score(
+    X: Array, y: Array, test_X: Array, test_y: Array, k: int = 200, temperature: float = 0.07
+) -> float:
+    """The fraction of test_X right by a vote of the k nearest of X, each with exp(cosine / T).
+
+    From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
+    """
+    xp, k = xp_of(X), min(k, len(X))
+    unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
+    classes, rows = np.unique(y, return_inverse=True)
+    rows, K, right = xp.asarray(rows), len(classes), 0
+    for start in range(0, len(test_X), 512):  # similarities of 512 images at a time
+        part = slice(start, start + 512)
+        similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
+        near = xp.argpartition(similarity, -k, axis=1)[:, -k:]  # (B, k)
+        weights = xp.exp((xp.take_along_axis(similarity, near, 1) - 1) / temperature)
+        cells = rows[near] + K * xp.arange(len(near))[:, None]  # (B, k), places in votes
+        votes = xp.bincount(cells.ravel(), weights.ravel(), len(near) * K).reshape(-1, K)  # (B, K)
+        right += (classes[to_host(votes.argmax(1))] == test_y[part]).sum()
+    return float(right / len(test_X))
+
+
+def features(encode: Encode, images: Any, rows: Array, size: int, batch_size: int = 256) -> Array:
+    """encode() of the centre views (n, size, size, 3) of images[rows], batched: (n, D) float32."""
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    parts = [encode(center_view(images[batch], size)) for batch in batches]
+    return finite(xp_of(parts[0]).concatenate(parts).astype(np.float32, copy=False))
+
+
+def probe(
+    dataset: Any, encode: Encode, size: int, fresh: Encode, labels: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Accuracy of an encoder beside its controls, in the form of probe.json.
+
+    fresh: the same network with random weights, and batch norm statistics of data; with those it
+    starts with, 0 and 1, deep features blow up or fade: a weak control. labels: how many labelled
+    images to use (None: all). Raises DataError without two classes.
+    """
+    y = dataset.labels
+    train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
+    if (classes := len(np.unique(y[train]))) < 2 or not len(test):
+        found = f"{len(train)} of {classes} class(es) and {len(test)} to test with"
+        raise DataError(f"a probe needs labelled images of at least two classes; there are {found}")
+    train = train if labels is None else train[stratified(y[train], labels, seed)]
+
+    def accuracy(encoder: Encode, side: int) -> dict[str, Any]:
+        X, test_X = (features(encoder, dataset.images, rows, side) for rows in (train, test))
+        return measure(X, y[train], test_X, y[test], seed)
+
+    rows = {"SimCLR": accuracy(encode, size), "random encoder": accuracy(fresh, size)}
+    rows["raw pixels"] = accuracy(lambda views: views.reshape(len(views), -1), min(size, 16))
+    K = len(dataset.class_names)
+    controls = {"chance": 1 / K, "pixels": rows["raw pixels"]["top1"]}
+    controls["random_encoder"] = rows["random encoder"]["top1"]
+    counts = {"labels": len(train), "test": len(test), "classes": K}
+    return {**rows["SimCLR"], **counts, "controls": controls, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `probe` returned, for the terminal."""
+    lines = [f"{'system':16}{'top-1':>8}{'95 % interval':>17}{'top-5':>9}{'kNN':>9}"]
+    for name, row in result["rows"].items():
+        cells = (row["top1"], *row["ci95"], row["top5"], row["knn"])
+        lines.append(f"{name:16}" + "{:8.1%}{:9.1%} -{:6.1%}{:9.1%}{:9.1%}".format(*cells))
+    lines.append(f"{'chance':16}{result['controls']['chance']:8.1%}")
+    rows = result["rows"].items()
+    return "\n".join(
+        lines + [f"warning ({name}): {row['warning']}" for name, row in rows if row["warning"]]
+    )
+
+
+def unit(z: Array) -> Array:
+    """Rows of z (N, D) scaled to length 1 (rows of zeros stay)."""
+    length = xp_of(z).linalg.norm(z, axis=1, keepdims=True)
+    return z / length.clip(float(np.finfo(z.dtype).tiny))
+
+
+def alignment(z1: Array, z2: Array) -> float:
+    """Mean squared distance between the unit embeddings (N, D) of two views (Wang & Isola 2020)."""
+    return float(((unit(z1) - unit(z2)) ** 2).sum(1).mean())
+
+
+def uniformity(z: Array) -> float:
+    """log mean exp(-2 d^2) over pairs of N >= 2 unit embeddings (N, D) (Wang & Isola 2020).
+
+    0 under collapse, about -4 when spread evenly over a sphere of many dimensions.
+    """
+    z = unit(z)
+    kernel = xp_of(z).exp(4 * (z @ z.T) - 4)  # (N, D) (D, N) -> (N, N); d^2 = 2 - 2 cos
+    return float(np.log(float(kernel.sum() - kernel.trace()) / (len(z) * (len(z) - 1))))
+
+
+def effective_rank(h: Array) -> float:
+    """exp of the entropy of h's (N, D) normalised singular values (Roy & Vetterli 2007; RankMe)."""
+    xp = xp_of(h)
+    s = xp.linalg.svd(h, compute_uv=False)
+    p = s[s > 0] / s.sum()
+    return float(xp.exp(-(p * xp.log(p)).sum()))
