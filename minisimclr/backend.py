@@ -76,7 +76,7 @@ def choose_device(name: str) -> tuple[str, str]:
     except Exception as error:  # CuPy's own driver errors, which have no common base
         reason = ConfigError(f"no usable CUDA device: {error}")
     if name == "auto":
-        return "cpu", str(reason)
+        return "cpu", str(reason).partition(":")[0]
     raise reason
 
 

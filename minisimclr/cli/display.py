@@ -53,7 +53,7 @@ class Display:
         pool, config = len(dataset.split("pretrain")), run.config
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
         self.say(
-            f"{config.encoder}, {parameters / 1e6:.2f} M parameters, on {device} ({reason}); "
+            f"{config.encoder} with {parameters / 1e6:.2f} M parameters on {device} ({reason}); "
             f"{pool:,} unlabelled images of {dataset.name}; run folder {run.path}"
         )
         if run.step == steps:
