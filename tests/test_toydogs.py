@@ -63,7 +63,7 @@ def test_backgrounds_are_muted():
 
 
 def test_neighbouring_pixels_do_not_name_the_breed():
-    """Nearest neighbour on raw pixels, 400 labelled pictures: above chance (8 %), far from right."""
+    """Nearest neighbour among 400 labelled pictures: above chance (8 %), far from right."""
     numbers = range(SPLIT_SIZES["pretrain"], SPLIT_SIZES["pretrain"] + 800)
     x = np.stack([draw(i, 20) for i in numbers]).reshape(800, -1).astype(np.float32)
     y = np.array([label(i) for i in numbers])
