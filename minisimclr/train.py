@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from . import augment
-from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device
+from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device, to_host
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import locked, require_writable
-from .probe import alignment, effective_rank, probe, uniformity
+from .optim import LARS
+from .probe import alignment, effective_rank, probe, uniformity, unit
 from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model, calibrate, chance_loss, training_step
@@ -194,17 +195,28 @@ ON_CHANCE_LINE = (
 )
 
 
-def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, float]:
-    """Alignment, uniformity and effective rank on a fixed set of images and views."""
+def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
+    """Alignment, uniformity and effective rank on a fixed set of images and views.
+
+    Also how many positive and negative pairs have a cosine in each of 20 bins from -1 to 1, and the
+    trust ratios that LARS used last.
+    """
     images = to_device(dataset.images[dataset.split("pretrain")[:MONITORED]], device)
     views = draw(run.config, 0, images, stream=MONITOR)
     x1, x2 = augment.apply_views(images, views, run.config.image_size)
     z1, z2 = run.model.project(x1), run.model.project(x2)
-    return {
+    cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
+    positive = np.eye(len(cosines), dtype=bool)
+    line: dict[str, Any] = {
         "alignment": float(alignment(z1, z2)),
         "uniformity": float(uniformity(z1)),
         "effective_rank": float(effective_rank(run.model.encode(x1))),
+        "positives": np.histogram(cosines[positive], 20, (-1, 1))[0].tolist(),
+        "negatives": np.histogram(cosines[~positive], 20, (-1, 1))[0].tolist(),
     }
+    if isinstance(run.optimizer, LARS):
+        line["trust"] = {name: float(ratio) for name, ratio in run.optimizer.trust.items()}
+    return line
 
 
 def probe_run(run: Run, labels: int | None = None, notify: Notify = quiet) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,27 @@ def test_a_run_learns_and_leaves_its_folder(finished, config):
     assert settings["lr"] == {"value": 0.05, "origin": "default"}
     assert read_config(finished.path) == config
     assert not list(finished.path.rglob(".*.tmp"))
+
+
+def test_an_epoch_ends_with_the_cosines_of_pairs(finished):
+    line = json.loads((finished.path / "metrics.jsonl").read_text().splitlines()[-1])
+    positives, negatives = np.array(line["positives"]), np.array(line["negatives"])
+    n = positives.sum()
+    assert negatives.sum() == n * (n - 1)
+    middles = np.linspace(-0.95, 0.95, 20)
+    # |u - v|^2 = 2 - 2 cos: the histogram agrees with alignment up to the width of its bins.
+    assert positives @ middles / n == pytest.approx(1 - line["alignment"] / 2, abs=0.05)
+    assert positives @ middles / n > negatives @ middles / negatives.sum() + 0.1
+    assert "trust" not in line
+
+
+def test_lars_logs_a_trust_ratio_for_every_weight(config, tmp_path):
+    run = pretrain(replace(config, optimizer="lars", epochs=1, lr=1.0), tmp_path / "run")
+    trust = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["trust"]
+    weights = {name for name, p in run.model.named_parameters() if p.kind == "weight"}
+    assert trust.keys() == weights
+    assert all(ratio > 0 for ratio in trust.values())
+    assert len(set(trust.values())) > 1
 
 
 def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
