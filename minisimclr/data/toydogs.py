@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 1  # of the drawing: raise it whenever a pixel of any image changes
+VERSION = 2  # of the drawing: raise it whenever a pixel of any image changes
 IMAGE_SIZE = 40  # px stored per side, a little more than the 32 px that training crops to
 SPLIT_SIZES = {"pretrain": 4000, "labelled": 400, "test": 1200}  # numbered in this order
 SUPERSAMPLING = 4  # drawn so much larger, then averaged, for smooth edges
@@ -106,7 +106,7 @@ def _background(rng, side: int) -> Image.Image:
 def _light(rng, pixels: np.ndarray) -> np.ndarray:
     """Brightness, a warm or cool cast, and light that falls off in some direction."""
     slopes = rng.uniform(-0.2, 0.2, (2, 1)) * np.linspace(-1, 1, len(pixels))
-    cast = rng.uniform(0.62, 1.14) * (1 + rng.uniform(-0.06, 0.06) * np.array([1, 0, -1]))
+    cast = rng.uniform(0.58, 1.15) * (1 + rng.uniform(-0.06, 0.06) * np.array([1, 0, -1]))
     light = (1 + np.add.outer(*slopes))[:, :, None] * cast  # (size, size, 3)
     return np.clip(pixels * light, 0, 255).astype(np.uint8)
 
@@ -125,10 +125,10 @@ class _Pen:
 
     def __init__(self, rng, image: Image.Image):
         self.draw = ImageDraw.Draw(image)
-        tilt, self.turn = rng.uniform(-0.45, 0.45), rng.uniform(-1, 1)
-        self.centre = image.width * rng.uniform((0.30, 0.36), (0.70, 0.62))
+        tilt, self.turn = rng.uniform(-0.5, 0.5), rng.uniform(-1, 1)
+        self.centre = image.width * rng.uniform((0.26, 0.34), (0.74, 0.64))
         axes = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-        self.axes = image.width * rng.uniform(0.15, 0.28) * axes  # px per unit of x and of y
+        self.axes = image.width * rng.uniform(0.14, 0.28) * axes  # px per unit of x and of y
         self.tint = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # no two coats are alike
 
     def fill(self, outline, colour: str, shade: float = 1.0, depth: float = 0.0) -> None:
