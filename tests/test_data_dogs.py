@@ -1,4 +1,4 @@
-"""The official layout: lists, archives and boxes are read exactly or refused; splits are as stated."""
+"""The official layout: lists, archives and boxes are read exactly or refused."""
 
 import gzip
 import hashlib
@@ -85,7 +85,7 @@ def test_real_split(test_data):
 
 def test_lists_as_scipy_reads_them(test_data):
     scipy_io = pytest.importorskip("scipy.io")
-    lists = {n.name: c for n, c in members(test_data / "stanford-dogs-80px/lists.tar")}
+    lists = {n: c for n, c in members(test_data / "stanford-dogs-80px/lists.tar")}
     for name, content in lists.items():
         referee = scipy_io.loadmat(io.BytesIO(content))
         ours = matlab.load(content)
@@ -239,9 +239,9 @@ def test_pictures_must_be_those_on_the_lists(tmp_path):
     )
     notes = [("Images/README", b"hello"), ("Images/.DS_Store", b"x")]
     assert len(read([*notes, *images])) == 31  # other files do not matter
-    with pytest.raises(DataError, match="1 of 31 .* missing, 0 are on no list: 'n01-Alpha/n01_0"):
+    with pytest.raises(DataError, match=r"1 of 31 .* missing, 0 are on no list: 'n01-Alpha/n01_0"):
         read(images[1:])
-    with pytest.raises(DataError, match="0 of 31 .* 1 are on no list: 'n09-Wolf/n09_1.jpg'"):
+    with pytest.raises(DataError, match=r"0 of 31 .* 1 are on no list: 'n09-Wolf/n09_1.jpg'"):
         read([*images, ("Images/n09-Wolf/n09_1.jpg", b"")])
     with pytest.raises(DataError, match="9 of 31"):
         read([m for m in images if "n01" not in m[0]])
@@ -291,7 +291,7 @@ def test_too_many_members_are_refused(tmp_path, monkeypatch):
 def test_compressed_archives(tmp_path, mode):
     images = layout.image_members()
     path = layout.tar(tmp_path / "images.tar", images, mode)
-    assert [(str(n), c) for n, c in members(path)] == images
+    assert list(members(path)) == images
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2 :] = b""
     path.write_bytes(damaged)
@@ -342,7 +342,7 @@ def test_largest_of_several_boxes(tmp_path):
 
 def test_real_annotation(test_data):
     path = test_data / "stanford-dogs-80px/annotation-pug.tar.gz"
-    files = [f"{n.parent.name}/{n.name}.jpg" for n, _ in members(path)]
+    files = [f"{n.partition('/')[2]}.jpg" for n, _ in members(path)]
     boxes = stanford_dogs.read_boxes(path, files)
     assert len(boxes) == 200
     assert boxes["n02110958-pug/n02110958_5834.jpg"] == (170, 247, 311, 387, 375, 500)

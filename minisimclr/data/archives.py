@@ -11,7 +11,8 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import normpath
 from typing import Any, BinaryIO
 
 from ..errors import DataError
@@ -22,12 +23,12 @@ MAX_MEMBER_BYTES = 64 << 20  # with its headers and padding
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
-def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """(path in the archive, content) of the regular files in a plain or compressed tar file.
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the regular files in a plain or compressed tar file.
 
     Raises DataError if the archive cannot be read or holds what no data set needs.
     """
-    seen: set[PurePosixPath] = set()
+    seen: set[str] = set()
     try:
         with path.open("rb") as raw:
             opener = OPENERS.get(raw.read(2))
@@ -35,7 +36,7 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
             stream: Any = Metered(opener(raw) if opener else raw)
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
-                    name = PurePosixPath(member.name)
+                    name = normpath(member.name)
                     check(member, name)
                     if name in seen:
                         raise DataError(f"has {member.name!r} twice")
@@ -52,8 +53,8 @@ def members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         raise DataError(f"{path}: cannot be read as a tar archive ({error})") from error
 
 
-def check(member: tarfile.TarInfo, name: PurePosixPath) -> None:
-    if name.is_absolute() or ".." in name.parts:
+def check(member: tarfile.TarInfo, name: str) -> None:
+    if name.startswith(("/", "../")):
         raise DataError(f"{member.name!r} points out of the archive")
     if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise DataError(f"{member.name!r} is a link, a device or sparse: only plain files may be")

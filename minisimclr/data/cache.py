@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,7 +81,7 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
     try:
         if needed > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with publish(path) as temporary, temporary.open("w+b") as file:
+        with publish(path) as temporary, temporary.open("w+b", 1 << 20) as file:
             bad = fill(file, name, plan, recipe, progress)
             if bad:
                 fill(file, name, plan.without(bad), recipe, progress)
@@ -97,24 +97,29 @@ def fill(
 ) -> dict[int, str]:
     """Write the whole cache; or, if pictures may be skipped and are bad, return {row: reason}."""
     size, total = recipe["size"], len(plan.names)
+    if not total:
+        raise DataError(f"{name}: no picture is left")
     row_bytes = size * size * 3
     start = BLOCK + len(lay_out(name, plan, recipe, np.arange(total)))
     file.truncate(start + total * row_bytes)
     digests, bad = [b""] * total, {}
+    done, next_row = 0, None
     workers = min(available_cores(), total // PER_WORKER)
-    results = chain.from_iterable(parallel_map(make, chunks(plan.jobs(size)), workers))
-    for done, (row, pixels, digest) in enumerate(results, 1):
-        if isinstance(pixels, bytes):
+    for made, pixels, failed in parallel_map(make, chunks(plan.jobs(size)), workers):
+        for i, (row, digest) in enumerate(made):
             digests[row] = digest
-            file.seek(start + row * row_bytes)
-            file.write(pixels)
-        else:
-            bad[row] = pixels
-            what = f"{name}: {plan.names[row]!r} {pixels}"
+            if row != next_row:  # only if needed: a seek empties the buffer
+                file.seek(start + row * row_bytes)
+            file.write(memoryview(pixels)[i * row_bytes : (i + 1) * row_bytes])
+            next_row = row + 1
+        for row, reason in failed:
+            bad[row] = reason
+            what = f"{name}: {plan.names[row]!r} {reason}"
             if not recipe["options"]["skip_bad"]:
                 raise DataError(f"{what}: repair or remove it, or leave such out with --skip-bad")
             if len(bad) > max(1, total * MAX_SKIPPED):
                 raise DataError(f"{what}, and with it more than 1 % of all pictures are bad")
+        done += len(made) + len(failed)
         if progress:
             progress(done, total)
     if bad:
@@ -135,16 +140,16 @@ def chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield chunk
 
 
-def make(jobs: list[Job]) -> list[tuple[int, bytes | str, bytes]]:
-    """In a worker: (row, pixels or the reason why there are none, digest of the pixels) per job."""
-    results: list[tuple[int, bytes | str, bytes]] = []
+def make(jobs: list[Job]) -> tuple[list[tuple[int, bytes]], bytes, list[tuple[int, str]]]:
+    """In a worker: rows with their digests, their pixels in one piece, bad rows with reasons."""
+    made, pixels, failed = [], [], []
     for row, function, arguments in jobs:
         try:
-            pixels = function(*arguments).tobytes()
-            results.append((row, pixels, hashlib.sha256(pixels).digest()))
+            pixels.append(function(*arguments).tobytes())
+            made.append((row, hashlib.sha256(pixels[-1]).digest()))
         except DataError as error:
-            results.append((row, str(error), b""))
-    return results
+            failed.append((row, str(error)))
+    return made, b"".join(pixels), failed
 
 
 def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> bytes:

@@ -52,8 +52,11 @@ def download(
                     ) from error
                 time.sleep(BACK_OFF * 2**attempt)
         if sha256 not in (None, file_sha256(part)):
+            had = part.stat().st_size
             part.unlink()
-            raise DataError(f"{url}: what arrived is not the file with SHA-256 {sha256}")
+            raise DataError(
+                f"{url}: the {had:,} bytes there are not the file with SHA-256 {sha256}"
+            )
         sync(part)
         part.replace(path)
         mark.unlink(missing_ok=True)

@@ -54,8 +54,9 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
     try:
         for top in (path for path in root.iterdir() if path.name[0] != "."):
-            below = os.walk(top, onerror=fail) if top.is_dir() else [(root, [], [top.name])]
-            for folder, inner, names in below:
+            if not top.is_dir():
+                yield top, top.stat()
+            for folder, inner, names in os.walk(top, onerror=fail) if top.is_dir() else ():
                 inner[:] = [name for name in inner if name[0] != "."]
                 for path in (Path(folder, name) for name in names if name[0] != "."):
                     yield path, path.stat()

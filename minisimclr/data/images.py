@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
@@ -41,15 +41,18 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             x, y, side = square(image.width, image.height, box)
             gain = max(1.0, side / (DRAFT_GAP * size))
             full_width = image.width
-            image.draft(None, (int(image.width / gain), int(image.height / gain)))
+            if gain > 1:
+                image.draft(None, (int(image.width / gain), int(image.height / gain)))
             x, y, side = (v * image.width / full_width for v in (x, y, side))
             bounds = (x, y, min(x + side, image.width), min(y + side, image.height))
             small = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, bounds)
             small.info = image.info  # boxes are given in the picture as stored, so turning is last
             ImageOps.exif_transpose(small, in_place=True)
-            return np.asarray(small)
+            return np.frombuffer(small.tobytes(), np.uint8).reshape(size, size, 3)
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError("cannot be decoded (no JPEG, PNG or WebP picture)") from error
     except Exception as error:  # on junk, Pillow raises whatever its parsers stumble over
         raise DataError(f"cannot be decoded ({error or type(error).__name__})") from error
 

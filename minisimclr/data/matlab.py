@@ -4,6 +4,7 @@ Format: MathWorks, "MAT-File Format", version 5. A file is a 128-byte header and
 (type, bytes), data, padding to 8 bytes; an array is an element of elements, often deflated.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ import numpy as np
 from ..errors import DataError
 
 MAX_BYTES = 64 << 20  # of one inflated variable; the official ones have 3
-NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8",
-           13: "<u8"}  # fmt: skip
-UTF8, MATRIX, DEFLATED = 16, 14, 15
+# By the type of an element; 14 is an array, 15 a deflated element.
+NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+TEXT = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
+MATRIX, DEFLATED = 14, 15
 CELL, CHAR = 1, 4  # classes of arrays
 
 
@@ -62,20 +64,17 @@ def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def array(data: bytes) -> tuple[str, Any]:
-    """Name and value of an array element: flags, dimensions, name, then cells or numbers."""
+    """Name and value of an array element: flags, dimensions, name, then cells, text or numbers."""
     parts = elements(data)
-    flags, shape, name = (body for _, body in (next(parts), next(parts), next(parts)))
-    kind = flags[0]
-    count = int(np.prod(np.frombuffer(shape, "<i4").astype(object)))
-    if kind == CELL:
+    flags, shape, label = (body for _, body in (next(parts), next(parts), next(parts)))
+    name = label.decode("ascii")
+    if flags[0] == CELL:
         value: Any = [array(body)[1] for _, body in parts]
     else:
-        numeric, body = next(parts)
-        if kind == CHAR and numeric == UTF8:
-            return name.decode("ascii"), body.decode("utf-8")
-        value = np.frombuffer(body, NUMBERS[numeric])
-        if kind == CHAR:
-            return name.decode(), "".join(map(chr, value))
-    if len(value) != count:
-        raise ValueError(f"an array holds {len(value)} of its {count} values")
-    return name.decode(), value
+        kind, body = next(parts)
+        if flags[0] == CHAR:
+            return name, body.decode(TEXT[kind])
+        value = np.frombuffer(body, NUMBERS[kind])
+    if len(value) != math.prod(n for (n,) in struct.iter_unpack("<i", shape)):
+        raise ValueError(f"{name} has {len(value)} values, which is not what it says")
+    return name, value

@@ -22,7 +22,6 @@ from ..files import file_sha256
 from . import matlab
 from .archives import members
 from .cache import Progress
-from .download import download
 from .images import SUFFIXES, Box, decode
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
 
@@ -73,6 +72,8 @@ def official(
 
     Raises DataError for an archive that is not the official one, unless `allow_unverified`.
     """
+    from .download import download  # seldom needed, and with it all of http and ssl
+
     archives, hashes = dict(given), {}
     for name in ("images", "lists", "annotation")[: 3 if options.crop == "boxes" else 2]:
         size, sha256 = OFFICIAL[name]
@@ -115,7 +116,7 @@ def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray
 
     Raises DataError unless the lists are readable, disjoint and agree with the names of folders.
     """
-    lists = {name.name: content for name, content in members(path)}
+    lists = {name.rpartition("/")[2]: content for name, content in members(path)}
     parts = []
     for name in ("train_list.mat", "test_list.mat"):
         if name not in lists:
@@ -185,11 +186,11 @@ def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
     """("breed/picture", content) of all `files`. Raises DataError if the archive holds others."""
     missing, extra = set(files), []
     for name, content in members(path):
-        file = "/".join(name.parts[-2:])
+        file = "/".join(name.split("/")[-2:])
         if file in missing:
             missing.remove(file)
             yield file, content
-        elif name.suffix.lower() in SUFFIXES:
+        elif name.lower().endswith(SUFFIXES):
             extra.append(file)
     if missing or extra:
         some = ", ".join(map(repr, [*sorted(missing)[:2], *extra[:2]]))
@@ -206,7 +207,7 @@ def read_boxes(path: Path, files: list[str]) -> dict[str, Box]:
     wanted = {file.rpartition(".")[0]: file for file in files}
     boxes: dict[str, Box] = {}
     for name, content in members(path):
-        if file := wanted.get("/".join(name.parts[-2:])):
+        if file := wanted.get("/".join(name.split("/")[-2:])):
             values: dict[bytes, list[int]] = {}
             for key, value in number.findall(content):
                 values.setdefault(key, []).append(int(value))

@@ -21,6 +21,9 @@ from typing import Any
 from ..errors import DataError
 
 
+PIPE_BYTES = 1 << 20  # room for a whole answer, so that a worker does not wait for it to be read
+
+
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
     """function(item) for each item, in order; `function` and the items must be picklable.
 
@@ -61,8 +64,14 @@ def start() -> subprocess.Popen:
     path = os.pathsep.join(sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        bufsize=PIPE_BYTES,
+        pipesize=PIPE_BYTES,
+    )
 
 
 def ask(process: subprocess.Popen, function: Callable, item: Any) -> Any:

@@ -1,0 +1,352 @@
+"""Downloads against a server that breaks off, lies, redirects, drips and hangs."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import official_layout as layout
+import pytest
+
+from minisimclr.cli import main
+from minisimclr.data import download as module
+from minisimclr.data import open_dataset, stanford_dogs
+from minisimclr.data.download import Redirects, download
+from minisimclr.errors import DataError
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers GET /name with `answers[name](handler)`; remembers the headers of each request."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.requests = {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, *_):
+        """Clients that hang up are what this is about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.requests.append(dict(self.headers))
+        self.close_connection = True
+        self.server.answers[self.path.strip("/")](self)
+
+    def reply(self, code, headers, content=b""):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(module, "BACK_OFF", 0.01)
+    monkeypatch.setattr(module, "TIMEOUT", 0.5)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def whole(content=CONTENT, etag='"v1"', breaks_at=None, ranges=True):
+    """A server that can resume; with `breaks_at` it closes after so many bytes of an answer."""
+
+    def answer(handler):
+        begin, headers = 0, {"ETag": etag} if etag else {}
+        wanted = handler.headers.get("Range")
+        if ranges and wanted and handler.headers.get("If-Range") in (None, etag):
+            begin = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if begin >= len(content):
+                return handler.reply(416, {"Content-Length": 0})
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        headers["Content-Length"] = len(content) - begin
+        part = content[begin:][:breaks_at]
+        return handler.reply(206 if begin else 200, headers, part)
+
+    return answer
+
+
+def fetch(server, tmp_path, **options):
+    path = tmp_path / "images.tar"
+    download(server.url + "file", path, len(CONTENT), SHA256, **options)
+    return path
+
+
+def nothing_published(tmp_path):
+    return not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
+
+
+def test_plain_download(server, tmp_path):
+    server.answers["file"] = whole()
+    calls = []
+    path = fetch(server, tmp_path, progress=lambda *a: calls.append(a))
+    assert path.read_bytes() == CONTENT
+    assert calls[-1] == (300_000, 300_000)
+    fetch(server, tmp_path)
+    assert len(server.requests) == 1  # what is there and right is not fetched again
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".images.tar.lock", "images.tar"]
+
+
+def test_wrong_file_in_place_is_replaced(server, tmp_path):
+    (tmp_path / "images.tar").write_bytes(b"half")
+    server.answers["file"] = whole()
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_interrupted_download_goes_on(server, tmp_path):
+    server.answers["file"] = whole(breaks_at=120_000)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    first, second, third = server.requests
+    assert "Range" not in first
+    assert (second["Range"], second["If-Range"]) == ("bytes=120000-", '"v1"')
+    assert third["Range"] == "bytes=240000-"
+
+
+def test_next_run_goes_on(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    server.answers["file"] = whole(breaks_at=120_000)
+    with pytest.raises(DataError, match=r"closed after 120,000 of 300,000 bytes.*--images-tar"):
+        fetch(server, tmp_path)
+    assert nothing_published(tmp_path)
+    server.answers["file"] = whole()
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests[-1]["Range"] == "bytes=120000-"
+
+
+def test_changed_file_starts_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    server.answers["file"] = whole(b"x" * 300_000, '"v0"', breaks_at=120_000)
+    with pytest.raises(DataError):
+        fetch(server, tmp_path)
+    server.answers["file"] = whole()
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests[-1]["If-Range"] == '"v0"'
+
+
+@pytest.mark.parametrize("options", [{"ranges": False}, {"etag": None}, {"etag": 'W/"v1"'}])
+def test_server_that_cannot_resume_starts_again(server, tmp_path, options):
+    once = iter([whole(breaks_at=120_000, **options)])
+    server.answers["file"] = lambda handler: next(once, whole(**options))(handler)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert ("Range" in server.requests[-1]) == ("ranges" in options)
+
+
+def test_range_that_was_not_asked_for_is_not_appended(server, tmp_path):
+    def shifted(handler):
+        if "Range" not in handler.headers:
+            return whole(breaks_at=100_000)(handler)
+        headers = {"Content-Range": "bytes 5-299999/300000", "Content-Length": 299_995}
+        return handler.reply(206, headers, CONTENT[5:])
+
+    server.answers["file"] = shifted
+    with pytest.raises(DataError):
+        fetch(server, tmp_path)
+    assert nothing_published(tmp_path)
+
+
+def test_finished_but_unpublished_part(server, tmp_path):
+    """What an interrupted run had just completed is taken, or thrown away if it is not right."""
+    server.answers["file"] = whole()
+    for content in (CONTENT, CONTENT + b"x", b"x" * 300_000):
+        (tmp_path / ".images.tar.part").write_bytes(content)
+        (tmp_path / ".images.tar.mark").write_text('"v1"')
+        try:
+            assert fetch(server, tmp_path).read_bytes() == CONTENT
+        except DataError:  # the next attempt starts from nothing
+            assert fetch(server, tmp_path).read_bytes() == CONTENT
+        (tmp_path / "images.tar").unlink()
+
+
+WRONG = {
+    "flipped byte": (CONTENT[:-1] + b"\0", "not the file with SHA-256"),
+    "short": (CONTENT[:-1], "not the file with SHA-256"),
+    "long": (CONTENT + b"x", "offers 300,001 bytes where 300,000 are expected"),
+    "a page of a proxy": (b"<html>please log in</html>", "not the file with SHA-256"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_content_is_never_published(server, tmp_path, kind):
+    content, reason = WRONG[kind]
+    server.answers["file"] = whole(content)
+    with pytest.raises(DataError, match=reason):
+        fetch(server, tmp_path)
+    assert nothing_published(tmp_path)
+    server.answers["file"] = whole(etag='"v2"')
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_compressed_answers_are_not_unpacked(server, tmp_path):
+    def bomb(handler):
+        handler.reply(200, {"Content-Encoding": "gzip", "Content-Length": len(CONTENT)}, CONTENT)
+
+    server.answers["file"] = bomb
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests[0]["Accept-Encoding"] == "identity"
+
+
+def test_endless_body_is_cut(server, tmp_path):
+    def endless(handler):
+        handler.reply(200, {})
+        for _ in range(10_000):
+            handler.wfile.write(b"x" * 1000)
+
+    server.answers["file"] = endless
+    with pytest.raises(DataError, match="does not end after 300,000 bytes"):
+        fetch(server, tmp_path)
+    assert (tmp_path / ".images.tar.part").stat().st_size <= 300_000
+
+
+@pytest.mark.parametrize("fault", ["hang before", "hang inside", "drip"])
+def test_slow_servers_are_given_up(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(module, "TIMEOUT", 0.15)
+    stop = threading.Event()
+
+    def slow(handler):
+        if fault == "hang before":
+            stop.wait(5)
+            return
+        handler.reply(200, {"Content-Length": len(CONTENT)}, CONTENT[:100])
+        while not stop.wait(0.02 if fault == "drip" else 5):
+            handler.wfile.write(b"x")
+
+    server.answers["file"] = slow
+    with pytest.raises(DataError, match=r"timed out|bytes per second"):
+        fetch(server, tmp_path)
+    stop.set()
+
+
+@pytest.mark.parametrize(("code", "requests"), [(403, 1), (404, 1), (500, 4), (503, 4)])
+def test_error_codes(server, tmp_path, code, requests):
+    server.answers["file"] = lambda handler: handler.reply(code, {"Content-Length": 0})
+    with pytest.raises(DataError, match=rf"{code}.*fetch images.tar in another way.*--images-tar"):
+        fetch(server, tmp_path)
+    assert len(server.requests) == requests
+
+
+def test_a_server_that_recovers(server, tmp_path):
+    codes = iter([500, 503])
+
+    def answer(handler):
+        code = next(codes, None)
+        return handler.reply(code, {"Content-Length": 0}) if code else whole()(handler)
+
+    server.answers["file"] = answer
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_nobody_there(tmp_path, server):
+    for url in ("http://127.0.0.1:1/x", "http://no.such.host.invalid/x"):
+        with pytest.raises(DataError, match="in another way"):
+            download(url, tmp_path / "images.tar", 1, SHA256)
+
+
+def redirect(target):
+    return lambda handler: handler.reply(302, {"Location": target, "Content-Length": 0})
+
+
+def test_redirects_are_followed_a_few_times(server, tmp_path):
+    for i in range(5):
+        server.answers[f"hop{i}"] = redirect(f"{server.url}hop{i + 1}")
+    server.answers["hop5"] = whole()
+    server.answers["file"] = redirect(server.url + "hop1")
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    (tmp_path / "images.tar").unlink()
+    server.answers["file"] = redirect(server.url + "hop0")
+    with pytest.raises(DataError, match="redirect"):
+        fetch(server, tmp_path)
+    server.answers["file"] = redirect(server.url + "file")
+    with pytest.raises(DataError, match="redirect"):
+        fetch(server, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+def test_redirects_out_of_the_web_are_refused(server, tmp_path, target):
+    server.answers["file"] = redirect(target)
+    with pytest.raises(DataError):
+        fetch(server, tmp_path)
+    assert nothing_published(tmp_path)
+    with pytest.raises(DataError, match="not an http or https address"):
+        download(target, tmp_path / "images.tar", 1, SHA256)
+
+
+def test_redirect_from_https_to_http_is_refused():
+    request = module.urllib.request.Request("https://example.org/x")
+    with pytest.raises(DataError, match="redirects to http://"):
+        Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/x")
+    new = "https://example.org/y"
+    assert Redirects().redirect_request(request, None, 302, "", {}, new).full_url == new
+
+
+def test_two_at_once(server, tmp_path):
+    server.answers["file"] = whole()
+    errors = []
+
+    def work():
+        try:
+            fetch(server, tmp_path)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and len(server.requests) == 1
+    assert (tmp_path / "images.tar").read_bytes() == CONTENT
+
+
+def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
+    """`data prepare stanford-dogs` from an empty folder to verified batches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = layout.write_archives(tmp_path / "served")
+    for path in root.iterdir():
+        server.answers[path.name] = whole(path.read_bytes())
+
+    def code(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            main(["data", "prepare", "stanford-dogs", "--image-size", "24", *arguments])
+        return exit.value.code
+
+    assert code("--url", server.url) == 3  # not the official archives
+    assert "not the file with SHA-256 a443fc2f9a" in capsys.readouterr().err
+    official = {p.stem: (p.stat().st_size, stanford_dogs.file_sha256(p)) for p in root.iterdir()}
+    monkeypatch.setattr(stanford_dogs, "OFFICIAL", official)
+    monkeypatch.setattr(stanford_dogs, "URL", server.url)
+    server.requests.clear()
+    assert code() == 0
+    assert len(server.requests) == 2
+    dataset = open_dataset("stanford-dogs", 24)
+    assert dataset.notes["verified"] is True and len(dataset.images) == 31
+    assert code() == 0 and len(server.requests) == 2  # nothing to do
+    assert code("--crop", "boxes") == 0 and len(server.requests) == 3
+    assert open_dataset("stanford-dogs", 24).options.crop == "boxes"
+    assert code("--url", "file:///etc") == 3
+
+
+def test_unverified_download(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for path in layout.write_archives(tmp_path / "served").iterdir():
+        server.answers[path.name] = whole(path.read_bytes())
+    arguments = ["data", "prepare", "stanford-dogs", "--url", server.url, "--allow-unverified"]
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 0
+    assert open_dataset("stanford-dogs").notes["verified"] is False

@@ -1,0 +1,273 @@
+"""Folders of pictures, with any name and some junk in them, and the commands around them."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisimclr.cli import main
+from minisimclr.data import Options, open_dataset, prepare
+from minisimclr.errors import ConfigError, DataError
+
+
+def save(path, shade=0, size=(20, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade % 256, 0, 0)).save(path)
+
+
+def load(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    return exit.value.code, *capsys.readouterr()
+
+
+def test_class_folders(pictures):
+    dataset = open_dataset(pictures, 16)
+    assert dataset.class_names == ("blob", "check", "stripe")
+    assert dataset.file_names[0] == "blob/00.png"
+    assert dataset.labels.tolist() == [0] * 40 + [1] * 40 + [2] * 40
+    for name, share in (("pretrain", 24), ("labelled", 8), ("test", 8)):
+        assert np.bincount(dataset.labels[dataset.split(name)]).tolist() == [share] * 3
+    rows = np.concatenate([dataset.split(n) for n in ("pretrain", "labelled", "test")])
+    assert sorted(rows) == list(range(120))
+
+
+def test_small_classes(tmp_path):
+    for name, count in (("one", 1), ("two", 2), ("three", 3), ("eight", 8)):
+        for i in range(count):
+            save(tmp_path / name / "deep/er" / f"{i}.png", i)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.class_names == ("eight", "one", "three", "two")
+    counts = {n: np.bincount(dataset.labels[dataset.split(n)], minlength=4).tolist()
+              for n in ("pretrain", "labelled", "test")}  # fmt: skip
+    assert counts == {"pretrain": [4, 1, 1, 2], "labelled": [2, 0, 1, 0], "test": [2, 0, 1, 0]}
+    dataset = prepare(tmp_path, 16, Options(labels_per_class=1))
+    assert np.bincount(dataset.labels[dataset.split("labelled")]).tolist() == [1, 1, 1, 1]
+    with pytest.raises(ConfigError, match="labels per class is 2, but 'one' has only 1"):
+        prepare(tmp_path, 16, Options(labels_per_class=2))
+
+
+def test_unlabelled_folder(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.PNG", i)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.labels.tolist() == [-1] * 5 and dataset.class_names == ()
+    assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [5, 0, 0]
+
+
+def test_what_does_not_count(tmp_path, capsys):
+    for name in ("a/1.jpg", "a/2.webp", "b/3.jpeg", ".hidden/4.png", "b/.5.png", "b/.c/6.png"):
+        save(tmp_path / name)
+    (tmp_path / "README.txt").write_text("hello")
+    (tmp_path / "a/labels.csv").write_text("hello")
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.file_names == ("a/1.jpg", "a/2.webp", "b/3.jpeg", "c/1.jpg", "c/2.webp")
+    assert dataset.notes == {"ignored_files": 3}  # README and twice labels.csv
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        ([], "holds no pictures"),
+        (["a/x.gif", "notes.txt"], "holds no pictures"),
+        (["a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+    ],
+)
+def test_folders_that_are_no_data_set(tmp_path, contents, reason):
+    for name in contents:
+        save(tmp_path / name) if name.endswith("png") else (
+            (tmp_path / name).parent.mkdir(exist_ok=True),
+            (tmp_path / name).write_bytes(b"GIF89a"),
+        )
+    with pytest.raises(DataError, match=reason):
+        open_dataset(tmp_path, 16)
+
+
+def test_missing_folder_broken_link_and_bad_values(tmp_path):
+    with pytest.raises(DataError, match="no such folder, nor one of the data sets toydogs"):
+        open_dataset(tmp_path / "toydog")
+    save(tmp_path / "a/1.png")
+    for size in (0, 7, 1025):
+        with pytest.raises(ConfigError, match=f"image size is {size}"):
+            open_dataset(tmp_path, size)
+    for options in ({"crop": "boxes"}, {"labels_per_class": 0}, {"crop": "left"}):
+        with pytest.raises(ConfigError):
+            prepare(tmp_path, 16, Options(**options))
+    with pytest.raises(ConfigError, match="for stanford-dogs only"):
+        prepare(tmp_path, 16, allow_unverified=True)
+    with pytest.raises(ConfigError, match="toydogs has no"):
+        prepare("toydogs", 16, Options(skip_bad=True))
+    (tmp_path / "a/2.png").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"2\.png: cannot be read"):
+        open_dataset(tmp_path, 16)
+
+
+NAMES = {
+    "unicode": "chien \u00e9t\u00e9 \u72ac \U0001f415",
+    "spaces": "  two  spaces ",
+    "newline": "new\nline",
+    "quotes": 'it\'s "so" $HOME `x` \\ *?[]',
+    "255 bytes": "x" * 251,
+    "not UTF-8": os.fsdecode(b"caf\xe9"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_of_any_kind(tmp_path, kind, capsys):
+    root = tmp_path / NAMES[kind]
+    try:
+        save(root / NAMES[kind] / (NAMES[kind] + ".png"))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system does not take the name")
+    dataset = open_dataset(root, 16)
+    assert dataset.file_names == (f"{NAMES[kind]}/{NAMES[kind]}.png",)
+    assert dataset.path.name.isascii() and " " not in dataset.path.name
+    code, out, _ = run(capsys, "data", "info", root, "--image-size", 16, "--json")
+    assert code == 0 and json.loads(out)["images"] == 1
+    assert run(capsys, "data", "info", root, "--image-size", 16)[0] == 0
+    (root / NAMES[kind] / (NAMES[kind] + ".png")).write_bytes(b"junk")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        prepare(root, 16)
+
+
+def test_very_long_path(tmp_path):
+    folder = tmp_path
+    while len(str(folder)) < 3000:
+        folder /= "long" * 50
+    save(folder / "a/1.png")
+    assert len(open_dataset(folder, 16).images) == 1
+
+
+def bad_folder(root, good: int, bad: int):
+    for i in range(good):
+        save(root / f"{i:03}.png", i)
+    for i in range(bad):
+        (root / f"{i:03}.jpg").write_bytes(b"<!doctype html>")
+    return root
+
+
+def test_bad_picture_is_an_error_that_names_it(tmp_path, capsys):
+    code, _, err = run(capsys, "data", "prepare", bad_folder(tmp_path, 30, 1))
+    assert code == 3
+    assert "'000.jpg' cannot be decoded" in err and "--skip-bad" in err and err.count("\n") == 1
+
+
+def test_skipped_pictures_are_listed(tmp_path, capsys):
+    bad_folder(tmp_path, 250, 2)
+    code, out, _ = run(capsys, "data", "prepare", tmp_path, "--skip-bad", "--image-size", 16)
+    assert code == 0 and "000.jpg  cannot be decoded" in out and "001.jpg" in out
+    dataset = open_dataset(tmp_path, 16)
+    assert list(dataset.notes["skipped"]) == ["000.jpg", "001.jpg"]
+    assert len(dataset.images) == len(dataset.labels) == len(dataset.file_names) == 250
+    assert dataset.images[:, 8, 8, 0].tolist() == [i % 256 for i in range(250)]
+    dataset.verify()
+
+
+def test_too_many_bad_pictures(tmp_path, capsys):
+    code, _, err = run(capsys, "data", "prepare", bad_folder(tmp_path, 150, 2), "--skip-bad")
+    assert code == 3 and "more than 1 %" in err
+
+
+def test_only_bad_pictures(tmp_path):
+    with pytest.raises(DataError, match="no picture is left"):
+        prepare(bad_folder(tmp_path, 0, 1), 16, Options(skip_bad=True))
+
+
+def test_commands(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for command in ("verify", "info"):
+        code, out, err = run(capsys, "data", command, pictures)
+        assert (code, out) == (3, "") and "run `minisimclr data prepare`" in err
+    code, out, err = run(capsys, "data", "prepare", pictures)
+    assert (code, err) == (0, "")
+    assert "images  120" in out and "pretrain  72" in out
+    code, out, _ = run(capsys, "data", "verify", pictures, "--json")
+    assert code == 0 and json.loads(out)["valid"] is True
+    figures = tmp_path / "figures.json"
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = run(capsys, "data", "info", pictures, "--sheet", sheet, "--json", figures)
+    assert code == 0
+    values = json.loads(figures.read_text())
+    assert values["path"] == str(open_dataset(pictures).path)
+    assert values["classes"]["blob"] == {"pretrain": 24, "labelled": 8, "test": 8}
+    assert values["image_size"] == 80 and values["duplicates"] == 0
+    pixels = load(sheet)
+    assert pixels.shape == (3 * 80, 150 + 10 * 80, 3)
+    first = open_dataset(pictures).images[0]
+    np.testing.assert_array_equal(pixels[:80, 150:230], first)
+    assert run(capsys, "data", "info", pictures, "--sheet", tmp_path / "no/sheet.png")[0] == 4
+    assert run(capsys, "data", "prepare", pictures, "--crop", "left")[0] == 2
+    assert run(capsys, "data", "prepare", pictures, "--labels-per-class", 0)[0] == 2
+    assert run(capsys, "data", "prepare", pictures, "--crop", "boxes")[0] == 2
+
+
+def test_info_of_duplicates_and_unlabelled_sheet(tmp_path, capsys):
+    for i in range(13):
+        save(tmp_path / f"{i:02}.png", 7 if i > 10 else 20 * i)
+    prepare(tmp_path, 16)
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = run(capsys, "data", "info", tmp_path, "--image-size", 16, "--sheet", sheet)
+    assert code == 0 and "duplicates  1" in out
+    assert load(sheet).shape == (32, 150 + 160, 3)
+
+
+def test_duplicates_across_splits_are_named(tmp_path, capsys):
+    for i in range(10):
+        save(tmp_path / "a" / f"{i}.png", 5)
+    code, out, _ = run(capsys, "data", "prepare", tmp_path, "--image-size", 16, "--json")
+    assert code == 0
+    crossing = json.loads(out)["duplicates_across_splits"]
+    splits = prepare(tmp_path, 16).splits
+    assert json.loads(out)["duplicates"] == 9
+    assert len(crossing) == sum(splits[1:] != splits[0])
+
+
+def test_toydogs_is_drawn_once(tmp_path, monkeypatch):
+    from minisimclr.data import toydogs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(toydogs, "SPLIT_SIZES", {"pretrain": 20, "labelled": 5, "test": 6})
+    dataset = open_dataset("toydogs")
+    assert dataset.class_names == toydogs.CLASS_NAMES
+    side = toydogs.IMAGE_SIZE
+    assert dataset.images.shape == (31, side, side, 3)
+    assert dataset.split("test").tolist() == list(range(25, 31))
+    np.testing.assert_array_equal(dataset.images[26], toydogs.draw(26, side))
+    assert dataset.labels[26] == toydogs.label(26)
+
+
+def test_real_photos(test_data):
+    """Ten breeds at original size, through the whole path."""
+    dataset = open_dataset(test_data / "dog-photos", 96)
+    assert dataset.images.shape == (80, 96, 96, 3) and len(dataset.class_names) == 10
+    assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [40, 20, 20]
+
+
+def test_mtime_of_any_value(tmp_path):
+    save(tmp_path / "1.png")
+    for moment in (0, time.time() + 10**8):
+        os.utime(tmp_path / "1.png", (moment, moment))
+        assert len(open_dataset(tmp_path, 16).images) == 1
+
+
+def test_source_may_be_read_only(pictures, tmp_path):
+    source = shutil.copytree(pictures, tmp_path / "source")
+    source.chmod(0o555)
+    try:
+        before = sorted(source.rglob("*"))
+        open_dataset(source, 16)
+        assert sorted(source.rglob("*")) == before
+    finally:
+        source.chmod(0o755)

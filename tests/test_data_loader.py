@@ -1,0 +1,103 @@
+"""Batches: their order is a pure function of seed and step; ranks share it; fetched ahead."""
+
+import threading
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisimclr.data import batches
+from minisimclr.data.loader import permutation
+from minisimclr.errors import ConfigError
+
+IMAGES = np.arange(50, dtype=np.uint8).repeat(12).reshape(50, 2, 2, 3)
+INDICES = np.arange(3, 48)  # 45 of the 50
+
+
+def take(n, **options):
+    options = {"batch_size": 10, "seed": 1} | options
+    return list(islice(batches(IMAGES, INDICES, **options), n))
+
+
+def test_batches_hold_the_images_they_name():
+    for step, (number, images, rows) in enumerate(take(6)):
+        assert number == step
+        np.testing.assert_array_equal(images, IMAGES[rows])
+        assert images.dtype == np.uint8 and type(images) is np.ndarray
+
+
+def test_an_epoch_sees_each_image_once_and_drops_the_short_batch():
+    rows = [rows for _, _, rows in take(8)]
+    for epoch in (rows[:4], rows[4:]):
+        seen = np.concatenate(epoch)
+        assert len(set(seen)) == 40 and set(seen) <= set(INDICES)
+    assert np.concatenate(rows[:4]).tolist() != np.concatenate(rows[4:]).tolist()
+
+
+@given(st.integers(0, 30), st.integers(0, 2**63), st.integers(1, 45))
+def test_resuming_at_any_step(start, seed, batch_size):
+    whole = take(start + 2, seed=seed, batch_size=batch_size)
+    for (a, _, b), (c, _, d) in zip(
+        whole[start:], take(2, seed=seed, batch_size=batch_size, start_step=start), strict=True
+    ):
+        assert a == c
+        np.testing.assert_array_equal(b, d)
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_share_what_one_process_sees(world_size):
+    ranks = [take(6, rank=r, world_size=world_size) for r in range(world_size)]
+    for step, (_, images, rows) in enumerate(take(6)):
+        parts = [rank[step] for rank in ranks]
+        np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), images)
+        np.testing.assert_array_equal(np.concatenate([p[2] for p in parts]), rows)
+
+
+def test_seeds_differ_and_order_is_fixed_for_ever():
+    assert permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert (
+        len({tuple(permutation(seed, epoch, 8)) for seed in range(5) for epoch in range(5)}) == 25
+    )
+
+
+def test_permutations_are_uniform():
+    counts = np.zeros((4, 4))
+    for epoch in range(4000):
+        counts[np.arange(4), permutation(3, epoch, 4)] += 1
+    assert np.abs(counts - 1000).max() < 140  # 5 standard deviations
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 46}, {"batch_size": 0}, {"batch_size": -1}, {"world_size": 3}]
+)
+def test_impossible_batches_are_refused_at_once(options):
+    with pytest.raises(ConfigError, match="batch size"):
+        batches(IMAGES, INDICES, **({"batch_size": 10, "seed": 1} | options))
+
+
+def test_fetched_ahead_and_no_further():
+    fetched = []
+
+    class Slow:
+        def __getitem__(self, rows):
+            fetched.append(threading.current_thread().name)
+            return IMAGES[rows]
+
+    source = batches(Slow(), INDICES, 10, seed=1)
+    next(source)
+    deadline = time.monotonic() + 5
+    while len(fetched) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(fetched) == 3  # the one asked for and two ahead
+    assert all(name.startswith("loader") for name in fetched)
+    source.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def test_errors_of_the_thread_are_raised_here():
+    with pytest.raises(IndexError):
+        list(islice(batches(IMAGES[:9], INDICES, 10, seed=1), 1))
