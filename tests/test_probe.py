@@ -1,0 +1,451 @@
+"""The probe: logistic regression against scikit-learn, the protocol's rules, kNN, statistics."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisimclr.errors import ConfigError, DataError
+from minisimclr.probe import (
+    LogisticRegression,
+    Problem,
+    alignment,
+    effective_rank,
+    features,
+    knn_score,
+    measure,
+    probe,
+    select_c,
+    standardize,
+    stratified,
+    table,
+    uniformity,
+    wilson_interval,
+)
+from minisimclr.probe.logistic import lbfgs, wolfe_step
+
+
+def clusters(n=150, d=12, classes=4, spread=1.5, seed=0, dtype=np.float64):
+    """Correlated features (n, d) of classes whose centres lie about `spread` apart, and labels."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n) % classes)
+    X = rng.normal(size=(n, d)) + spread * rng.normal(size=(classes, d))[y]
+    mix = rng.normal(size=(d, d)) * np.arange(1, d + 1) ** -1.0  # a decaying spectrum
+    return (X @ mix + rng.normal(size=d)).astype(dtype), y
+
+
+def objective(model, X, y, C):
+    """f as the docstring writes it, in float64, sample by sample."""
+    w, b = np.asarray(model.coef_, np.float64), np.asarray(model.intercept_, np.float64)
+    z = X.astype(np.float64) @ w.T + b
+    top = z.max(1)
+    lse = top + np.log(np.exp(z - top[:, None]).sum(1))
+    return C * (lse - z[np.arange(len(y)), y]).sum() + 0.5 * (w**2).sum()
+
+
+def tight(C=1.0):
+    return LogisticRegression(C, tol=1e-14, max_iter=20_000)
+
+
+# Logistic regression
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0], ids=["unsure", "sure"])
+def test_gradient_against_finite_differences(scale):
+    X, y = clusters()
+    problem, rng = Problem(X, y), np.random.default_rng(1)
+    W, V = scale * rng.normal(size=problem.W.shape), rng.normal(size=problem.W.shape)
+    f, gradient, diagonal = problem.evaluate(W, 3.0)
+    eps = 1e-6
+    ahead, behind = (problem.evaluate(W + h * V, 3.0)[0] for h in (eps, -eps))
+    assert np.vdot(gradient, V) == pytest.approx((ahead - behind) / (2 * eps), rel=1e-6)
+    model = SimpleNamespace(coef_=W[:, :-1] @ problem.axes.T)
+    model.intercept_ = W[:, -1] - model.coef_ @ problem.mean
+    assert f == pytest.approx(objective(model, X, y, 3.0), rel=1e-12)
+    z = problem.Z @ W.T
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    curvature = 3 * (p * (1 - p)).mean() * (problem.Z**2).sum(0)
+    assert diagonal == pytest.approx(1 / (1 + curvature), rel=1e-6)
+
+
+@pytest.mark.parametrize("n, d", [(150, 12), (30, 50)], ids=["tall", "wide"])
+@pytest.mark.parametrize("C", [1e-2, 1.0, 1e3])
+def test_same_solution_as_scikit_learn(n, d, C):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    X, y = clusters(n, d)
+    theirs = linear_model.LogisticRegression(C=C, tol=1e-10, max_iter=50_000).fit(X, y)
+    ours = tight(C).fit(X, y)
+    # scikit-learn may stop a little short of the optimum; never below it.
+    assert objective(ours, X, y, C) <= objective(theirs, X, y, C) * (1 + 1e-12)
+    assert objective(ours, X, y, C) == pytest.approx(objective(theirs, X, y, C), rel=1e-7)
+    near = {"abs": 5e-3 * abs(theirs.coef_).max()}
+    assert ours.coef_ == pytest.approx(theirs.coef_, **near)
+    assert ours.intercept_ == pytest.approx(theirs.intercept_, **near)
+    assert ours.score(X, y) == theirs.score(X, y)
+    assert (ours.predict(X) == theirs.predict(X)).all()
+
+
+def test_two_classes_are_scikit_learns_binary_form_with_twice_the_c():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    X, y = clusters(classes=2)
+    theirs = linear_model.LogisticRegression(C=2.0, tol=1e-10, max_iter=50_000).fit(X, y)
+    ours = tight(1.0).fit(X, y)
+    assert ours.coef_.shape == (2, X.shape[1])
+    assert ours.coef_[1] - ours.coef_[0] == pytest.approx(theirs.coef_[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("C", [1e-3, 1.0, 1e5])
+def test_float32_reaches_the_float64_optimum(C):
+    """At C = 1e5 a loss rounded to 1e-7 would drown the objective."""
+    X, y = standardize(clusters(spread=4.0)[0])[0], clusters(spread=4.0)[1]
+    best = objective(tight(C).fit(X, y), X, y, C)
+    model = LogisticRegression(C).fit(X.astype(np.float32), y)
+    assert model.coef_.dtype == np.float32
+    assert best * (1 - 1e-6) <= objective(model, X, y, C) <= best * (1 + 1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999), shift=st.floats(-50, 50), C=st.sampled_from([0.03, 1.0, 30.0]))
+def test_symmetries_of_the_solution(seed, shift, C):
+    X, y = clusters(60, 5, 3, seed=seed)
+    model = tight(C).fit(X, y)
+    w = model.coef_
+    near = {"abs": 1e-4 * abs(w).max(), "rel": 1e-4}
+    # A shift of the features moves the intercept alone.
+    shifted = tight(C).fit(X + shift, y)
+    assert shifted.coef_ == pytest.approx(w, **near)
+    assert shifted.decision_function(X + shift) == pytest.approx(
+        model.decision_function(X), abs=1e-3 * (1 + abs(w).max())
+    )
+    # Other names for the classes reorder the vectors; names may be of any kind.
+    names = np.array(["c", "a", "b"])
+    renamed = tight(C).fit(X, names[y])
+    assert list(renamed.classes_) == ["a", "b", "c"]
+    assert renamed.coef_ == pytest.approx(w[[1, 2, 0]], **near)
+    assert (renamed.predict(X) == names[model.predict(X)]).all()
+    # Every sample twice is C twice.
+    twice = tight(C / 2).fit(np.concatenate([X, X]), np.concatenate([y, y]))
+    assert twice.coef_ == pytest.approx(w, **near)
+
+
+def test_a_constant_feature_gets_no_weight():
+    X, y = clusters()
+    X[:, 3] = 7
+    assert abs(tight().fit(X, y).coef_[:, 3]).max() < 1e-9
+    assert not standardize(X)[0][:, 3].any()
+
+
+def test_a_warm_start_ends_where_a_cold_one_does():
+    X, y = clusters()
+    problem = Problem(X, y)
+    tight(0.1).solve(problem)
+    before = problem.W.copy()
+    warm, cold = tight(10.0).solve(problem), tight(10.0).fit(X, y)
+    assert (before != problem.W).any()
+    assert warm.coef_ == pytest.approx(cold.coef_, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_line_search_meets_the_strong_wolfe_conditions(scale):
+    """From a direction far too long or too short, on a convex function that is no quadratic."""
+
+    def evaluate(w):
+        return float(np.logaddexp(w, -w).sum()), np.tanh(w), np.ones_like(w)
+
+    w = np.array([3.0, -2.0, 0.5])
+    f0, g0, _ = evaluate(w)
+    direction = -scale * g0
+    t, f, g, _ = wolfe_step(evaluate, w, direction, f0, g0 @ direction)
+    assert f == evaluate(w + t * direction)[0]
+    assert f <= f0 + 1e-4 * t * (g0 @ direction)
+    assert abs(g @ direction) <= 0.9 * abs(g0 @ direction)
+
+
+def test_no_step_uphill():
+    def evaluate(w):
+        return float(np.exp(w).sum()), np.exp(w), np.ones_like(w)
+
+    w = np.array([0.0])  # along +1 every step raises f, whatever the slope that is claimed
+    assert wolfe_step(evaluate, w, np.array([1.0]), 1.0, -1.0) is None
+
+
+def test_lbfgs_uses_the_scale_it_is_given_and_says_when_iterations_run_out():
+    curvatures = np.logspace(0, 4, 12)
+
+    def quadratic(scale):
+        return lambda w: (float((curvatures * w**2).sum() / 2 + 1), curvatures * w, scale)
+
+    plain, exact = quadratic(np.ones(12)), quadratic(1 / curvatures)
+    assert abs(lbfgs(plain, np.ones(12), 1e-13, 1000)).max() < 1e-5
+    assert abs(lbfgs(exact, np.ones(12), 1e-13, 2)).max() < 1e-5
+    with pytest.warns(UserWarning, match="did not converge in 3 iterations"):
+        lbfgs(plain, np.ones(12), 1e-13, 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite(bad):
+    X, y = clusters()
+    X[5, 2] = bad
+    for call in (lambda: tight().fit(X, y), lambda: knn_score(X, y, X, y)):
+        with pytest.raises(DataError, match="not finite"):
+            call()
+
+
+def test_other_bad_input():
+    X, y = clusters()
+    with pytest.raises(DataError, match="1 class"):
+        tight().fit(X, np.zeros(len(y)))
+    with pytest.raises(DataError, match="149 labels"):
+        tight().fit(X, y[1:])
+    with pytest.raises(DataError, match="empty"):
+        tight().fit(X[:0], y[:0])
+    with pytest.raises(ConfigError, match="-1"):
+        LogisticRegression(C=-1)
+
+
+# The protocol
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=6),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 9),
+)
+def test_stratified(sizes, share, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    count = max(1, round(share * len(labels)))
+    chosen = stratified(labels, count, seed)
+    assert len(set(chosen)) == len(chosen) == count
+    taken = np.bincount(labels[chosen], minlength=len(sizes))
+    if count >= len(sizes):
+        assert taken.min() >= 1
+    # Classes that had to be given their one leave the others less than their share.
+    fair = np.array(sizes) * count / len(labels)
+    assert (taken <= np.maximum(fair + 1, 1)).all()
+    assert set(stratified(labels, max(1, count // 2), seed)) <= set(chosen)
+    if len(labels) > 20 and count < 0.8 * len(labels):
+        assert any((stratified(labels, count, other) != chosen).any() for other in range(10, 15))
+
+
+def test_stratified_shares_are_exact_where_they_can_be():
+    labels = np.repeat([0, 1, 2], [40, 20, 60])
+    for count in (6, 12, 24, 60, 120):
+        taken = np.bincount(labels[stratified(labels, count)])
+        assert list(taken) == [count / 3, count / 6, count / 2]
+    for count in (0, 121):
+        with pytest.raises(ConfigError, match=f"{count} of 120"):
+            stratified(labels, count)
+
+
+def test_select_c_is_a_search_on_a_held_out_fifth():
+    X, y = clusters(200, 20, 5, spread=0.7)
+    grid = [1e-4, 1e-2, 1e-1, 1.0, 1e2]
+    held_out = np.setdiff1d(np.arange(200), stratified(y, 160, 7))
+    fit = np.setdiff1d(np.arange(200), held_out)
+    assert (np.bincount(y[held_out]) == 8).all()
+    mean, deviation = X[fit].mean(0), X[fit].std(0)
+    Z = (X - mean) / deviation
+    scores = [tight(C).fit(Z[fit], y[fit]).score(Z[held_out], y[held_out]) for C in grid]
+    best = [C for C, score in zip(grid, scores, strict=True) if score == max(scores)]
+    assert len(set(scores)) > 2
+    C, warning = select_c(X, y, grid[::-1], seed=7)
+    assert best[len(best) // 2] == C
+    assert warning == ""
+
+
+def test_select_c_warns_at_both_edges_of_its_grid():
+    X, y = clusters(300, 10, 3, spread=0.6)
+    C, _ = select_c(X, y)
+    for grid in ([C, 1e7], [1e-9, C]):
+        chosen, warning = select_c(X, y, grid)
+        assert chosen == C
+        assert f"the best C, {C:g}, is at the edge" in warning
+
+
+def test_select_c_without_labels_to_spare():
+    X, y = clusters(4, 12, 4)
+    C, warning = select_c(X, y)
+    assert C == 1
+    assert "too few labelled images" in warning
+
+
+def test_classes_missing_from_the_held_out_part_or_the_labels():
+    X, y = clusters(60, 12, 3, spread=4)
+    y[y == 2] = 1
+    y[7] = 2  # a class of one image is never held out
+    assert 7 in stratified(y, 48)
+    assert select_c(X, y)[0] > 0
+    result = measure(X, y, X, np.where(y == 0, 9, y))  # class 9 was never labelled
+    assert result["top1"] <= (y != 0).mean()
+
+
+def test_measure_looks_at_the_test_images_once(monkeypatch):
+    X, y = clusters(130, 12, 4, spread=1.0)
+    seen = []
+    original = LogisticRegression.decision_function
+
+    def decision_function(self, X):
+        seen.append(len(X))
+        return original(self, X)
+
+    monkeypatch.setattr(LogisticRegression, "decision_function", decision_function)
+    result = measure(X[:90], y[:90], X[90:], y[90:])
+    assert seen.count(40) == 1
+    assert set(seen) == {18, 40}
+    # ... and its figures are those of a fit to all labels with that C.
+    mean, deviation = X[:90].mean(0), X[:90].std(0)
+    model = tight(result["C"]).fit((X[:90] - mean) / deviation, y[:90])
+    assert result["top1"] == model.score((X[90:] - mean) / deviation, y[90:])
+    assert result["top5"] == 1  # of four classes
+    assert result["knn"] == knn_score(X[:90], y[:90], X[90:], y[90:])
+
+
+def test_top_5_counts_the_five_likeliest_classes():
+    X, y = clusters(400, 8, 12, spread=0.7)
+    result = measure(X[:300], y[:300], X[300:], y[300:])
+    Z, test_Z = standardize(X[:300], X[300:])
+    scores = LogisticRegression(result["C"]).fit(Z, y[:300]).decision_function(test_Z)
+    own = scores[np.arange(100), y[300:]]
+    assert result["top5"] == ((scores > own[:, None]).sum(1) < 5).mean()
+    assert result["top1"] < result["top5"] < 1
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (412, 6864)])
+def test_wilson_interval(hits, n):
+    stats = pytest.importorskip("scipy.stats")
+    theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson_interval(hits / n, n) == pytest.approx([*theirs], abs=1e-6)
+
+
+class Colours(SimpleNamespace):
+    """A data set of noisy pictures, each class in a hue of its own; duck-typed."""
+
+    def __init__(self, n=120, classes=3, labels=None, size=20):
+        rng = np.random.default_rng(0)
+        y = np.arange(n) % classes if labels is None else labels
+        hue = rng.integers(60, 190, (classes + 1, 3))
+        noise = rng.integers(-60, 60, (n, size, size, 3))
+        self.images = (hue[y][:, None, None] + noise).clip(0, 255).astype(np.uint8)
+        self.labels, self.class_names = y, tuple(f"class {k}" for k in range(classes))
+
+    def split(self, name):
+        n = len(self.labels)
+        return {"labelled": np.arange(0, n, 2), "test": np.arange(1, n, 2)}[name]
+
+
+def mean_colour(views):
+    return views.mean((1, 2))
+
+
+def no_idea(views):
+    return np.random.default_rng(len(views)).normal(size=(len(views), 6)).astype(np.float32)
+
+
+def test_probe_has_the_form_of_probe_json():
+    result = json.loads(json.dumps(probe(Colours(), mean_colour, 16, no_idea)))
+    assert (result["labels"], result["test"], result["classes"]) == (60, 60, 3)
+    assert result["top1"] == 1
+    assert result["top5"] == result["knn"] == 1
+    assert result["ci95"] == pytest.approx(wilson_interval(1.0, 60))
+    controls = result["controls"]
+    assert controls["chance"] == pytest.approx(1 / 3)
+    assert controls["pixels"] > 0.9
+    assert controls["random_encoder"] < 0.6
+    text = table(result)
+    assert [line[:14].strip() for line in text.splitlines()[:5]] == [
+        "system",
+        "SimCLR",
+        "random encoder",
+        "raw pixels",
+        "chance",
+    ]
+    assert "100.0%" in text and "33.3%" in text and " 94.0% -100.0%" in text
+    result["rows"]["raw pixels"]["warning"] = "the best C, 1, is at the edge"
+    assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
+
+
+def test_probe_with_fewer_labels_takes_them_from_every_class():
+    seen = []
+
+    def encode(views):
+        seen.append(len(views))
+        return mean_colour(views)
+
+    result = probe(Colours(), encode, 16, no_idea, labels=9, seed=3)
+    assert result["labels"] == 9
+    assert seen == [9, 60]
+    assert result["top1"] > 0.9
+    with pytest.raises(ConfigError, match="61 of 60 labelled"):
+        probe(Colours(), encode, 16, no_idea, labels=61)
+
+
+def test_pictures_without_a_label_are_left_out():
+    labels = np.arange(120) % 3
+    labels[:30] = -1
+    result = probe(Colours(labels=labels), mean_colour, 16, no_idea)
+    assert (result["labels"], result["test"]) == (45, 45)
+
+
+@pytest.mark.parametrize("label, found", [(-1, "0 of 0 class"), (0, "60 of 1 class")])
+def test_probe_says_why_it_cannot(label, found):
+    dataset = Colours(labels=np.full(120, label))
+    with pytest.raises(DataError, match=f"labelled images of at least two classes.*{found}"):
+        probe(dataset, mean_colour, 16, no_idea)
+
+
+def test_features_keep_the_order_of_rows_in_any_batches():
+    dataset = Colours()
+    rows = np.random.default_rng(1).permutation(120)[:50]
+    whole = features(mean_colour, dataset.images, rows, 16, batch_size=50)
+    parts = features(mean_colour, dataset.images, rows, 16, batch_size=7)
+    assert whole.shape == (50, 3) and whole.dtype == np.float32
+    assert parts == pytest.approx(whole, abs=1e-6)
+    centre = dataset.images[rows][:, 1:19, 1:19].mean((1, 2)) / 255
+    assert whole == pytest.approx(centre, abs=0.02)
+
+
+# Neighbours and statistics
+
+
+@pytest.mark.parametrize("k, n", [(1, 40), (7, 40), (200, 40), (200, 600)])
+def test_knn_against_a_loop(k, n):
+    X, y = clusters(n, 6, 5, spread=0.8, seed=k)
+    test_X, test_y = clusters(530, 6, 5, spread=0.8, seed=k + 1)
+    right = 0
+    for x, label in zip(test_X, test_y, strict=True):
+        cosine = X @ x / np.linalg.norm(X, axis=1) / np.linalg.norm(x)
+        votes = np.zeros(5)
+        for i in np.argsort(-cosine)[:k]:
+            votes[y[i]] += np.exp(cosine[i] / 0.07)
+        right += votes.argmax() == label
+    names = np.array(["e", "d", "c", "b", "a"])
+    assert knn_score(X, names[y], test_X, names[test_y], k) == right / 530
+
+
+def test_alignment():
+    z = np.random.default_rng(0).normal(size=(20, 8))
+    assert alignment(z, 3 * z) == pytest.approx(0, abs=1e-12)
+    assert alignment(z, -z) == pytest.approx(4)
+    assert alignment(np.eye(4), np.roll(np.eye(4), 1, axis=0)) == pytest.approx(2)
+
+
+def test_uniformity():
+    assert uniformity(np.ones((9, 5))) == pytest.approx(0, abs=1e-9)
+    assert uniformity(np.array([[2.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-8)
+    assert uniformity(np.eye(6)) == pytest.approx(-4)
+    z = np.random.default_rng(0).normal(size=(15, 4))
+    u = z / np.linalg.norm(z, axis=1, keepdims=True)
+    pairs = [np.exp(-2 * ((u[i] - u[j]) ** 2).sum()) for i in range(15) for j in range(i)]
+    assert uniformity(z) == pytest.approx(np.log(np.mean(pairs)))
+
+
+def test_effective_rank():
+    assert effective_rank(7 * np.eye(10, 6)) == pytest.approx(6)
+    assert effective_rank(np.outer(np.arange(1.0, 9), np.ones(5))) == pytest.approx(1)
+    assert effective_rank(np.diag([3.0, 1.0])) == pytest.approx(4 / 3**0.75)
+    assert effective_rank(np.zeros((4, 3))) == 1
