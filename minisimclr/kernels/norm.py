@@ -48,6 +48,15 @@ def over_rows(work, rows: np.ndarray) -> list:
     return parallel(work, len(rows), BLOCK)
 
 
+def row_sum(rows: np.ndarray) -> np.ndarray:
+    return (np.ones((1, len(rows)), rows.dtype) @ rows)[0]  # (1, r) @ (r, k*C)
+
+
+def per_channel(parts: list[np.ndarray], c: int) -> np.ndarray:
+    """Every thread's sums (2, k*C) added up to (2, C)."""
+    return np.sum(parts, axis=0).reshape(2, -1, c).sum(axis=1)
+
+
 def masked(gy: np.ndarray, y: np.ndarray | None, mask: np.ndarray, out: np.ndarray) -> np.ndarray:
     """gy where y > 0, in `out`; gy itself without y."""
     if y is None:
@@ -61,26 +70,32 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not is_plain(x):
         return moments.dispatch(object)(x)
     k, (rows,) = long_rows(x)
-    c = x.shape[-1]
-    # Deviations are taken from the mean of a few rows, near enough to the true one that nothing
-    # cancels when sums are shifted to it at the end.
-    near = rows[0].reshape(k, c).mean(axis=0)
-    near_k = np.tile(near, k)
+    m, c = x.size // x.shape[-1], x.shape[-1]
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        d, ones = np.empty((BLOCK, k * c), x.dtype), np.ones((1, BLOCK), x.dtype)
-        total, squares = np.zeros((2, k * c), x.dtype)
-        for block in each_block(start, stop):
-            part = np.subtract(rows[block], near_k, out=d[: block.stop - block.start])
-            total += (ones[:, : len(part)] @ part)[0]  # (1, BLOCK) @ (BLOCK, k*C)
-            squares += np.einsum("rc,rc->c", part, part)
-        return total, squares
+    def sums(near: np.ndarray | None) -> np.ndarray:
+        """Sums of x - near and of its square, per channel."""
 
-    total, squares = (
-        sum(part).reshape(k, c).sum(axis=0) for part in zip(*over_rows(work, rows), strict=True)
-    )
-    m = x.size // c
-    return near + total / m, squares - total * (total / m)
+        def work(start: int, stop: int) -> np.ndarray:
+            buffer, total = np.empty((BLOCK, k * c), x.dtype), np.zeros((2, k * c), x.dtype)
+            for block in each_block(start, stop):
+                part, d = rows[block], buffer[: block.stop - block.start]
+                if near is not None:
+                    part = np.subtract(part, near, out=d)
+                total[0] += row_sum(part)
+                total[1] += row_sum(np.multiply(part, part, out=d))
+            return total
+
+        return per_channel(over_rows(work, rows), c)
+
+    total, squares = sums(None)
+    m2 = squares - total * (total / m)
+    # Where the mean is far larger than the spread, next to nothing is left of the squares: take
+    # them of deviations from the mean of a few rows, which is near enough to the true one.
+    if (m2 < 1e-2 * squares).any():
+        near = rows[0].reshape(k, c).mean(axis=0)
+        total, squares = sums(np.tile(near, k))
+        return near + total / m, squares - total * (total / m)
+    return total / m, m2
 
 
 @scale_shift.register(np.ndarray)
@@ -95,15 +110,14 @@ def _scale_shift(
     if not is_plain(x, residual):
         return scale_shift.dispatch(object)(x, mean, scale, shift, residual, relu)
     k, (rows, residuals) = long_rows(x, residual)
-    mean, scale, shift = np.tile(mean, k), np.tile(scale, k), np.tile(shift, k)
+    scale, shift = np.tile(scale, k), np.tile(shift - mean * scale, k)
     # The maximum with a row of zeros is three times as fast as with the number 0.
     zero = np.zeros_like(shift)
     y = np.empty_like(rows)
 
     def work(start: int, stop: int) -> None:
         for block in each_block(start, stop):
-            part = np.subtract(rows[block], mean, out=y[block])
-            part *= scale
+            part = np.multiply(rows[block], scale, out=y[block])
             part += shift
             if residuals is not None:
                 part += residuals[block]
@@ -124,19 +138,18 @@ def _gradient_sums(
     c = gy.shape[-1]
     mean = np.tile(mean, k)
 
-    def work(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def work(start: int, stop: int) -> np.ndarray:
         g, d = np.empty((2, BLOCK, k * c), gy.dtype)
-        mask, ones = np.empty((BLOCK, k * c), bool), np.ones((1, BLOCK), gy.dtype)
-        sum_g, sum_gd = np.zeros((2, k * c), gy.dtype)
+        mask, total = np.empty((BLOCK, k * c), bool), np.zeros((2, k * c), gy.dtype)
         for block in each_block(start, stop):
             part = masked(gs[block], None if ys is None else ys[block], mask, g)
-            sum_g += (ones[:, : len(part)] @ part)[0]  # (1, BLOCK) @ (BLOCK, k*C)
-            sum_gd += np.einsum("rc,rc->c", part, np.subtract(xs[block], mean, out=d[: len(part)]))
-        return sum_g, sum_gd
+            product = np.subtract(xs[block], mean, out=d[: len(part)])
+            product *= part
+            total[0] += row_sum(part)
+            total[1] += row_sum(product)
+        return total
 
-    sum_g, sum_gd = (
-        sum(part).reshape(k, c).sum(axis=0) for part in zip(*over_rows(work, gs), strict=True)
-    )
+    sum_g, sum_gd = per_channel(over_rows(work, gs), c)
     return sum_g, sum_gd * inv_std
 
 
@@ -153,19 +166,18 @@ def _input_gradient(
     if not is_plain(gy, x, y):
         return input_gradient.dispatch(object)(gy, x, mean, scale, a, b, y)
     k, (gs, xs, ys) = long_rows(gy, x, y)
-    mean, scale, a, b = (np.tile(v, k) for v in (mean, scale, a, b))
+    # gx = scale g - b x - (a - b mean): two rows of constants fewer to go through
+    scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs)
 
     def work(start: int, stop: int) -> None:
-        d, mask = np.empty((BLOCK, len(a)), gy.dtype), np.empty((BLOCK, len(a)), bool)
+        buffer, mask = np.empty((BLOCK, len(b)), gy.dtype), np.empty((BLOCK, len(b)), bool)
         for block in each_block(start, stop):
             part = gx[block]
             g = masked(gs[block], None if ys is None else ys[block], mask, part)
             np.multiply(g, scale, out=part)
-            deviation = np.subtract(xs[block], mean, out=d[: len(part)])
-            deviation *= b
-            deviation += a
-            part -= deviation
+            part -= np.multiply(xs[block], b, out=buffer[: len(part)])
+            part -= rest
 
     over_rows(work, gs)
     return gx.reshape(gy.shape)

@@ -15,7 +15,7 @@ def _momentum_update(
     if not (w.dtype == g.dtype == v.dtype == np.float32 and w.flags.c_contiguous):
         return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
     w, g, v = w.reshape(-1), np.ascontiguousarray(g).reshape(-1), v.reshape(-1)
-    lr = np.float32(lr)
+    rate = np.float32(lr)
 
     def work(start: int, stop: int) -> None:
         buffer = np.empty(BLOCK, w.dtype)
@@ -23,7 +23,7 @@ def _momentum_update(
             block = slice(i, min(i + BLOCK, stop))
             change = np.multiply(w[block], np.float32(decay), out=buffer[: block.stop - i])
             change += g[block]
-            change *= lr
+            change *= rate
             v[block] *= np.float32(momentum)
             v[block] += change
             w[block] -= v[block]
