@@ -96,7 +96,7 @@ def test_format_of_another_version_is_refused_and_replaced(pictures, home, monke
     with monkeypatch.context() as patch:
         patch.setattr(cache, "FORMAT", "minisimclr cache 0")
         path = prepare(pictures, 16).path
-    with pytest.raises(DataError, match="is 'minisimclr cache 0' and not"):
+    with pytest.raises(DataError, match="is 'minisimclr cache 0', not"):
         cache.load(path)
     assert open_dataset(pictures, 16).path == path
 

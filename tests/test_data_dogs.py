@@ -85,7 +85,7 @@ def test_real_split(test_data):
 
 def test_lists_as_scipy_reads_them(test_data):
     scipy_io = pytest.importorskip("scipy.io")
-    lists = {n: c for n, c in members(test_data / "stanford-dogs-80px/lists.tar")}
+    lists = dict(members(test_data / "stanford-dogs-80px/lists.tar"))
     for name, content in lists.items():
         referee = scipy_io.loadmat(io.BytesIO(content))
         ours = matlab.load(content)

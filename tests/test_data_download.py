@@ -287,7 +287,7 @@ def test_redirects_out_of_the_web_are_refused(server, tmp_path, target):
 
 
 def test_redirect_from_https_to_http_is_refused():
-    request = module.urllib.request.Request("https://example.org/x")
+    request = module.Request("https://example.org/x")
     with pytest.raises(DataError, match="redirects to http://"):
         Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/x")
     new = "https://example.org/y"

@@ -24,16 +24,7 @@ from .images import FILTER
 from .loader import batches
 from .source import SPLITS, Job, Options, Plan, Source
 
-__all__ = [
-    "Dataset",
-    "Options",
-    "batches",
-    "cache_folder",
-    "cache_path",
-    "open_dataset",
-    "prepare",
-    "prepared",
-]
+__all__ = ["Dataset", "Options", "batches", "cache_path", "open_dataset", "prepare", "prepared"]
 
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)

@@ -207,9 +207,7 @@ def load(path: Path) -> Dataset:
             line = json.loads(block)
             start = line["start"]
             if line["format"] != FORMAT:
-                raise DataError(
-                    f"{path}: is {line['format']!r} and not {FORMAT!r}: prepare it again"
-                )
+                raise DataError(f"{path}: is {line['format']!r}, not {FORMAT!r}: prepare it again")
             if block != first_line(start, file.read(start - BLOCK), line["pixels"]):
                 raise DataError(f"{path}: its header changed on the disk: delete it, prepare again")
             with h5py.File(file, "r") as tree:
@@ -220,20 +218,11 @@ def load(path: Path) -> Dataset:
                 if place != (np.uint8, start, end):
                     raise DataError(f"{path}: its pixels are not where they should be")
                 small = ("labels", "splits", "duplicate_of", "about")
-                labels, splits, duplicate_of, text = (plain(tree, k, start)[:] for k in small)
+                arrays = {name: plain(tree, name, start)[:] for name in small}
             pixels = np.memmap(file, np.uint8, "r", start, shape)
-        about = json.loads(text.tobytes())
-        dataset = Dataset(
-            images=pixels,
-            labels=labels,
-            splits=splits,
-            duplicate_of=duplicate_of,
-            fingerprint=line["pixels"],
-            path=path,
-            class_names=tuple(about.pop("class_names")),
-            file_names=tuple(about.pop("file_names")),
-            **about,
-        )
+        about = json.loads(arrays.pop("about").tobytes())
+        about |= {name: tuple(about[name]) for name in ("class_names", "file_names")}
+        dataset = Dataset(path=path, images=pixels, fingerprint=line["pixels"], **arrays, **about)
         if not fits(dataset):
             raise DataError(f"{path}: its images, labels, splits and names do not fit together")
         return dataset

@@ -7,10 +7,10 @@ version of the file (ETag or date), so that the next attempt or the next run ask
 import http.client
 import ssl
 import time
-import urllib.request
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ..errors import DataError
 from ..files import file_sha256, locked, sync
@@ -70,7 +70,7 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text()}
     try:
-        response = opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        response = build_opener(Redirects).open(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416:  # the file there does not go on where ours ends
             part.unlink()
@@ -81,7 +81,8 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
             have = 0
             file.truncate(0)
             mark.unlink(missing_ok=True)
-            if version := strong_mark(response.headers):
+            etag = response.headers["ETag"] or "W/"  # a weak one does not vouch for every byte
+            if version := response.headers["Last-Modified"] if etag[:2] == "W/" else etag:
                 mark.write_text(version)
         length = response.headers["Content-Length"]
         total = have + int(length) if length else size
@@ -101,14 +102,8 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
         raise ConnectionError(f"closed after {have:,} of {total:,} bytes")
 
 
-def strong_mark(headers: http.client.HTTPMessage) -> str | None:
-    """What tells one version of the file from another, byte for byte (RFC 9110, section 8.8)."""
-    etag = headers["ETag"]
-    return etag if etag and not etag.startswith("W/") else headers["Last-Modified"]
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects from web address to web address, but never back from https to http."""
+class Redirects(HTTPRedirectHandler):
+    """Follows a few redirects between web addresses, but none back from https to http."""
 
     max_redirections = 5
 
@@ -117,18 +112,3 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         if new not in ("http", "https") or (old, new) == ("https", "http"):
             raise DataError(f"{req.full_url}: redirects to {newurl}, which is refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def opener() -> urllib.request.OpenerDirector:
-    """Speaks http and https, if need be through the environment's proxy, and nothing else."""
-    director = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        Redirects,
-    ):
-        director.add_handler(handler())
-    return director

@@ -10,18 +10,18 @@ process dies, however it dies.
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from queue import SimpleQueue
+from subprocess import PIPE, Popen
 from typing import Any
 
 from ..errors import DataError
 
-
-PIPE_BYTES = 1 << 20  # room for a whole answer, so that a worker does not wait for it to be read
+ANSWER = 1 << 20  # bytes of room, so that a worker need not wait until its answer is read
 
 
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
@@ -33,10 +33,7 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
     if workers < 2:
         yield from map(function, items)
         return
-    processes = [start() for _ in range(workers)]
     idle: SimpleQueue = SimpleQueue()
-    for process in processes:
-        idle.put(process)
 
     def run(item: Any) -> Any:
         process = idle.get()
@@ -45,43 +42,36 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
         finally:
             idle.put(process)
 
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            pending: deque = deque()
-            for item in items:
-                pending.append(pool.submit(run, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
+    with ExitStack() as stack:
+        for _ in range(workers):
+            process = start()
+            stack.callback(process.communicate)  # ends its input and waits for it
+            idle.put(process)
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        pending: deque = deque()
+        for item in items:
+            pending.append(pool.submit(run, item))
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
-    finally:
-        for process in processes:
-            process.communicate()  # ends its input and waits for its exit
+        while pending:
+            yield pending.popleft().result()
 
 
-def start() -> subprocess.Popen:
+def start() -> Popen:
     """A new worker, with this process's import path and no threads of its own."""
-    path = os.pathsep.join(sys.path)
-    environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        bufsize=PIPE_BYTES,
-        pipesize=PIPE_BYTES,
+    here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    return Popen(
+        command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER
     )
 
 
-def ask(process: subprocess.Popen, function: Callable, item: Any) -> Any:
+def ask(process: Popen, function: Callable, item: Any) -> Any:
     """function(item), computed by the worker."""
-    assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        pickle.dump((function, item), process.stdin, pickle.HIGHEST_PROTOCOL)
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
+        pickle.dump((function, item), process.stdin, pickle.HIGHEST_PROTOCOL)  # type: ignore
+        process.stdin.flush()  # type: ignore
+        answer = pickle.load(process.stdout)  # type: ignore
     except (EOFError, OSError, pickle.UnpicklingError) as error:
         raise DataError(
             f"a worker process ended (exit status {process.wait()}) while preparing data: "
@@ -97,11 +87,14 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a function prints must not get between the answers
-    while questions.peek(1):
-        function, item = pickle.load(questions)
-        try:
-            answer = function(item)
-        except Exception as error:
-            answer = error
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+    try:
+        while questions.peek(1):
+            function, item = pickle.load(questions)
+            try:
+                answer = function(item)
+            except Exception as error:
+                answer = error
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+    except BrokenPipeError:  # nobody is left to answer to
+        os._exit(1)
