@@ -9,10 +9,11 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
     order.
 
     Parts are multiples of `block` long (but for the last). Results must not depend on how many
-    parts there are if a run is to be repeatable with another thread count.
+    parts there are if a run is to be repeatable with another thread count. Do not nest.
     """
     global _pool
     size = block * -(-n // (block * _threads))
@@ -156,9 +157,12 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
         return [work(*parts[0])]
     if _pool is None:
         _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minisimclr")
-    with blas_threads(1):
+    with one_blas_thread():
         futures = [_pool.submit(work, *part) for part in parts[1:]]
-        return [work(*parts[0])] + [future.result() for future in futures]
+        try:
+            return [work(*parts[0])] + [future.result() for future in futures]
+        finally:
+            wait(futures)  # after an error too: nobody writes into arrays that others reuse
 
 
 @cache
@@ -180,17 +184,24 @@ def _set_blas_threads(n: int) -> None:
         library[0](n)
 
 
+_one_blas_thread = 0  # how many blocks hold BLAS to one thread right now
+_blas_lock = Lock()
+
+
 @contextmanager
-def blas_threads(n: int) -> Iterator[None]:
-    """Hold BLAS to `n` threads within the block (no effect on a BLAS other than NumPy's
-    OpenBLAS).
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS to one thread within the block, which may overlap with others' (no effect on a BLAS
+    other than NumPy's OpenBLAS).
     """
-    library = _openblas()
-    before = library[1]() if library else n
-    if before != n:
-        _set_blas_threads(n)
+    global _one_blas_thread
+    with _blas_lock:
+        _one_blas_thread += 1
+        if _one_blas_thread == 1:
+            _set_blas_threads(1)
     try:
         yield
     finally:
-        if before != n:
-            _set_blas_threads(before)
+        with _blas_lock:
+            _one_blas_thread -= 1
+            if _one_blas_thread == 0:
+                _set_blas_threads(_threads)

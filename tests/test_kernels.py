@@ -1,0 +1,347 @@
+"""Registered versions of the passes: the contract of the reference, on odd shapes, really called.
+
+The walk is over every pass there is, so a version cannot be registered without samples here and a
+benchmark that shows that it wins.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr import backend, kernels, ops
+from minisimclr.augment import draw_views
+from minisimclr.errors import ConfigError
+from minisimclr.kernels import norm as fast_norm
+from minisimclr.kernels import winograd
+from minisimclr.ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, output_size
+from minisimclr.ops.norm import moments
+from minisimclr.ops.pool import max_pool_output
+
+ROOT = Path(__file__).parent.parent
+ONE, TWO, NONE, SAME = (1, 1), (2, 2), (0, 0), (1, 1)
+rng = np.random.default_rng(0)
+
+
+def randn(*shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+# x, w, stride, padding: strides, paddings, rectangles, three channels, sizes no tile divides, and
+# channels enough for either way of sharing Winograd's work between threads.
+CONVOLUTIONS = [
+    ((2, 9, 7, 3), (3, 3, 3, 5), ONE, SAME),
+    ((2, 9, 8, 3), (7, 7, 3, 4), TWO, (3, 3)),
+    ((3, 11, 9, 40), (3, 3, 40, 48), ONE, SAME),
+    ((7, 8, 16, 40), (3, 3, 40, 48), ONE, SAME),
+    ((9, 6, 6, 136), (3, 3, 136, 128), ONE, SAME),
+    ((40, 2, 2, 40), (3, 3, 40, 40), ONE, SAME),
+    ((5, 9, 8, 40), (3, 3, 40, 40), ONE, NONE),
+    ((5, 10, 7, 24), (3, 3, 24, 40), TWO, SAME),
+    ((2, 9, 8, 6), (1, 1, 6, 4), ONE, NONE),
+    ((2, 9, 8, 6), (1, 1, 6, 4), TWO, NONE),
+    ((2, 9, 8, 6), (1, 7, 6, 4), ONE, (0, 3)),
+    ((2, 9, 8, 6), (5, 3, 6, 4), (2, 1), (2, 0)),
+]
+ROWS = [(128, 70), (3, 5, 7, 24), (4, 16, 16, 64), (7, 3), (33, 8, 8, 130)]
+
+
+def gradient_like(x, w, stride, padding):
+    return randn(x[0], *output_size(x, w, stride, padding), w[3])
+
+
+def vectors(shape, count):
+    return [randn(shape[-1]) for _ in range(count)]
+
+
+def relu_like(shape):
+    return np.maximum(randn(*shape), 0)
+
+
+def spread(shape):
+    """A gradient that is one row, broadcast, as global pooling makes it."""
+    return np.broadcast_to(randn(shape[-1]), shape)
+
+
+POOLS = [((3, 9, 11, 5), (3, 3), TWO, ((1, 0), (1, 1))), ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE))]
+
+
+def pool_samples(backward):
+    for shape, kernel, stride, padding in POOLS:
+        x = np.round(2 * randn(*shape))  # with equal values in a window
+        geometry = kernel, stride, padding
+        y, argmax = max_pool_output.dispatch(object)(x, *geometry)
+        yield (randn(*y.shape), argmax, shape, *geometry) if backward else (x, *geometry)
+
+
+def augment_samples(crop_only):
+    images = rng.integers(0, 256, (7, 20, 20, 3), np.uint8)
+    views = draw_views(0, 0, 7, 20, 20, 1.0)
+    yield (images, views.boxes[0], views.flips[0], 12) if crop_only else (images, views, 12)
+
+
+AUGMENTATION = {"apply_views", "crop_resize"}  # bytes, in one dtype; benchmarks/test_augment.py
+SAMPLES = {
+    "conv_output": lambda: [(randn(*x), randn(*w), s, p) for x, w, s, p in CONVOLUTIONS],
+    "conv_input_gradient": lambda: [
+        (gradient_like(x, w, s, p), randn(*w), x, s, p) for x, w, s, p in CONVOLUTIONS
+    ],
+    "conv_weight_gradient": lambda: [
+        (gradient_like(x, w, s, p), randn(*x), w, s, p) for x, w, s, p in CONVOLUTIONS
+    ],
+    "moments": lambda: [(3 * randn(*s) + 5,) for s in ROWS] + [(randn(64, 8) + 1000,)],
+    "scale_shift": lambda: [
+        (randn(*s), *vectors(s, 3), residual, relu)
+        for s in ROWS
+        for residual, relu in ((None, True), (randn(*s), True), (None, False))
+    ],
+    "gradient_sums": lambda: [
+        (g, randn(*s), *vectors(s, 2), y)
+        for s in ROWS
+        for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
+    ],
+    "input_gradient": lambda: [
+        (g, randn(*s), *vectors(s, 4), y)
+        for s in ROWS
+        for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
+    ],
+    "relu_gradient": lambda: [
+        (g, relu_like(s)) for s in ROWS for g in (randn(*s), spread(s))
+    ],
+    "max_pool_output": lambda: pool_samples(backward=False),
+    "max_pool_input_gradient": lambda: pool_samples(backward=True),
+    "momentum_update": lambda: [
+        (randn(*s), randn(*s), randn(*s), 0.1, 0.9, 0.01) for s in ((5,), (3, 3, 40, 300))
+    ],
+    "apply_views": lambda: augment_samples(crop_only=False),
+    "crop_resize": lambda: augment_samples(crop_only=True),
+}  # fmt: skip
+
+
+@cache
+def passes():
+    """Every pass of the package that has a version for NumPy, by name."""
+    modules = [importlib.import_module(f"minisimclr.{name}") for name in ("optim", "augment")]
+    modules += [
+        importlib.import_module(f"minisimclr.ops.{m.name}")
+        for m in pkgutil.iter_modules(ops.__path__)
+    ]
+    found = [f for module in modules for f in vars(module).values() if hasattr(f, "registry")]
+    return {f.__name__: f for f in found if np.ndarray in f.registry}
+
+
+def exact(value):
+    """A copy in float64 of an array of floats (a pass may change it), other values as they are."""
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float64 if value.dtype == np.float32 else value.dtype)
+    return value
+
+
+def outcome(version, args):
+    """All arrays that a pass returns, and those that it may have changed in place."""
+    result = version(*args)
+    result = result if isinstance(result, tuple) else () if result is None else (result,)
+    return [np.asarray(a) for a in (*result, *(a for a in args if isinstance(a, np.ndarray)))]
+
+
+def distance(a, b):
+    return np.linalg.norm(a - b.astype(np.float64)) / max(np.linalg.norm(b), 1e-30)
+
+
+def check(f, args):
+    references = outcome(f.dispatch(object), [exact(a) for a in args])
+    results = outcome(
+        f, [a.copy() if isinstance(a, np.ndarray) and a.flags.owndata else a for a in args]
+    )
+    for result, reference in zip(results, references, strict=True):
+        assert result.shape == reference.shape
+        assert result.dtype == (np.float32 if reference.dtype == np.float64 else reference.dtype)
+        assert distance(result, reference) < 1e-5
+
+
+def test_every_registered_pass_is_sampled_and_benchmarked():
+    assert set(passes()) == set(SAMPLES)
+    path = ROOT / "benchmarks" / "test_ops.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_test_ops", path)
+    benchmarks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmarks)
+    assert set(benchmarks.CASES) | AUGMENTATION == set(passes())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_same_signature(name):
+    f = passes()[name]
+    of_reference, of_fast = (
+        list(inspect.signature(f.dispatch(array)).parameters) for array in (object, np.ndarray)
+    )
+    assert of_fast == of_reference
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_same_numbers_whatever_the_threads(name, threads):
+    for args in SAMPLES[name]():
+        check(passes()[name], args)
+
+
+@pytest.fixture(params=[1, 2, 3], ids="threads={}".format)
+def threads(request):
+    before = backend.threads()
+    backend.set_threads(request.param)
+    yield
+    backend.set_threads(before)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLES if n not in AUGMENTATION])
+def test_float32_is_fast_and_float64_falls_back(name):
+    f = passes()[name]
+    args = next(iter(SAMPLES[name]()))
+    reference, calls = f.dispatch(object), []
+    f.register(object)(lambda *args: calls.append(1) or reference(*args))
+    try:
+        f(*args)
+        assert not calls
+        f(*(exact(a) for a in args))
+        assert calls
+    finally:
+        f.register(object)(reference)
+
+
+@pytest.mark.parametrize("few_channels", [True, False])
+@pytest.mark.parametrize("m", winograd.POINTS)
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_winograd_tiles_of_every_size(m, few_channels, padding, monkeypatch):
+    monkeypatch.setattr(winograd, "tile", lambda *_: m)
+    monkeypatch.setattr(winograd, "SMALL", 1 << 30 if few_channels else 0)
+    for x, c, o in (((11, 7, 10, 6), 6, 5), ((2, 3, 3, 4), 4, 7), ((3, 12, 12, 3), 3, 4)):
+        case = x, (3, 3, c, o), ONE, (padding, padding)
+        gy, w = gradient_like(*case), randn(3, 3, c, o)
+        check(conv_output, (randn(*x), w, *case[2:]))
+        check(conv_input_gradient, (gy, w, x, *case[2:]))
+        check(conv_weight_gradient, (gy, randn(*x), *case[1:]))
+
+
+def test_samples_take_every_way_of_convolving():
+    tiles = {winograd.tile(x[0], w, output_size(x, w, s, p), s, p) for x, w, s, p in CONVOLUTIONS}
+    assert tiles == {0, *winograd.POINTS}
+    assert {w[2] * w[3] <= winograd.SMALL for _, w, _, _ in CONVOLUTIONS} == {True, False}
+
+
+def test_winograd_rounds_little_more_than_a_plain_sum():
+    x, w = relu_like((4, 32, 32, 64)), randn(3, 3, 64, 64)
+    reference = conv_output.dispatch(object)(exact(x), exact(w), ONE, SAME)
+    plain = distance(conv_output.dispatch(object)(x, w, ONE, SAME), reference)
+    assert winograd.tile(4, w.shape, (32, 32), ONE, SAME) == 4
+    assert distance(conv_output(x, w, ONE, SAME), reference) < 5 * plain
+
+
+def test_moments_of_a_large_mean_do_not_cancel():
+    x = randn(4096, 8) + np.float32(3000)
+    mean, m2 = moments(x)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(m2, x.astype(np.float64).var(axis=0) * len(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scale_shift", "relu_gradient", "conv_output", "max_pool_output"])
+def test_nan_stays_visible(name):
+    args = list(next(iter(SAMPLES[name]())))
+    args[0][...] = np.nan
+    result = passes()[name](*args)
+    assert np.isnan(result[0] if isinstance(result, tuple) else result).any()
+
+
+def test_training_is_the_same_with_and_without():
+    def losses():
+        model = ms.simclr.Model.build("resnet_small", "small", 16, seed=0)
+        optimizer = ms.optim.SGD(model.named_parameters(), 0.1, weight_decay=1e-4)
+        views = np.random.default_rng(1).random((32, 16, 16, 3), np.float32)
+        for _ in range(4):
+            z = model.head(model.encoder(ms.Tensor(views)))
+            loss = ms.nt_xent(z[:16], z[16:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield float(loss)
+
+    fast = list(losses())
+    versions = {f: f.dispatch(np.ndarray) for f in passes().values()}
+    try:
+        for f in versions:
+            f.register(np.ndarray)(f.dispatch(object))
+        reference = list(losses())
+    finally:
+        for f, version in versions.items():
+            f.register(np.ndarray)(version)
+    assert fast != reference  # not the same code twice
+    np.testing.assert_allclose(fast, reference, rtol=2e-4)
+
+
+def run_with(choice):
+    code = "import numpy, minisimclr.ops.conv as c; print(numpy.ndarray in c.conv_output.registry)"
+    env = {**os.environ, "MINISIMCLR_KERNELS": choice, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_the_environment_chooses():
+    assert run_with("reference").stdout == "False\n"
+    assert run_with("fast").stdout == "True\n"
+    assert "MINISIMCLR_KERNELS is 'best'" in run_with("best").stderr
+
+
+def test_parallel_covers_the_range_once_in_order(threads):
+    for n, block in ((1, 1), (2, 1), (7, 2), (64, 8), (65, 8)):
+        parts = backend.parallel(lambda i, k: (i, k), n, block)
+        assert [i for part in parts for i in range(*part)] == list(range(n))
+        assert all(start % block == 0 for start, _ in parts)
+        assert len(parts) <= backend.threads()
+
+
+def test_parallel_waits_for_all_before_it_raises():
+    done = []
+
+    def work(start, stop):
+        if start == 0:
+            raise ConfigError("first part")
+        done.append(start)
+
+    backend.set_threads(2)
+    try:
+        with pytest.raises(ConfigError, match="first part"):
+            backend.parallel(work, 4)
+        assert done == [2]
+    finally:
+        backend.set_threads(backend.available_cores())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_is_reused():
+    import resource
+
+    def faults(n):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(n):
+            np.empty(1 << 22, np.uint8).fill(1)  # 4 MiB: 1,024 pages, or 2 large ones
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert backend.reuse_memory()
+    faults(2)
+    assert faults(50) < 50
+
+
+def test_long_rows_hold_the_same_numbers():
+    x = randn(12, 5)
+    k, (rows, none) = fast_norm.long_rows(x, None)
+    assert none is None and rows.shape == (12 // k, 5 * k) and k == 4
+    assert (rows.reshape(12, 5) == x).all()
+
+
+def test_kernels_are_part_of_the_package():
+    assert ms.kernels is kernels
