@@ -35,7 +35,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> No
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110") as f:
         f.attrs.update(format=FORMAT, state=text, sha256=_digest(arrays, text))
         for name, array in arrays.items():
-            f.create_dataset(name, data=array, track_times=False)
+            f.create_dataset(name, data=array)
         f.flush()
         image = f.id.get_file_image()
     write_bytes(path, image)

@@ -15,7 +15,7 @@ import minisimclr as ms
 from minisimclr import checkpoint
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
-from minisimclr.run import open_run, read_config
+from minisimclr.run import open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss
 from minisimclr.train import Plan, pretrain, resume
 
@@ -54,6 +54,9 @@ def test_a_run_learns_and_leaves_its_folder(finished, config):
     lines = [json.loads(x) for x in (finished.path / "metrics.jsonl").read_text().splitlines()]
     total = Plan.of(config, len(ms.data.open_dataset(config.data, 20).split("pretrain"))).total
     assert [line["step"] for line in lines] == list(range(1, total + 1))
+    plan = Plan.of(config, 16 * total // config.epochs)
+    assert [line["lr"] for line in lines] == [plan.rate(i) for i in range(total)]
+    assert lines[0]["lr"] == 0 < lines[3]["lr"]
     first, last = (np.mean([x["loss"] for x in lines if x["epoch"] == e]) for e in (1, 3))
     assert last < first - 0.1
     assert lines[0]["chance"] == chance_loss(16) == pytest.approx(np.log(31))
@@ -101,6 +104,16 @@ def test_stopped_and_resumed_is_uninterrupted(step, finished, config, tmp_path):
         log.write('{"step": torn')  # a later line that was not finished
     assert resume(tmp_path / "run").stopped == ""
     assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_a_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_signals() as note:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert note == {"signal": "SIGINT"}
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):
