@@ -214,11 +214,11 @@ def load(path: Path) -> Dataset:
                 end = os.fstat(file.fileno()).st_size
                 images = plain(tree, "images", end)
                 shape = images.shape
+                small = ("labels", "splits", "duplicate_of", "about")
+                arrays = {name: plain(tree, name, start)[:] for name in small}
                 place = images.dtype, images.id.get_offset(), start + images.nbytes
                 if place != (np.uint8, start, end):
                     raise DataError(f"{path}: its pixels are not where they should be")
-                small = ("labels", "splits", "duplicate_of", "about")
-                arrays = {name: plain(tree, name, start)[:] for name in small}
             pixels = np.memmap(file, np.uint8, "r", start, shape)
         about = json.loads(arrays.pop("about").tobytes())
         about |= {name: tuple(about[name]) for name in ("class_names", "file_names")}
