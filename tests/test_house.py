@@ -122,6 +122,7 @@ def test_budget():
     assert kernels <= 900
     assert count.pop("weights", 0) <= 450
     assert count.pop("report", 0) <= 800
+    assert count.pop("data") <= 1120  # every fault of archives, pictures, caches, downloads
     assert sum(count.values()) <= 3000, count
     assert sum(count.get(room, 0) for room in TEACHES) <= 1700, count
 

@@ -1,0 +1,45 @@
+"""The README keeps its word: its code runs, its commands and files exist, its counts are right."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_house import PACKAGE, code_lines
+
+from minisimclr.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_commands_exist():
+    named = set(re.findall(r"minisimclr ([a-z]+)", README))
+    assert named <= set(COMMANDS), named - set(COMMANDS)
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_counts_of_code_lines_are_right():
+    rows = re.findall(r"^\| \[`(\S+)`\]\S+ \|.*\| (\d+) \|$", README, re.M)
+    assert len(rows) >= 8
+    for name, said in rows:
+        path = PACKAGE / name
+        files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+        count = sum(code_lines(f.read_text()) for f in files)
+        assert abs(count - int(said)) <= 0.1 * count, (name, count)
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    assert "pip install -e '.[test]' && python -m pytest" in README
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
