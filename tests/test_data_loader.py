@@ -63,6 +63,12 @@ def test_seeds_differ_and_order_is_fixed_for_ever():
     )
 
 
+def test_epochs_do_not_share_numbers():
+    """Philox counts up as it draws: epochs too close together would be shifts of each other."""
+    first, second = permutation(0, 0, 40), permutation(0, 1, 40)
+    assert (first[first >= 4] - 4).tolist() != second[second < 36].tolist()
+
+
 def test_permutations_are_uniform():
     counts = np.zeros((4, 4))
     for epoch in range(4000):
