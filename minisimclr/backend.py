@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -112,9 +111,10 @@ def reuse_memory() -> bool:
 
 
 # Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain
-# Python threads that each work on their own images run side by side. BLAS has threads of its own:
-# two pools of n threads on n cores only get in each other's way, so inside `parallel` each BLAS
-# call keeps to one.
+# Python threads that each work on their own images run side by side. BLAS has threads of its own,
+# and after a product they keep a core busy for a while, waiting for the next: beside ours they only
+# get in the way (with other work on the machine, a training step took twice as long). So BLAS is
+# left with one thread once `parallel` is in use, but in blocks that are nothing but large products.
 
 
 def available_cores() -> int:
@@ -157,17 +157,17 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
         return [work(*parts[0])]
     if _pool is None:
         _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minisimclr")
-    with one_blas_thread():
-        futures = [_pool.submit(work, *part) for part in parts[1:]]
-        try:
-            return [work(*parts[0])] + [future.result() for future in futures]
-        finally:
-            wait(futures)  # after an error too: nobody writes into arrays that others reuse
+    _set_blas_threads(1)
+    futures = [_pool.submit(work, *part) for part in parts[1:]]
+    try:
+        return [work(*parts[0])] + [future.result() for future in futures]
+    finally:
+        wait(futures)  # after an error too: nobody writes into arrays that others reuse
 
 
 @cache
-def _openblas() -> tuple[Any, Any] | None:
-    """(set, get) number of threads of the OpenBLAS inside NumPy's wheel; None for another BLAS."""
+def _openblas() -> Any:
+    """Sets the threads of the OpenBLAS inside NumPy's wheel; None for another BLAS."""
     folder = Path(np.__file__).parent
     names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
     for name in names:
@@ -175,33 +175,26 @@ def _openblas() -> tuple[Any, Any] | None:
         for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
             setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
             if setter is not None:
-                return setter, getattr(library, f"{prefix}openblas_get_num_threads{suffix}")
+                return setter
     return None
 
 
+_blas_threads = 0  # what was asked for last
+
+
 def _set_blas_threads(n: int) -> None:
-    if (library := _openblas()) is not None:
-        library[0](n)
-
-
-_one_blas_thread = 0  # how many blocks hold BLAS to one thread right now
-_blas_lock = Lock()
+    global _blas_threads
+    if n != _blas_threads and (library := _openblas()) is not None:
+        library(n)
+    _blas_threads = n
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Hold BLAS to one thread within the block, which may overlap with others' (no effect on a BLAS
-    other than NumPy's OpenBLAS).
-    """
-    global _one_blas_thread
-    with _blas_lock:
-        _one_blas_thread += 1
-        if _one_blas_thread == 1:
-            _set_blas_threads(1)
+def threaded_blas() -> Iterator[None]:
+    """Let BLAS use all threads within the block: for work that is large matrix products."""
+    before = _blas_threads
+    _set_blas_threads(_threads)
     try:
         yield
     finally:
-        with _blas_lock:
-            _one_blas_thread -= 1
-            if _one_blas_thread == 0:
-                _set_blas_threads(_threads)
+        _set_blas_threads(before or _threads)

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -310,6 +311,7 @@ def test_parallel_waits_for_all_before_it_raises():
     def work(start, stop):
         if start == 0:
             raise ConfigError("first part")
+        time.sleep(0.05)
         done.append(start)
 
     backend.set_threads(2)
@@ -319,6 +321,19 @@ def test_parallel_waits_for_all_before_it_raises():
         assert done == [2]
     finally:
         backend.set_threads(backend.available_cores())
+
+
+def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backend, "_openblas", lambda: asked.append)
+    backend.set_threads(3)
+    backend.parallel(lambda i, k: None, 6)
+    backend.parallel(lambda i, k: None, 6)
+    with backend.threaded_blas():
+        assert asked == [3, 1, 3]
+    assert asked == [3, 1, 3, 1]
+    monkeypatch.undo()
+    backend.set_threads(backend.available_cores())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
