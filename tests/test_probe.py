@@ -1,6 +1,7 @@
 """The probe: logistic regression against scikit-learn, the protocol's rules, kNN, statistics."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,7 +137,11 @@ def test_a_constant_feature_gets_no_weight():
     X, y = clusters()
     X[:, 3] = 7
     assert abs(tight().fit(X, y).coef_[:, 3]).max() < 1e-9
-    assert not standardize(X)[0][:, 3].any()
+    # A constant may be off its computed mean by rounding, which must not become a deviation.
+    X = np.full((999, 1), 0.1, np.float32)
+    here, there = standardize(X, X + 0.5)
+    assert here == pytest.approx(0, abs=1e-6)
+    assert there == pytest.approx(0.5, abs=1e-6)
 
 
 def test_a_warm_start_ends_where_a_cold_one_does():
@@ -166,11 +171,10 @@ def test_line_search_meets_the_strong_wolfe_conditions(scale):
 
 
 def test_no_step_uphill():
-    def evaluate(w):
-        return float(np.exp(w).sum()), np.exp(w), np.ones_like(w)
+    def evaluate(w):  # barely up, though the slope at the start is said to be -1
+        return 1 + 1e-9 * float(w[0]), np.array([1e-9]), np.ones_like(w)
 
-    w = np.array([0.0])  # along +1 every step raises f, whatever the slope that is claimed
-    assert wolfe_step(evaluate, w, np.array([1.0]), 1.0, -1.0) is None
+    assert wolfe_step(evaluate, np.zeros(1), np.ones(1), 1.0, -1.0) is None
 
 
 def test_lbfgs_uses_the_scale_it_is_given_and_says_when_iterations_run_out():
@@ -184,6 +188,9 @@ def test_lbfgs_uses_the_scale_it_is_given_and_says_when_iterations_run_out():
     assert abs(lbfgs(exact, np.ones(12), 1e-13, 2)).max() < 1e-5
     with pytest.warns(UserWarning, match="did not converge in 3 iterations"):
         lbfgs(plain, np.ones(12), 1e-13, 3)
+    with pytest.warns(UserWarning) as caught:
+        LogisticRegression(max_iter=2).fit(*clusters())
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -226,7 +233,7 @@ def test_stratified(sizes, share, seed):
         assert taken.min() >= 1
     # Classes that had to be given their one leave the others less than their share.
     fair = np.array(sizes) * count / len(labels)
-    assert (taken <= np.maximum(fair + 1, 1)).all()
+    assert (taken < fair + 2).all()
     assert set(stratified(labels, max(1, count // 2), seed)) <= set(chosen)
     if len(labels) > 20 and count < 0.8 * len(labels):
         assert any((stratified(labels, count, other) != chosen).any() for other in range(10, 15))
@@ -242,7 +249,7 @@ def test_stratified_shares_are_exact_where_they_can_be():
             stratified(labels, count)
 
 
-def test_select_c_is_a_search_on_a_held_out_fifth():
+def test_select_c_is_a_search_on_a_held_out_fifth(monkeypatch):
     X, y = clusters(200, 20, 5, spread=0.7)
     grid = [1e-4, 1e-2, 1e-1, 1.0, 1e2]
     held_out = np.setdiff1d(np.arange(200), stratified(y, 160, 7))
@@ -253,7 +260,11 @@ def test_select_c_is_a_search_on_a_held_out_fifth():
     scores = [tight(C).fit(Z[fit], y[fit]).score(Z[held_out], y[held_out]) for C in grid]
     best = [C for C, score in zip(grid, scores, strict=True) if score == max(scores)]
     assert len(set(scores)) > 2
+    seen = []
+    module = sys.modules[select_c.__module__]
+    monkeypatch.setattr(module, "standardize", lambda *a: seen.append(a) or standardize(*a))
     C, warning = select_c(X, y, grid[::-1], seed=7)
+    assert [len(part) for part in seen[0]] == [160, 40]  # what is held out stays out of the mean
     assert best[len(best) // 2] == C
     assert warning == ""
 
@@ -265,6 +276,7 @@ def test_select_c_warns_at_both_edges_of_its_grid():
         chosen, warning = select_c(X, y, grid)
         assert chosen == C
         assert f"the best C, {C:g}, is at the edge" in warning
+    assert select_c(X, y, [C, 1e-9, 1e7]) == (C, "")
 
 
 def test_select_c_without_labels_to_spare():
@@ -286,6 +298,7 @@ def test_classes_missing_from_the_held_out_part_or_the_labels():
 
 def test_measure_looks_at_the_test_images_once(monkeypatch):
     X, y = clusters(130, 12, 4, spread=1.0)
+    y = 10 - 3 * y  # names of classes, not their places
     seen = []
     original = LogisticRegression.decision_function
 

@@ -58,7 +58,8 @@ class Problem:
     The intercept absorbs a shift and the penalty does not see a rotation: X may be centred and
     turned to its principal axes. There X^T X is diagonal, and so nearly is the Hessian, I + C sum_n
     (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean of p (1 - p) for each
-    sample's own (Boehning 1992 has a bound), seeds L-BFGS: correlated features slow it no more.
+    sample's own (Boehning 1992 has a bound), seeds L-BFGS: three quarters to a fifth of the
+    evaluations where features are correlated.
     """
 
     def __init__(self, X: Array, y: Any):
@@ -81,7 +82,7 @@ class Problem:
 
         The loss of a sample classified well is about the probability of all other classes. Summed
         without the own class, and with log1p, it stays exact; 1 - p would round it to a multiple of
-        1e-7 in float32, which a large C makes larger than f. Losses are added up in float64.
+        1e-7 in float32, which a large C makes larger than f.
         """
         xp = xp_of(W)
         penalised = W.copy()
@@ -93,10 +94,11 @@ class Problem:
         P[self.own] = 0
         others = P.sum(0)
         excess = others + xp.expm1(margin)  # the sum over all classes, less 1
-        loss = float((xp.log1p(excess) - margin).sum(dtype=np.float64))
+        loss = float((xp.log1p(excess) - margin).sum())
         P[self.own] = -others
         P /= 1 + excess  # p, and p - 1 for the own class
-        variance = -(2 * P[self.own].sum() + xp.vdot(P, P)) / P.size  # the mean of p (1 - p)
+        # The mean of p (1 - p), which rounding must not make negative.
+        variance = max(0.0, -float(2 * P[self.own].sum() + xp.vdot(P, P))) / P.size
         gradient = C * (P @ self.Z) + penalised  # (K, N) (N, D + 1) -> (K, D + 1)
         f = C * loss + float(xp.vdot(penalised, penalised)) / 2
         return f, gradient, 1 / (1 + C * variance * self.spectrum)
@@ -127,8 +129,9 @@ def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
             return w
         t, f, new_gradient, scale = step
         s, y = t * direction, new_gradient - gradient
+        # s y, written so that rounding cannot break the Wolfe conditions' promise: it is positive.
+        pairs.append((s, y, 1 / (t * (float(xp.vdot(new_gradient, direction)) - slope))))
         w, gradient = w + s, new_gradient
-        pairs.append((s, y, 1 / float(xp.vdot(s, y))))
     warnings.warn(f"logistic regression did not converge in {max_iter} iterations", stacklevel=4)
     return w
 
@@ -137,11 +140,11 @@ def wolfe_step(evaluate: Callable, w: Array, direction: Array, f0: float, slope0
     """A step t that meets the strong Wolfe conditions, with evaluate's answer there, or None.
 
     f(t) <= f0 + 1e-4 t slope0, give or take f's rounding error, and |slope(t)| <= 0.9 |slope0|:
-    true somewhere between low and high (Nocedal & Wright, section 3.5). f is convex: the next trial
-    is where a slope linear between them would vanish, but not near either.
+    true somewhere between low and high (Nocedal & Wright, section 3.5). The next trial is where the
+    cubic through both ends is least (their equation 3.59), but not too near either.
     """
     noise = 4 * float(np.finfo(w.dtype).eps) * f0
-    low, high, t = (0.0, slope0), None, 1.0
+    low, high, t = (0.0, f0, slope0), None, 1.0
     for _ in range(20):
         f, gradient, scale = evaluate(w + t * direction)
         slope = float(xp_of(w).vdot(gradient, direction))
@@ -149,15 +152,20 @@ def wolfe_step(evaluate: Callable, w: Array, direction: Array, f0: float, slope0
         if enough and abs(slope) <= -0.9 * slope0:
             return t, f, gradient, scale
         if enough and slope < 0:
-            low = (t, slope)
+            low = (t, f, slope)
         else:
-            high = (t, slope)
-        if high is None:
-            t *= 4
-        else:
-            part = low[1] / (low[1] - high[1])
-            t = low[0] + (high[0] - low[0]) * min(0.9, max(0.1, part))
+            high = (t, f, slope)
+        t = 4 * t if high is None else cubic_minimum(low, high)
     return None
+
+
+def cubic_minimum(low: tuple[float, ...], high: tuple[float, ...]) -> float:
+    """Where the cubic through two (t, f, slope) is least, a tenth or more from both."""
+    (a, fa, ga), (b, fb, gb) = low, high
+    z = ga + gb - 3 * (fb - fa) / (b - a)
+    root = max(z * z - ga * gb, 0.0) ** 0.5
+    part = 1 - (gb + root - z) / (gb - ga + 2 * root or 1.0)
+    return a + (b - a) * min(0.9, max(0.1, part))  # near a where f is not finite
 
 
 def finite(X: Array) -> Array:
