@@ -12,7 +12,7 @@ import click
 
 from ..errors import MinisimclrError
 
-COMMANDS = ("train", "probe", "data", "profile")
+COMMANDS = ("train", "probe", "data", "profile", "weights")
 
 
 class Commands(click.Group):

@@ -1,7 +1,8 @@
-"""Layers, ResNets and the projection head."""
+"""Layers, ResNets, InceptionV3 and the projection head."""
 
 from ..tensor import Parameter
 from .heads import ProjectionHead
+from .inception import InceptionV3, inception_v3
 from .layers import BatchNorm, Conv2d, Dropout, Linear
 from .module import Module, Sequential
 from .resnet import ENCODERS, ResNet, resnet10, resnet18, resnet34, resnet50, resnet_small
@@ -11,12 +12,14 @@ __all__ = [
     "BatchNorm",
     "Conv2d",
     "Dropout",
+    "InceptionV3",
     "Linear",
     "Module",
     "Parameter",
     "ProjectionHead",
     "ResNet",
     "Sequential",
+    "inception_v3",
     "resnet10",
     "resnet18",
     "resnet34",

@@ -83,43 +83,49 @@ class Module:
             for name, _, _, value in self._members()
         }
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `state_dict` holds."""
+        return {name: _to_torch_layout(_array(v)).shape for name, _, _, v in self._members()}
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]], origin: Any = "this state") -> None:
+        """Raise DataError that tells the first differences unless a state dict of `shapes` fits.
+
+        `origin` is what the message calls the state dict. Accepted: a missing num_batches_tracked,
+        and an extra classifier (`fc.*`) where there is none.
+        """
+        own = self.shapes()
+        differences = {
+            "missing": [n for n in own if n not in shapes and not n.endswith("batches_tracked")],
+            "unexpected": [n for n in shapes if n not in own and not n.startswith("fc.")],
+            "of another shape": [
+                f"{n}: shape {shapes[n]} for {own[n]}"
+                for n in own
+                if shapes.get(n, own[n]) != own[n]
+            ],
+        }
+        what = [
+            f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for word, names in differences.items()
+            if names
+        ]
+        if what:
+            raise DataError(f"{origin} does not fit this model: {' and '.join(what)}")
+
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Take over arrays in state_dict's form, cast to this module's dtype; all or nothing.
 
-        Strict: raises DataError naming what is missing, unexpected or of another shape. Accepted:
-        a missing num_batches_tracked, and an extra classifier (`fc.*`) where there is none.
+        Strict: raises DataError as `check_shapes` does.
         """
-        mine = {
-            name: (owner, attribute, value) for name, owner, attribute, value in self._members()
-        }
-        missing = [n for n in mine if n not in state and not n.endswith("num_batches_tracked")]
-        extra = [n for n in state if n not in mine and not n.startswith("fc.")]
-        if missing or extra:
-            what = [
-                f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-                for word, names in (("missing", missing), ("unexpected", extra))
-                if names
-            ]
-            raise DataError(f"these weights do not fit this model: {' and '.join(what)}")
-        new = {}
-        for name in mine:
+        self.check_shapes({name: np.shape(array) for name, array in state.items()})
+        for name, owner, attribute, value in self._members():
             if name in state:
+                xp, old = xp_of(_array(value)), _array(value)
                 array = _from_torch_layout(np.asarray(state[name]))
-                shape = _array(mine[name][2]).shape
-                if array.shape != shape:
-                    raise DataError(
-                        f"{name}: shape {np.shape(state[name])}, but this model needs "
-                        f"{_to_torch_layout(np.empty(shape, bool)).shape}"
-                    )
-                new[name] = array
-        for name, array in new.items():
-            owner, attribute, value = mine[name]
-            xp, old = xp_of(_array(value)), _array(value)
-            array = xp.asarray(array.astype(old.dtype, order="C"))
-            if isinstance(value, Parameter):
-                value.data = array
-            else:
-                setattr(owner, attribute, array)
+                array = xp.asarray(array.astype(old.dtype, order="C"))
+                if isinstance(value, Parameter):
+                    value.data = array
+                else:
+                    setattr(owner, attribute, array)
 
 
 def _array(value: Any) -> Array:

@@ -2,7 +2,9 @@
 
 An encoder maps images (N, H, W, 3) to features h (N, D); there is no classifier on top. The stem is
 the original one for large images (7x7 stride 2, max-pool), one 3x3 convolution for images of 32 px
-(CIFAR), or, in `resnet_small`, one 3x3 convolution of stride 2.
+(CIFAR), or, in `resnet_small`, one 3x3 convolution of stride 2. "simclr" is the original stem as
+SimCLR's authors built it: TensorFlow's SAME padding puts the max-pool one pixel further on, so
+their weights need it.
 """
 
 import numpy as np
@@ -13,7 +15,8 @@ from ..tensor import Tensor
 from .layers import BatchNorm, Conv2d
 from .module import Module, Sequential
 
-STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "small": (3, 2, 1)}  # kernel, stride, padding
+# Kernel, stride, padding of the first convolution.
+STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "simclr": (7, 2, 3), "small": (3, 2, 1)}
 
 
 def shortcut(c: int, o: int, stride: int, rng: np.random.Generator) -> Module | None:
@@ -95,6 +98,9 @@ class ResNet(Module):
         x = self.bn1(self.conv1(x), relu=True)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, 1)
+        elif self.stem == "simclr":  # SAME: as little padding as fits, and more of it at the end
+            h, w = x.shape[1:3]
+            x = max_pool(x, 3, 2, ((h % 2, 1), (w % 2, 1)))
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
         return global_average_pool(x)  # (N, D)

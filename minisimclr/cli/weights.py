@@ -1,0 +1,80 @@
+"""minisimclr weights: look into files of weights, turn them into .safetensors, write a run's."""
+
+import json
+from pathlib import Path
+
+import click
+
+from ..errors import ConfigError, DataError
+from .options import json_option, write_json
+
+FILE = click.Path(path_type=Path)
+
+
+@click.group()
+def weights() -> None:
+    """Weights of PyTorch, Keras, TensorFlow and .safetensors files, and of runs."""
+
+
+@weights.command()
+@click.argument("file", type=FILE)
+@json_option
+def inspect(file: Path, json_file: str | None) -> None:
+    """Print the names, shapes and dtypes in FILE, whatever its format; nothing in it is run."""
+    from ..weights import read
+
+    stored = read(file)
+    arrays = {
+        name: {"shape": list(shape), "dtype": dtype}
+        for name, (shape, dtype) in stored.specs.items()
+    }
+    values = {"format": stored.format, "metadata": stored.metadata, "arrays": arrays}
+    if not write_json(json_file, values):
+        click.echo(f"{stored.path}: {stored.format}, {len(arrays)} arrays")
+        for key, text in stored.metadata.items():
+            click.echo(f"{key!a}: {text!a}")
+        for name, (shape, dtype) in stored.specs.items():
+            click.echo(f"{dtype:<10} {'x'.join(map(str, shape)) or 'scalar':<18} {name}")
+
+
+def check_free(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose another --out")
+
+
+@weights.command("import")
+@click.argument("file", type=FILE)
+@click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
+@click.option("--until", help="Last part to import, such as mixed8 or layer3.")
+def import_(file: Path, out: Path, until: str | None) -> None:
+    """Find the network that FILE fits and write its encoder with torchvision's names."""
+    from ..weights import encoder, save
+
+    check_free(out)
+    module, preprocessing = encoder(file, until)
+    save(module, out, preprocessing, until)
+    click.echo(f"{out}: {type(module).__name__}, input {preprocessing}")
+
+
+@weights.command()
+@click.argument("run", type=FILE)
+@click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
+def export(run: Path, out: Path) -> None:
+    """Write the encoder at the newest checkpoint of RUN with torchvision's names."""
+    from ..run import open_run
+    from ..weights import Preprocessing, save
+
+    check_free(out)
+    opened, _ = open_run(run)
+    if not opened.step:
+        raise DataError(f"{run} has no checkpoint yet: train it first")
+    config = opened.config
+    save(
+        opened.model.encoder,
+        out,
+        Preprocessing(config.image_size),
+        encoder=config.encoder,
+        step=str(opened.step),
+        config=json.dumps(config.to_dict()),
+    )
+    click.echo(f"{out}: {config.encoder} at step {opened.step}")

@@ -1,0 +1,132 @@
+"""Published weights into our networks, and ours out again: PyTorch, Keras, TensorFlow, safetensors.
+
+    preprocessing = weights.load(nn.resnet50("imagenet"), "resnet50.pth")
+    preprocessing = weights.load(inception, "inception_v3_notop.h5", until="mixed8")
+    encoder, preprocessing = weights.encoder("model.ckpt-250228")
+    h = encoder.eval()(Tensor(preprocessing(images)))
+
+Files are told apart by what is in them, not by their names, and none can run code here. A module
+takes over all of the arrays it needs or none: names, shapes and dtypes are checked first.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from .. import checkpoint
+from ..errors import DataError
+from ..nn import ENCODERS, InceptionV3, Module
+from . import keras, names, safetensors, tf_bundle, torch_zip
+from .preprocessing import Preprocessing
+from .stored import Spec, Stored, damage_reported
+
+CONVOLUTIONS = {9: "resnet_small", 12: "resnet10", 20: "resnet18", 36: "resnet34", 53: "resnet50"}
+
+
+def read(path: str | Path) -> Stored:
+    """Open a file of weights: its format, names, shapes and dtypes; arrays can be fetched from it.
+
+    A TensorFlow checkpoint goes by its .index file or by the name without that suffix. Raises
+    DataError for anything that is not whole, or not of a known format.
+    """
+    path = Path(path)
+    index = path.with_name(f"{path.name}.index")
+    path = index if index.exists() and not path.exists() else path
+    with damage_reported(path):
+        with path.open("rb") as f:
+            start = f.read(512)
+            f.seek(-min(path.stat().st_size, len(tf_bundle.MAGIC)), 2)
+            end = f.read()
+        if start.startswith(b"PK\x03\x04"):
+            stored = torch_zip.read(path)
+        elif start.startswith(b"\x89HDF\r\n\x1a\n"):
+            with h5py.File(path, "r") as h5:
+                own = "sha256" in h5.attrs
+            stored = read_own(path) if own else keras.read(path)
+        elif end == tf_bundle.MAGIC:
+            stored = tf_bundle.read(path)
+        elif start[8:].lstrip().startswith(b"{"):
+            stored = safetensors.read(path)
+        elif start.startswith(b"\x80") or start[257:262] == b"ustar":
+            state = "torch.load('OLD.pth', 'cpu', weights_only=True)"
+            raise ValueError(torch_zip.CONVERT.format("PyTorch's form before 1.6, a pickle", state))
+        else:
+            raise ValueError("neither PyTorch, Keras, TensorFlow (.index) nor safetensors")
+        if not all(map(str.isprintable, stored.specs)):
+            raise ValueError("a name that cannot be printed")
+        return stored
+
+
+def read_own(path: Path) -> Stored:
+    """The encoder in a checkpoint of a run."""
+    arrays, state = checkpoint.load(path)
+    arrays, config = checkpoint.unprefixed("encoder", arrays), state["config"]
+    specs = {name: Spec(array.shape, array.dtype.name) for name, array in arrays.items()}
+    metadata = {"size": str(config["image_size"]), "pixels": "unit"}
+    metadata |= {} if config["stem"] == "auto" else {"stem": config["stem"]}
+    return Stored(path, "minisimclr checkpoint", specs, arrays.__getitem__, metadata)
+
+
+def load(module: Module, path: str | Path | Stored, until: str | None = None) -> Preprocessing:
+    """Take over the weights in a file; returns what the module's input must look like.
+
+    The module is an encoder or a ProjectionHead; `until` names the last of its parts to load
+    ("mixed8", "layer3"), later ones stay as they are. All or nothing, in the module's own dtype.
+    Raises DataError for a file that is damaged, does not fit or holds numbers that are not finite.
+    """
+    stored = path if isinstance(path, Stored) else read(path)
+    state = module.state_dict()
+    for name, source in names.match(module, stored, until).items():
+        state[name] = fetch(stored, source) if source else np.ones_like(state[name])
+    module.load_state_dict(state)
+    # What the file says, or the convention of those who publish in its format.
+    size, pixels = 32 if getattr(module, "stem", "") == "cifar" else 224, "imagenet"
+    if isinstance(module, InceptionV3):
+        size, pixels = 299, "symmetric"
+    with damage_reported(stored.path):
+        size = int(stored.metadata.get("size", size))
+        return Preprocessing(size, stored.metadata.get("pixels", pixels))
+
+
+def fetch(stored: Stored, source: str) -> np.ndarray:
+    """One array as torchvision has it; floating-point numbers as float32."""
+    with damage_reported(stored.path), np.errstate(over="ignore"):
+        array = stored.fetch(source).transpose(names.axes(stored, source))
+        array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype)
+    if not np.isfinite(array).all() or ("_var" in source and (array < 0).any()):
+        raise DataError(f"{stored.path}: {source} holds NaN, infinity or a negative variance")
+    return array
+
+
+def encoder(path: str | Path, until: str | None = None) -> tuple[Module, Preprocessing]:
+    """The network that the shapes in a file belong to, with its weights; and its preprocessing.
+
+    Raises DataError where no network of ours has such shapes.
+    """
+    stored = read(path)
+    shapes = names.kernels(stored)
+    width, _, side, _ = next((s for s in shapes if s[1] == 3), (0, 3, 3, 3))
+    if any(shape[2] != shape[3] for shape in shapes):
+        module: Module = InceptionV3()
+    elif (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
+        large = "simclr" if stored.format == names.TENSORFLOW else "imagenet"
+        stem = large if side == 7 else "small" if name == "resnet_small" else "cifar"
+        with damage_reported(stored.path):
+            module = ENCODERS[name](stored.metadata.get("stem", stem), width)
+    else:
+        raise DataError(f"{stored.path}: {len(shapes)} convolutions are no network of ours")
+    return module, load(module, stored, until)
+
+
+def save(
+    module: Module, path: Path, prep: Preprocessing, until: str | None = None, **metadata: str
+) -> None:
+    """Publish an encoder, up to its part `until`, as .safetensors with torchvision's names.
+
+    Its preprocessing and stem join the metadata. Raises OSError.
+    """
+    stem = getattr(module, "stem", "")
+    metadata |= {"size": str(prep.size), "pixels": prep.pixels, "stem": stem}
+    state = module.state_dict()
+    safetensors.write(path, {name: state[name] for name in names.part(module, until)}, metadata)

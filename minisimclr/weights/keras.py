@@ -1,0 +1,35 @@
+"""Keras' .h5 files of weights, whole models (`model.save("x.h5")`) included.
+
+Arrays lie at `layer/.../kernel:0`. Only what is in the file itself, as it is, gets read: no links,
+no other files, no filters that unpack. The configuration, which may hold code, is never looked at.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from .stored import Spec, Stored
+
+
+def read(path: Path) -> Stored:
+    """Arrays as "layer/kernel". Raises ValueError and what h5py raises."""
+    specs, places = {}, {}
+
+    def visit(place: str, item: Any) -> None:  # h5py comes here by hard links alone
+        if isinstance(item, h5py.Dataset) and not place.startswith("optimizer_weights/"):
+            name = "/".join(place.split(":")[0].split("/")[-2:])
+            plain = item.chunks is None and not item.external and not item.is_virtual
+            if not plain or item.nbytes > path.stat().st_size or name in specs:
+                raise ValueError(f"{place} is not a plain array, or two are called {name}")
+            specs[name], places[name] = Spec(item.shape, item.dtype.name), place
+
+    with h5py.File(path, "r") as f:
+        f.visititems(visit)
+
+    def fetch(name: str) -> np.ndarray:
+        with h5py.File(path, "r") as f:
+            return f[places[name]][()]
+
+    return Stored(path, "Keras HDF5", specs, fetch)

@@ -1,0 +1,315 @@
+"""Importing weights: every format against the library that writes it, names, shapes, export."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr import nn, weights
+from minisimclr.errors import ConfigError, DataError
+from minisimclr.run import make_run_folder, new_run
+from minisimclr.tensor import Tensor, no_grad
+from minisimclr.weights import safetensors
+from minisimclr.weights.tf_bundle import masked_crc32c
+
+SIMCLR = Path(__file__).parent / "fixtures" / "simclr-r50.ckpt"  # written by TensorFlow
+
+
+def random_state(net, seed=0):
+    """A state dict with statistics that are not the initial ones."""
+    rng = np.random.default_rng(seed)
+    state = {
+        name: rng.uniform(0.5, 1.5, array.shape).astype("f4")
+        for name, array in net.state_dict().items()
+    }
+    return state | {n: np.array(7) for n in state if n.endswith("num_batches_tracked")}
+
+
+def assert_state(net, state, names=None):
+    after = net.state_dict()
+    for name in names or state:
+        np.testing.assert_array_equal(after[name], state[name], err_msg=name)
+
+
+def write_keras(path, state, norms=("gamma", "beta", "moving_mean", "moving_variance")):
+    """A state dict of InceptionV3 as Keras 2 writes it: numbered from 1, layers in any order."""
+    convolutions = [n for n, a in state.items() if a.ndim == 4]
+    layers = [(f"conv2d_{i}", {"kernel:0": state[n].transpose(2, 3, 1, 0)})
+              for i, n in enumerate(convolutions, 1)]  # fmt: skip
+    ours = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
+            "moving_variance": "running_var"}  # fmt: skip
+    for i, n in enumerate(convolutions, 1):
+        bn = n.removesuffix("conv.weight") + "bn."
+        arrays = {f"{key}:0": state[bn + ours[key]] for key in norms}
+        layers.append((f"batch_normalization_{i}", arrays))
+    with h5py.File(path, "w") as f:
+        for layer, arrays in sorted(layers):
+            for name, array in arrays.items():
+                f[f"{layer}/{layer}/{name}"] = array
+
+
+def test_tensorflow_checkpoint_gives_tensorflow_s_features():
+    stored = weights.read(SIMCLR)
+    encoder, preprocessing = weights.encoder(SIMCLR)
+    assert (encoder.stem, preprocessing) == ("simclr", weights.Preprocessing(224, "unit"))
+    head = nn.ProjectionHead(32, 32, 8, layers=3)
+    weights.load(head, SIMCLR)
+    encoder.eval(), head.eval()
+    with no_grad():
+        h = encoder(Tensor(stored.fetch("made_by_tensorflow/images")))
+        z = head(h)
+    for ours, name in ((h, "h"), (z, "z")):
+        theirs = stored.fetch(f"made_by_tensorflow/{name}")
+        assert np.abs(ours.data - theirs).max() < 1e-5 * np.abs(theirs).max()
+    # Numbers, not text, order the layers; a shortcut comes before its block.
+    state = encoder.state_dict()
+    for ours, theirs in {
+        "conv1.weight": "conv2d",
+        "layer1.0.downsample.0.weight": "conv2d_1",
+        "layer1.0.conv1.weight": "conv2d_2",
+        "layer1.2.conv3.weight": "conv2d_10",
+        "layer4.2.conv3.weight": "conv2d_52",
+    }.items():
+        kernel = stored.fetch(f"base_model/{theirs}/kernel")  # HWIO
+        np.testing.assert_array_equal(state[ours], kernel.transpose(3, 2, 0, 1))
+
+
+def test_the_real_index_is_listed(test_data):
+    stored = weights.read(test_data / "weights" / "simclr_resnet18_cifar10.ckpt.index")
+    assert len(stored.specs) == 191
+    assert stored.specs["base_model/conv2d_20/kernel"] == ((3, 3, 512, 512), "float32")
+    assert stored.specs["base_model/batch_normalization_9/gamma/Momentum"].shape == (128,)
+    assert stored.specs["head_contrastive/nl_2/dense/kernel"].shape == (512, 128)
+    assert stored.specs["global_step"] == ((), "int64")
+    with pytest.raises(DataError, match="cannot be read"):  # there is no data file
+        weights.load(nn.ProjectionHead(512, 512, 128, layers=3), stored)
+
+
+@pytest.mark.parametrize("stem", ["simclr", "imagenet"])
+def test_simclr_resnet50_equals_torch(stem):
+    torch = pytest.importorskip("torch")
+    from test_nn import torch_resnet
+
+    reference = torch_resnet("resnet50", "imagenet", 8).double().eval()
+    fresh = nn.resnet50("simclr", 8)
+    convolutions = {n: a for n, a in fresh.state_dict().items() if a.ndim == 4}
+    state = random_state(fresh) | convolutions
+    reference.load_state_dict({n: torch.tensor(a) for n, a in state.items()})
+    pad = {"simclr": (0, 1, 1, 1), "imagenet": (1, 1, 1, 1)}[stem]  # left, right, top, bottom
+    x = np.random.default_rng(0).random((2, 54, 64, 3))  # 27 x 32 in front of the pool
+    with torch.no_grad():
+        y = reference.bn1(reference.conv1(torch.tensor(x.transpose(0, 3, 1, 2)))).relu()
+        y = torch.nn.functional.pad(y, pad, value=-torch.inf)
+        y = torch.nn.functional.max_pool2d(y, 3, 2)
+        for layer in (reference.layer1, reference.layer2, reference.layer3, reference.layer4):
+            y = layer(y)
+        y = y.mean((2, 3)).numpy()
+    for dtype, tolerance in (("f8", 1e-8), ("f4", 1e-4)):
+        net = nn.resnet50(stem, 8).astype(dtype).eval()
+        net.load_state_dict(state)
+        with no_grad():
+            ours = net(Tensor(x.astype(dtype))).data
+        assert np.abs(ours - y).max() < tolerance * np.abs(y).max()
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "module.", "nested", "parameters"])
+def test_pth_equals_torch(tmp_path, wrapped):
+    torch = pytest.importorskip("torch")
+    net = nn.resnet18(width=4)
+    state = random_state(net)
+    tensors = {n: torch.tensor(a) for n, a in state.items()}
+    tensors["conv1.weight"] = tensors["conv1.weight"].permute(1, 0, 2, 3).contiguous().permute(
+        1, 0, 2, 3)  # fmt: skip
+    tensors["bn1.weight"] = torch.tensor([0.0, *state["bn1.weight"], 0.0])[1:-1]  # a view
+    tensors |= {"fc.weight": torch.zeros(2, 32), "fc.bias": torch.zeros(2)}
+    if wrapped == "parameters":
+        tensors = {n: torch.nn.Parameter(t, t.is_floating_point()) for n, t in tensors.items()}
+    if wrapped == "module.":
+        tensors = {f"module.{n}": t for n, t in tensors.items()}
+    if wrapped == "nested":
+        momentum = {0: {"momentum_buffer": torch.zeros(4, 3, 3, 3)}}
+        tensors = {"state_dict": tensors, "epoch": 3, "lr": [0.1], "optimizer": {"state": momentum}}
+    torch.save(tensors, tmp_path / "a.pth")
+    assert weights.load(net, tmp_path / "a.pth") == weights.Preprocessing(32, "imagenet")
+    assert_state(net, state)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_floats_are_cast(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    net = nn.resnet10(width=4)
+    state = {n: torch.tensor(a) for n, a in random_state(net).items()}
+    state = {n: t.to(getattr(torch, dtype)) if t.ndim else t for n, t in state.items()}
+    torch.save(state, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        net = nn.resnet10(width=4)
+        weights.load(net, tmp_path / name)
+        assert_state(net, {n: t.float().numpy() for n, t in state.items()})
+
+
+def test_keras_gives_inception_up_to_mixed8(tmp_path):
+    net = nn.inception_v3()
+    state = {
+        n: a for n, a in net.state_dict().items() if not n.startswith(("Mixed_7b", "Mixed_7c"))
+    }
+    state = {n: a + 1 if "running_var" in n else a for n, a in state.items()}
+    state["Conv2d_1a_3x3.conv.weight"][0, 0, 0, 2] = 9
+    write_keras(tmp_path / "k.h5", state, ("beta", "moving_mean", "moving_variance"))
+    other = nn.inception_v3(seed=1)
+    later = other.state_dict()["Mixed_7b.branch1x1.conv.weight"]
+    preprocessing = weights.load(other, tmp_path / "k.h5", until="mixed8")
+    assert preprocessing == weights.Preprocessing(299, "symmetric")
+    assert_state(other, state)
+    assert_state(other, {"Mixed_7b.branch1x1.conv.weight": later})
+    with pytest.raises(DataError, match=r"k.h5 does not fit this model: 90 missing \(Mixed_7b"):
+        weights.load(other, tmp_path / "k.h5")
+    with pytest.raises(ConfigError, match=r"'mixed12'.*Mixed_7c"):
+        weights.load(other, tmp_path / "k.h5", until="mixed12")
+
+
+def test_safetensors_both_ways(tmp_path):
+    official = pytest.importorskip("safetensors.numpy")
+    net = nn.resnet10(width=4)
+    state = random_state(net)
+    net.load_state_dict(state)
+    weights.save(net, tmp_path / "ours.safetensors", weights.Preprocessing(48), encoder="x")
+    theirs = official.load_file(tmp_path / "ours.safetensors")
+    assert sorted(theirs) == sorted(state)
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(array, state[name])
+    official.save_file(state, tmp_path / "theirs.safetensors")
+    for name in ("ours", "theirs"):
+        other = nn.resnet10(width=4, seed=3)
+        weights.load(other, tmp_path / f"{name}.safetensors")
+        assert_state(other, state)
+    stored = weights.read(tmp_path / "ours.safetensors")
+    assert stored.metadata["encoder"] == "x" and len(stored.metadata["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.resnet_small("cifar", 4),
+        lambda: nn.resnet10("small", 4),
+        lambda: nn.resnet18("imagenet", 4),
+        lambda: nn.resnet50("simclr", 4),
+        lambda: nn.inception_v3(),
+    ],
+)
+def test_the_network_is_found_by_shape(tmp_path, make):
+    net = make()
+    weights.save(net, tmp_path / "a", weights.Preprocessing(77, "symmetric"))
+    found, preprocessing = weights.encoder(tmp_path / "a")
+    assert type(found) is type(net) and getattr(found, "stem", 0) == getattr(net, "stem", 0)
+    assert preprocessing == weights.Preprocessing(77, "symmetric")
+    assert_state(found, net.state_dict())
+
+
+def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
+    net = nn.resnet10(width=4)
+    before, good = net.state_dict(), random_state(net)
+    bad = {
+        "1 missing .bn1.bias": {n: a for n, a in good.items() if n != "bn1.bias"},
+        "1 unexpected .bn1.scale": good | {"bn1.scale": np.zeros(3)},
+        r"bn1.bias: shape \(5,\) for \(4,\)": good | {"bn1.bias": np.zeros(5)},
+        r"conv1.weight: shape \(3, 4": good | {"conv1.weight": np.zeros((3, 4, 3, 3), "f4")},
+        "bn1.bias is of type int64": good | {"bn1.bias": np.zeros(4, np.int64)},
+        "num_batches_tracked is of type float32": good | {"bn1.num_batches_tracked": np.float32(1)},
+        "layer4.0.bn2.bias holds NaN": good | {"layer4.0.bn2.bias": np.full(32, np.nan)},
+        "bn2.weight holds NaN": good | {"layer4.0.bn2.weight": np.full(32, np.inf)},
+        "conv1.weight holds NaN": good | {"conv1.weight": np.full((4, 3, 3, 3), 1e300)},
+        "bn1.running_var holds.*negative": good | {"bn1.running_var": np.full(4, -1.0)},
+        "two models fit": {p + n: a for n, a in good.items() for p in ("q.", "k.")},
+    }
+    for message, state in bad.items():
+        state = {n: np.asarray(a) for n, a in state.items()}
+        safetensors.write(tmp_path / "a", state, {})
+        with pytest.raises(DataError, match=message):
+            weights.load(net, tmp_path / "a")
+        assert_state(net, before)
+
+
+def test_classifiers_and_counters_may_be_there_or_not(tmp_path):
+    net = nn.resnet10(width=4)
+    state = random_state(net)
+    state = {n: a for n, a in state.items() if "tracked" not in n}
+    extra = {"fc.weight": np.zeros((10, 32), "f4"), "fc.bias": np.zeros(10, "f4")}
+    safetensors.write(tmp_path / "a", state | extra, {})
+    weights.load(net, tmp_path / "a")
+    assert_state(net, state)
+
+
+def test_preprocessing():
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3)).astype(np.uint8)
+    x = weights.Preprocessing(6, "imagenet")(images)
+    expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    assert weights.Preprocessing(9, "symmetric")(images).shape == (2, 9, 9, 3)
+    for bad in ((0, "unit"), (5000, "unit"), (9, "pixels")):
+        with pytest.raises(ValueError, match="unknown preprocessing"):
+            weights.Preprocessing(*bad)
+
+
+def test_crc32c():
+    def unmasked(data):
+        turned = masked_crc32c(data) - 0xA282EAD8 & 0xFFFFFFFF
+        return (turned >> 17 | turned << 15) & 0xFFFFFFFF
+
+    # RFC 3720, B.4
+    assert unmasked(b"123456789") == 0xE3069283
+    assert unmasked(bytes(32)) == 0x8A9136AA
+    assert unmasked(bytes(range(32))) == 0x46DD794E
+
+
+def cli(arguments, code=0):
+    from minisimclr.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    assert exit.value.code == code
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    cli(["weights", "import", SIMCLR, "--out", out])
+    cli(["weights", "import", SIMCLR, "--out", out], 2)
+    assert "out.safetensors exists" in capsys.readouterr().err
+    cli(["weights", "inspect", out])
+    listing = capsys.readouterr().out
+    assert "safetensors, 318 arrays" in listing and "1x3x7x7" in listing and "simclr" in listing
+    cli(["weights", "inspect", f"{SIMCLR}.index", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["format"] == "TensorFlow checkpoint"
+    assert values["arrays"]["base_model/conv2d/kernel"] == {
+        "shape": [7, 7, 3, 1],
+        "dtype": "float32",
+    }
+    cli(["weights", "inspect", tmp_path / "absent"], 3)
+    assert "absent: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_a_run_is_exported(tmp_path, capsys):
+    path = tmp_path / "run"
+    config = ms.TrainConfig(image_size=24, width=2)
+    make_run_folder(path, config, {})
+    cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"], 3)
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    run = new_run(path, config)
+    run.step = 7
+    run.save("data")
+    cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"])
+    encoder, preprocessing = weights.encoder(tmp_path / "a.safetensors")
+    assert_state(encoder, run.model.encoder.state_dict())
+    assert preprocessing == weights.Preprocessing(24) and encoder.stem == "small"
+    metadata = weights.read(tmp_path / "a.safetensors").metadata
+    assert json.loads(metadata["config"])["image_size"] == 24 and metadata["step"] == "7"
+    newest = sorted((path / "checkpoints").glob("*.h5"))[-1]
+    same, preprocessing = weights.encoder(newest)  # a checkpoint itself is read, too
+    assert_state(same, encoder.state_dict())
+    assert preprocessing == weights.Preprocessing(24)
