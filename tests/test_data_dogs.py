@@ -40,6 +40,13 @@ def test_small_layout(dogs):
     assert not dataset.notes["verified"]
 
 
+def test_order_of_the_archive_does_not_matter(dogs, tmp_path):
+    images = layout.image_members()
+    mixed = images[20:] + images[:20][::-1]
+    other = open_dataset(layout.write_archives(tmp_path, mixed), 24)
+    assert other.fingerprint == open_dataset(dogs, 24).fingerprint
+
+
 def test_labels_per_class(dogs):
     chosen = {}
     for n in (1, 3):
