@@ -50,7 +50,8 @@ def batches(
         epoch, position = divmod(step, steps)
         begin = position * batch_size + rank * n
         chosen = shuffled(epoch)[begin : begin + n]
-        return step, np.asarray(images[chosen]), chosen
+        pixels = np.asarray(images.take(chosen, axis=0))  # a little faster than images[chosen]
+        return step, pixels, chosen
 
     return prefetch(fetch, start_step)
 
