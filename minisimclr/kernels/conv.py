@@ -10,38 +10,28 @@ with threaded BLAS, since copies and small products then run side by side as wel
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import Array, parallel
 from ..ops.conv import Pair, conv_input_gradient, conv_output, conv_weight_gradient, output_size
 from . import winograd
+from .registry import for_float32
 
 WORKSPACE = 1 << 18  # numbers in one block of patches: 1 MiB, a core's second-level cache
-
-
-def is_plain(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype == np.float32
 
 
 def is_pointwise(w_shape: tuple, padding: Pair) -> bool:
     return w_shape[:2] == (1, 1) and padding == (0, 0)
 
 
-def strided_pixels(x: np.ndarray, stride: Pair) -> np.ndarray:
+def strided_pixels(x: Array, stride: Pair) -> Array:
     return np.ascontiguousarray(x[:, :: stride[0], :: stride[1]])  # (N, OH, OW, C)
 
 
-@conv_output.register(np.ndarray)
-def output(x: np.ndarray, w: np.ndarray, stride: Pair, padding: Pair) -> np.ndarray:
-    if not is_plain(x, w):
-        return conv_output.dispatch(object)(x, w, stride, padding)
+@for_float32(conv_output)
+def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     size = output_size(x.shape, w.shape, stride, padding)
     if m := winograd.tile(len(x), w.shape, size, stride, padding):
         return winograd.output(x, w, padding[0], size, m)
     y = np.empty((len(x), *size, w.shape[3]), x.dtype)
-    if is_pointwise(w.shape, padding):
-        x = strided_pixels(x, stride)
-        x, flat = x.reshape(-1, x.shape[3]), y.reshape(-1, w.shape[3])  # (N*OH*OW, C), (..., O)
-        parallel(lambda i, k: np.matmul(x[i:k], w[0, 0], out=flat[i:k]), len(x))
-        return y
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
 
     def work(start: int, stop: int) -> None:
@@ -53,12 +43,8 @@ def output(x: np.ndarray, w: np.ndarray, stride: Pair, padding: Pair) -> np.ndar
     return y
 
 
-@conv_input_gradient.register(np.ndarray)
-def input_gradient(
-    gy: np.ndarray, w: np.ndarray, x_shape: tuple, stride: Pair, padding: Pair
-) -> np.ndarray:
-    if not is_plain(gy, w):
-        return conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
+@for_float32(conv_input_gradient)
+def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
     size = gy.shape[1:3]
     if m := winograd.tile(len(gy), w.shape, x_shape[1:3], stride, padding):
         return winograd.input_gradient(gy, w, padding[0], x_shape[1:3], m)
@@ -91,12 +77,8 @@ def input_gradient(
     return gx
 
 
-@conv_weight_gradient.register(np.ndarray)
-def weight_gradient(
-    gy: np.ndarray, x: np.ndarray, w_shape: tuple, stride: Pair, padding: Pair
-) -> np.ndarray:
-    if not is_plain(gy, x):
-        return conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
+@for_float32(conv_weight_gradient)
+def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: Pair) -> Array:
     size = gy.shape[1:3]
     if m := winograd.tile(len(gy), w_shape, size, stride, padding):
         return winograd.weight_gradient(gy, x, w_shape, padding[0], m)
@@ -108,7 +90,7 @@ def weight_gradient(
         parallel(lambda i, k: np.matmul(x[:, i:k].T, g, out=gw[i:k]), c)
         return gw.reshape(w_shape)
 
-    def work(start: int, stop: int) -> np.ndarray:
+    def work(start: int, stop: int) -> Array:
         gw = np.zeros((kh * kw * c, o), gy.dtype)
         for block in blocks(start, stop, size, len(gw)):
             rows = patches(x[block], w_shape, stride, padding, size)
@@ -124,7 +106,7 @@ def blocks(start: int, stop: int, size: Pair, row: int):
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
-def patches(x: np.ndarray, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> np.ndarray:
+def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> Array:
     """Patches of x (n, H, W, C) as rows (n*OH*OW, KH*KW*C).
 
     One row of a patch lies in one piece in the padded image, so one copy of overlapping views does
@@ -132,6 +114,8 @@ def patches(x: np.ndarray, w_shape: tuple, stride: Pair, padding: Pair, size: Pa
     """
     n, h, w, c = x.shape
     (kh, kw), (sh, sw), (ph, pw), (oh, ow) = w_shape[:2], stride, padding, size
+    if is_pointwise(w_shape, padding):
+        return strided_pixels(x, stride).reshape(-1, c)  # a view for a stride of 1
     if ph or pw:
         padded = np.zeros((n, h + 2 * ph, w + 2 * pw, c), x.dtype)
         padded[:, ph : ph + h, pw : pw + w] = x

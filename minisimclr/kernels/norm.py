@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import Array, parallel
 from ..ops.basic import relu_gradient
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
+from .registry import for_float32
 
 WIDE = 8192  # numbers in one long row
 SMALL = 1 << 16  # numbers not worth a second thread
@@ -22,11 +23,7 @@ BLOCK = (
 )
 
 
-def is_plain(*arrays: np.ndarray | None) -> bool:
-    return all(a is None or a.dtype == np.float32 for a in arrays)
-
-
-def long_rows(x: np.ndarray, *others: np.ndarray | None) -> tuple[int, list]:
+def long_rows(x: Array, *others: Array | None) -> tuple[int, list]:
     """k, and x (..., C) and arrays like it, or None, as contiguous long rows (M / k, k*C)."""
     m, c = x.size // x.shape[-1], x.shape[-1]
     k = 1
@@ -41,23 +38,23 @@ def each_block(start: int, stop: int) -> Iterator[slice]:
     return (slice(i, min(i + BLOCK, stop)) for i in range(start, stop, BLOCK))
 
 
-def over_rows(work, rows: np.ndarray) -> list:
+def over_rows(work, rows: Array) -> list:
     """work(start, stop) on parts of the long rows; a small array is not worth a second thread."""
     if rows.size < SMALL:
         return [work(0, len(rows))]
     return parallel(work, len(rows), BLOCK)
 
 
-def row_sum(rows: np.ndarray) -> np.ndarray:
+def row_sum(rows: Array) -> Array:
     return (np.ones((1, len(rows)), rows.dtype) @ rows)[0]  # (1, r) @ (r, k*C)
 
 
-def per_channel(parts: list[np.ndarray], c: int) -> np.ndarray:
+def per_channel(parts: list[Array], c: int) -> Array:
     """Every thread's sums (2, k*C) added up to (2, C)."""
     return np.sum(parts, axis=0).reshape(2, -1, c).sum(axis=1)
 
 
-def masked(gy: np.ndarray, y: np.ndarray | None, mask: np.ndarray, out: np.ndarray) -> np.ndarray:
+def masked(gy: Array, y: Array | None, mask: Array, out: Array) -> Array:
     """gy where y > 0, in `out`; gy itself without y."""
     if y is None:
         return gy
@@ -65,17 +62,15 @@ def masked(gy: np.ndarray, y: np.ndarray | None, mask: np.ndarray, out: np.ndarr
     return np.multiply(gy, mask[: len(y)], out=out[: len(y)])
 
 
-@moments.register(np.ndarray)
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if not is_plain(x):
-        return moments.dispatch(object)(x)
+@for_float32(moments)
+def _moments(x: Array) -> tuple[Array, Array]:
     k, (rows,) = long_rows(x)
     m, c = x.size // x.shape[-1], x.shape[-1]
 
-    def sums(near: np.ndarray | None) -> np.ndarray:
+    def sums(near: Array | None) -> Array:
         """Sums of x - near and of its square, per channel."""
 
-        def work(start: int, stop: int) -> np.ndarray:
+        def work(start: int, stop: int) -> Array:
             buffer, total = np.empty((BLOCK, k * c), x.dtype), np.zeros((2, k * c), x.dtype)
             for block in each_block(start, stop):
                 part, d = rows[block], buffer[: block.stop - block.start]
@@ -98,17 +93,10 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return total / m, m2
 
 
-@scale_shift.register(np.ndarray)
+@for_float32(scale_shift)
 def _scale_shift(
-    x: np.ndarray,
-    mean: np.ndarray,
-    scale: np.ndarray,
-    shift: np.ndarray,
-    residual: np.ndarray | None,
-    relu: bool,
-) -> np.ndarray:
-    if not is_plain(x, residual):
-        return scale_shift.dispatch(object)(x, mean, scale, shift, residual, relu)
+    x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool
+) -> Array:
     k, (rows, residuals) = long_rows(x, residual)
     scale, shift = np.tile(scale, k), np.tile(shift - mean * scale, k)
     # The maximum with a row of zeros is three times as fast as with the number 0.
@@ -128,17 +116,15 @@ def _scale_shift(
     return y.reshape(x.shape)
 
 
-@gradient_sums.register(np.ndarray)
+@for_float32(gradient_sums)
 def _gradient_sums(
-    gy: np.ndarray, x: np.ndarray, mean: np.ndarray, inv_std: np.ndarray, y: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    if not is_plain(gy, x, y):
-        return gradient_sums.dispatch(object)(gy, x, mean, inv_std, y)
+    gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
+) -> tuple[Array, Array]:
     k, (gs, xs, ys) = long_rows(gy, x, y)
     c = gy.shape[-1]
     mean = np.tile(mean, k)
 
-    def work(start: int, stop: int) -> np.ndarray:
+    def work(start: int, stop: int) -> Array:
         g, d = np.empty((2, BLOCK, k * c), gy.dtype)
         mask, total = np.empty((BLOCK, k * c), bool), np.zeros((2, k * c), gy.dtype)
         for block in each_block(start, stop):
@@ -153,18 +139,10 @@ def _gradient_sums(
     return sum_g, sum_gd * inv_std
 
 
-@input_gradient.register(np.ndarray)
+@for_float32(input_gradient)
 def _input_gradient(
-    gy: np.ndarray,
-    x: np.ndarray,
-    mean: np.ndarray,
-    scale: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    y: np.ndarray | None,
-) -> np.ndarray:
-    if not is_plain(gy, x, y):
-        return input_gradient.dispatch(object)(gy, x, mean, scale, a, b, y)
+    gy: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, y: Array | None
+) -> Array:
     k, (gs, xs, ys) = long_rows(gy, x, y)
     # gx = scale g - b x - (a - b mean): two rows of constants fewer to go through
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
@@ -183,10 +161,8 @@ def _input_gradient(
     return gx.reshape(gy.shape)
 
 
-@relu_gradient.register(np.ndarray)
-def _relu_gradient(gy: np.ndarray, y: np.ndarray) -> np.ndarray:
-    if not is_plain(gy, y):
-        return relu_gradient.dispatch(object)(gy, y)
+@for_float32(relu_gradient)
+def _relu_gradient(gy: Array, y: Array) -> Array:
     _, (gs, ys) = long_rows(gy, y)
     g = np.empty_like(gs)
 

@@ -2,19 +2,20 @@
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import Array, parallel
 from ..optim import momentum_update
+from .registry import for_float32
 
 BLOCK = 1 << 15  # numbers: 128 KiB of each of four arrays
 
 
-@momentum_update.register(np.ndarray)
+@for_float32(momentum_update)
 def _momentum_update(
-    w: np.ndarray, g: np.ndarray, v: np.ndarray, lr: float, momentum: float, decay: float
+    w: Array, g: Array, v: Array, lr: float, momentum: float, decay: float
 ) -> None:
-    if not (w.dtype == g.dtype == v.dtype == np.float32 and w.flags.c_contiguous):
+    if not (w.flags.c_contiguous and v.flags.c_contiguous):  # no flat view to write through
         return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
-    w, g, v = w.reshape(-1), np.ascontiguousarray(g).reshape(-1), v.reshape(-1)
+    w, g, v = w.reshape(-1), g.reshape(-1), v.reshape(-1)
     rate = np.float32(lr)
 
     def work(start: int, stop: int) -> None:

@@ -4,18 +4,15 @@ multiplies.
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import Array, parallel
 from ..ops.conv import Pair
 from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
+from .registry import for_float32
 
 
-@max_pool_output.register(np.ndarray)
-def _max_pool_output(
-    x: np.ndarray, kernel: Pair, stride: Pair, padding: Padding
-) -> tuple[np.ndarray, np.ndarray]:
+@for_float32(max_pool_output)
+def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
     count = kernel[0] * kernel[1]
-    if x.dtype != np.float32 or count > 255:
-        return max_pool_output.dispatch(object)(x, kernel, stride, padding)
     size = output_size(x.shape, kernel, stride, padding)
     y = np.empty((len(x), *size, x.shape[3]), x.dtype)
     argmax = np.empty(y.shape, np.uint8)
@@ -40,14 +37,10 @@ def _max_pool_output(
     return y, argmax
 
 
-@max_pool_input_gradient.register(np.ndarray)
+@for_float32(max_pool_input_gradient)
 def _max_pool_input_gradient(
-    gy: np.ndarray, argmax: np.ndarray, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
-) -> np.ndarray:
-    if gy.dtype != np.float32:
-        return max_pool_input_gradient.dispatch(object)(
-            gy, argmax, x_shape, kernel, stride, padding
-        )
+    gy: Array, argmax: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
+) -> Array:
     _, h, w, c = x_shape
     (top, bottom), (left, right) = padding
     gx = np.empty(x_shape, gy.dtype)

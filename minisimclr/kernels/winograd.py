@@ -25,7 +25,7 @@ from math import gcd
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ..backend import parallel
+from ..backend import Array, parallel
 from ..ops.conv import Pair
 
 # Where polynomials are evaluated, besides at infinity, for tiles of m = 2, 3, 4. All are exact in
@@ -39,11 +39,11 @@ POINTS: dict[int, tuple[float, ...]] = {
 
 
 @cache
-def matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def matrices(m: int) -> tuple[Array, Array, Array]:
     """(B' (f, f), G (f, 3), A' (m, f)) in float32, by Toom and Cook's construction."""
     points = np.array(POINTS[m], float)
 
-    def evaluate(n: int) -> np.ndarray:  # a polynomial of n coefficients, at the f points
+    def evaluate(n: int) -> Array:  # a polynomial of n coefficients, at the f points
         return np.concatenate([points[:, None] ** np.arange(n), np.eye(n)[-1:]])  # (f, n)
 
     scale = np.array([np.prod([p - q for q in points if q != p]) for p in points] + [1.0])[:, None]
@@ -82,7 +82,7 @@ class Grid:
             yield j, slice(start, stop), slice(first, first + self.step * (stop - start), self.step)
 
 
-def take_tiles(x: np.ndarray, grid: Grid, out: np.ndarray | None = None) -> np.ndarray:
+def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     """matrix X matrix' for every tile X of x (n, H, W, C), as (f f, tiles, C)."""
     n, h, w, c = x.shape
     f, a = grid.matrix.shape
@@ -109,7 +109,7 @@ def take_tiles(x: np.ndarray, grid: Grid, out: np.ndarray | None = None) -> np.n
     return out.reshape(f * f, -1, c) if out.flags.c_contiguous else out
 
 
-def put_tiles(tiles: np.ndarray, grid: Grid, out: np.ndarray) -> None:
+def put_tiles(tiles: Array, grid: Grid, out: Array) -> None:
     """The transpose of take_tiles, for tiles that do not overlap: fill out (n, H, W, C)."""
     n, h, w, c = out.shape
     f, m = grid.matrix.shape
@@ -152,7 +152,7 @@ def grids(m: int, padding: int, size: Pair) -> tuple[Grid, Grid]:
     return Grid(b, *grid, m, padding), Grid(a.T, *grid, m, 0)
 
 
-def spectrum(w: np.ndarray, m: int, some: slice = slice(None)) -> np.ndarray:
+def spectrum(w: Array, m: int, some: slice = slice(None)) -> Array:
     """U = G w G', or some of its f f matrices: (3, 3, C, O) -> (f f, C, O)"""
     _, g, _ = matrices(m)
     g = np.kron(g, g)[some]  # (f f, 9)
@@ -164,7 +164,7 @@ def spectrum(w: np.ndarray, m: int, some: slice = slice(None)) -> np.ndarray:
     return u
 
 
-def output(x: np.ndarray, w: np.ndarray, padding: int, size: Pair, m: int) -> np.ndarray:
+def output(x: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
     """y (N, OH, OW, O) of x (N, H, W, C) and w (3, 3, C, O), in tiles of m x m outputs.
 
     With few channels threads take images, a block at a time. With many, U is too large to be read
@@ -202,7 +202,7 @@ def output(x: np.ndarray, w: np.ndarray, padding: int, size: Pair, m: int) -> np
     return y
 
 
-def take_all(x: np.ndarray, grid: Grid) -> np.ndarray:
+def take_all(x: Array, grid: Grid) -> Array:
     """Transformed tiles of all images: (f f, tiles, C)"""
     n, c = len(x), x.shape[3]
     v = np.empty((grid.f**2, n, grid.tiles * c), x.dtype)
@@ -220,12 +220,12 @@ def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
-def input_gradient(gy: np.ndarray, w: np.ndarray, padding: int, size: Pair, m: int) -> np.ndarray:
+def input_gradient(gy: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
     """gx (N, H, W, C), with size (H, W), of gy (N, OH, OW, O) and w (3, 3, C, O)"""
     return output(gy, swap_channels(w[::-1, ::-1]), 2 - padding, size, m)
 
 
-def swap_channels(w: np.ndarray) -> np.ndarray:
+def swap_channels(w: Array) -> Array:
     """(3, 3, C, O) -> (3, 3, O, C), copied: products with a transposed view of U are slower."""
     kh, kw, c, o = w.shape
     out = np.empty((kh, kw, o, c), w.dtype)
@@ -233,15 +233,13 @@ def swap_channels(w: np.ndarray) -> np.ndarray:
     return out
 
 
-def weight_gradient(
-    gy: np.ndarray, x: np.ndarray, w_shape: tuple, padding: int, m: int
-) -> np.ndarray:
+def weight_gradient(gy: Array, x: Array, w_shape: tuple, padding: int, m: int) -> Array:
     """gw (3, 3, C, O) of gy (N, OH, OW, O) and x (N, H, W, C)"""
     source, target = grids(m, padding, gy.shape[1:3])
     _, _, c, o = w_shape
     ff = source.f**2
 
-    def product(v: np.ndarray, t: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def product(v: Array, t: Array, out: Array) -> Array:
         return np.matmul(v.transpose(0, 2, 1), t, out=out)  # (C, tiles) @ (tiles, O)
 
     gu = np.zeros((ff, c, o), x.dtype)
@@ -249,7 +247,7 @@ def weight_gradient(
         # Each block ends with an addition of (f f, C, O) numbers, so it should not be too small.
         size = max(BLOCK, 6 * ff * c * o) // (source.tiles * ff * (c + o))
 
-        def work(start: int, stop: int) -> np.ndarray:
+        def work(start: int, stop: int) -> Array:
             total, part = np.zeros((2, ff, c, o), x.dtype)
             for block in blocks(start, stop, size):
                 total += product(take_tiles(x[block], source), take_tiles(gy[block], target), part)
