@@ -12,11 +12,15 @@ import click
 
 from ..errors import MinisimclrError
 
-COMMANDS = ("train", "probe", "data", "profile", "weights")
+COMMANDS = (
+    "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
+    "baseline", "doctor",
+)  # fmt: skip
+HOMES = {"walkthrough": "report", "neighbors": "embed"}  # modules with another name
 
 
 class Commands(click.Group):
-    """A group whose commands live in modules of this package that carry their names."""
+    """A group whose commands live in modules of this package, most by their names."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -24,7 +28,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(import_module(f".{name}", __package__), name)
+        return getattr(import_module(f".{HOMES.get(name, name)}", __package__), name)
 
 
 @click.group(

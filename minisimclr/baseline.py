@@ -1,0 +1,172 @@
+"""The baseline: dense layers with dropout on frozen InceptionV3 features, tuned by random search.
+
+Every trial draws a learning rate, two widths and a dropout rate, and trains on four fifths of the
+labelled images until the last fifth is told apart no better. The settings of the best trial are
+then trained on all labelled images, for as many epochs, and tested once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backend import Array, to_device, to_host
+from .data import Dataset, cache_folder
+from .errors import DataError
+from .nn import Dropout, Linear, Module, inception_v3
+from .ops.basic import relu
+from .ops.loss import cross_entropy
+from .optim import SGD
+from .probe import standardize, stratified, wilson_interval
+from .simclr import calibrate
+from .tensor import Tensor, no_grad
+from .weights import Preprocessing, load, read, safetensors
+
+BATCH = 32  # images in a step of the classifier, and those that InceptionV3 sees at once
+PATIENCE = 10  # epochs without a better validation score before a trial ends
+Notify = Callable[[str, dict[str, Any]], None]
+Features = Callable[[np.ndarray], np.ndarray]
+
+
+class Trial(NamedTuple):
+    """What the search draws."""
+
+    lr: float
+    width1: int
+    width2: int
+    dropout: float
+
+    @classmethod
+    def draw(cls, seed: int, index: int) -> "Trial":
+        """Trial `index`: lr log-uniform in 0.001 ... 0.3, widths of 64, 128, ... 1,024, dropout
+        uniform in 0 ... 0.7.
+        """
+        raw = np.random.Philox(key=[seed, 2], counter=[index, 0, 0, 0]).random_raw(4)
+        u, v, w, x = (raw >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+        return cls(float(0.001 * 300**u), 64 << int(5 * v), 64 << int(5 * w), float(0.7 * x))
+
+
+class DenseClassifier(Module):
+    """Features (N, D) -> logits (N, classes): two dense layers with ReLU and dropout, and a third.
+
+    The softmax is in the loss.
+    """
+
+    def __init__(self, d: int, classes: int, trial: Trial, seed: int = 0):
+        rng = np.random.Generator(np.random.Philox(key=[seed, 3]))
+        self.dense1 = Linear(d, trial.width1, rng=rng)
+        self.dense2 = Linear(trial.width1, trial.width2, rng=rng)
+        self.output = Linear(trial.width2, classes, std=0.01, rng=rng)
+        self.dropout = Dropout(trial.dropout, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(relu(self.dense1(x)))
+        return self.output(self.dropout(relu(self.dense2(x))))
+
+    def ranked(self, X: Array) -> np.ndarray:
+        """The classes of each row of X (N, D), the likeliest first: (N, classes)."""
+        with no_grad(), np.errstate(over="ignore", invalid="ignore"):
+            return np.argsort(-to_host(self.eval()(Tensor(X)).data), axis=1, kind="stable")
+
+
+def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> Iterator[float]:
+    """Train with momentum SGD, one epoch each time the last loss is asked for."""
+    optimizer = SGD(model.named_parameters(), lr, weight_decay=1e-4)
+    rng = np.random.Generator(np.random.Philox(key=[seed, 4]))
+    while True:
+        model.train()
+        for rows in np.array_split(rng.permutation(len(X)), len(X) // BATCH + 1):
+            with np.errstate(over="ignore", invalid="ignore"):  # a rate may be drawn too high
+                loss = cross_entropy(model(Tensor(X[rows])), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        yield float(loss)
+
+
+def search(
+    X: np.ndarray, y: np.ndarray, classes: int, trials: int, epochs: int, seed: int, notify: Notify
+) -> list[dict[str, Any]]:
+    """Try drawn settings on features X (N, D): rows of a Trial, its epochs and validation score.
+
+    Raises DataError if no image is left to validate with, because each is its class' only one.
+    """
+    inside = stratified(y, max(round(0.8 * len(y)), len(np.unique(y))), seed)
+    outside = np.setdiff1d(np.arange(len(y)), inside)
+    if not len(outside):
+        raise DataError("too few labelled images: none are left to compare trials by")
+    fit_X, held_X = standardize(X[inside], X[outside])
+    rows: list[dict[str, Any]] = []
+    for index in range(trials):
+        trial, best, best_epoch = Trial.draw(seed, index), 0.0, 1
+        model = DenseClassifier(X.shape[1], classes, trial, seed)
+        losses = islice(epochs_of(model, fit_X, y[inside], trial.lr, seed), epochs)
+        for epoch, loss in enumerate(losses, 1):
+            score = float((model.ranked(held_X)[:, 0] == y[outside]).mean())
+            if score > best:
+                best, best_epoch = score, epoch
+            if epoch - best_epoch >= PATIENCE or not np.isfinite(loss):
+                break
+        rows.append({**trial._asdict(), "epochs": best_epoch, "validation": best})
+        notify("trial", {"done": index + 1, "total": trials, "row": rows[-1]})
+    return rows
+
+
+def features(
+    rows: np.ndarray, dataset: Dataset, file: Path | None, block: str, device: str, notify: Notify
+) -> np.ndarray:
+    """Mean over the pixels of what an InceptionV3 block makes of images[rows]: (N, C) float32.
+
+    file: its weights; None for random ones with batch norm statistics of the data. Features are
+    kept in the cache folder, since they take so much longer to make than to read.
+    """
+    net, preprocessing = inception_v3(), Preprocessing(299, "symmetric")
+    if file:
+        preprocessing = load(net, file, until=block)
+    else:
+        calibrate(net, preprocessing(dataset.images[dataset.split("pretrain")[:BATCH]]))
+    key = hashlib.sha256(f"{dataset.fingerprint} {block} {preprocessing}".encode() + rows.tobytes())
+    for array in net.state_dict().values():
+        key.update(array.tobytes())
+    path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        net.to(device).eval()
+        parts = []
+        for i in range(0, len(rows), BATCH):
+            x = to_device(preprocessing(dataset.images[rows[i : i + BATCH]]), device)
+            with no_grad():
+                parts.append(to_host(net.features(Tensor(x), block).data.mean((1, 2))))
+            notify("features", {"done": min(i + BATCH, len(rows)), "total": len(rows)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.write(path, {"features": np.concatenate(parts)}, {})
+    return read(path).fetch("features")
+
+
+def baseline(
+    dataset: Dataset, features_of: Features, trials: int, epochs: int, seed: int, notify: Notify
+) -> dict[str, Any]:
+    """Tune on the labelled images, test once: top1, top5, ci95, labels, test, classes, controls,
+    best and trials.
+
+    features_of: maps rows of the data set to features (N, D). Raises DataError where there are no
+    two labelled classes or nothing to test with.
+    """
+    y, classes = dataset.labels, len(dataset.class_names)
+    train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
+    if len(np.unique(y[train])) < 2 or not len(test):
+        raise DataError(f"{dataset.name}: the baseline needs two labelled classes and test images")
+    X, test_X = features_of(train), features_of(test)
+    rows = search(X, y[train], classes, trials, epochs, seed, notify)
+    best = max(rows, key=lambda row: row["validation"])
+    trial = Trial(*(best[name] for name in Trial._fields))
+    fit_X, rest_X = standardize(X, test_X)
+    model = DenseClassifier(X.shape[1], classes, trial, seed)
+    list(islice(epochs_of(model, fit_X, y[train], trial.lr, seed), best["epochs"]))
+    right = model.ranked(rest_X)[:, :5] == y[test][:, None]  # (N, 5)
+    top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
+    result = {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(test))}
+    result |= {"labels": len(train), "test": len(test), "classes": classes}
+    return result | {"controls": {"chance": 1 / classes}, "best": best, "trials": rows}

@@ -1,0 +1,157 @@
+"""The dense baseline: what is drawn, learned, stopped and kept; against controls."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minisimclr import baseline as dense
+from minisimclr import nn, weights
+from minisimclr.baseline import DenseClassifier, Trial, epochs_of
+from minisimclr.data import open_dataset
+from minisimclr.errors import DataError
+from minisimclr.tensor import Tensor
+
+
+def clouds(n, classes=3, d=8, spread=0.3, seed=0):
+    """Features around one corner per class, and labels."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return (np.eye(classes, d)[y] + spread * rng.standard_normal((n, d))).astype("f4"), y
+
+
+def quiet(event, values):
+    pass
+
+
+def test_trials_cover_their_ranges_and_repeat():
+    drawn = [Trial.draw(0, i) for i in range(500)]
+    assert drawn == [Trial.draw(0, i) for i in range(500)]
+    assert len(set(drawn)) == 500 and Trial.draw(1, 0) != drawn[0]
+    lr, width1, width2, dropout = map(np.array, zip(*drawn, strict=True))
+    assert set(width1) == set(width2) == {64, 128, 256, 512, 1024}
+    assert 0.001 <= lr.min() < 0.0012 and 0.25 < lr.max() <= 0.3
+    assert abs(np.median(np.log(lr)) - np.log(0.001 * 300**0.5)) < 0.3  # log-uniform
+    assert 0 <= dropout.min() < 0.02 and 0.68 < dropout.max() <= 0.7
+
+
+def test_classifier_equals_torch():
+    torch = pytest.importorskip("torch")
+    model = DenseClassifier(8, 3, Trial(0.1, 64, 128, 0.5))
+    layers = []
+    for layer, ours in zip((0, 3, 6), (model.dense1, model.dense2, model.output), strict=True):
+        linear = torch.nn.Linear(*ours.weight.shape[::-1])
+        linear.weight.data = torch.tensor(ours.weight.data)
+        linear.bias.data = torch.tensor(ours.bias.data)
+        layers += [linear, torch.nn.ReLU(), torch.nn.Dropout(0.5)][: 3 if layer < 6 else 1]
+    reference = torch.nn.Sequential(*layers).eval()
+    X, _ = clouds(20)
+    theirs = reference(torch.tensor(X)).detach().numpy()
+    np.testing.assert_allclose(model.eval()(Tensor(X)).data, theirs, atol=1e-6)
+    assert (model.ranked(X)[:, 0] == theirs.argmax(1)).all()
+    a, b = (model.train()(Tensor(X)).data for _ in range(2))
+    assert not np.allclose(a, b)  # dropout is at work
+
+
+def test_training_learns_and_repeats():
+    X, y = clouds(90)
+    losses = []
+    for _ in range(2):
+        model = DenseClassifier(8, 3, Trial(0.1, 64, 64, 0.2))
+        epochs = epochs_of(model, X, y, 0.1, seed=0)
+        losses.append([next(epochs) for _ in range(15)])
+    assert losses[0] == losses[1]
+    assert (model.ranked(X)[:, 0] == y).mean() > 0.9
+
+
+def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
+    X, y = clouds(60, spread=0.1)
+    events = []
+    rows = dense.search(X, y, 3, 2, 100, 0, lambda event, values: events.append((event, values)))
+    assert [values["done"] for _, values in events] == [1, 2]
+    assert all(row["validation"] == 1 and row["epochs"] < 50 for row in rows)
+    monkeypatch.setattr(Trial, "draw", lambda seed, index: Trial(1e6, 64, 64, 0.0))
+    rows = dense.search(X, y, 3, 1, 100, 0, quiet)
+    assert rows[0]["validation"] < 0.9 and rows[0]["epochs"] <= 3
+    with pytest.raises(DataError, match="too few labelled"):
+        dense.search(X[:3], y[:3], 3, 1, 1, 0, quiet)
+
+
+class Few:
+    """A data set of features: three classes, some rows without a label."""
+
+    name, class_names = "few", ("a", "b", "c")
+
+    def __init__(self, classes=3):
+        self.X, self.labels = clouds(330, classes)
+        self.labels[::50] = -1
+
+    def split(self, name):
+        return {"labelled": np.arange(90), "test": np.arange(90, 330)}[name]
+
+
+def test_baseline_tests_once_on_what_it_has_not_seen():
+    few, asked = Few(), []
+
+    def features_of(rows):
+        asked.append(rows)
+        return few.X[rows]
+
+    result = dense.baseline(few, features_of, 3, 40, 0, quiet)
+    assert result["top1"] > 0.85 and result["top5"] == 1
+    assert result["ci95"][0] < result["top1"] < result["ci95"][1]
+    assert (result["labels"], result["test"], result["classes"]) == (88, 235, 3)
+    assert result["controls"] == {"chance": 1 / 3} and len(result["trials"]) == 3
+    assert result["best"]["validation"] == max(t["validation"] for t in result["trials"])
+    assert len(asked) == 2 and not set(asked[0]) & set(asked[1])
+    again = dense.baseline(few, features_of, 3, 40, 0, quiet)
+    assert again == result
+    rng = np.random.default_rng(0)
+    few.X = rng.standard_normal(few.X.shape).astype("f4")  # nothing to learn
+    assert abs(dense.baseline(few, features_of, 3, 40, 0, quiet)["top1"] - 1 / 3) < 0.12
+    with pytest.raises(DataError, match="few: the baseline needs two"):
+        dense.baseline(Few(1), features_of, 1, 1, 0, quiet)
+
+
+def test_features_are_made_once_and_are_the_network_s(pictures, tmp_path, monkeypatch):
+    dataset = open_dataset(pictures, 20)
+    net = nn.inception_v3(seed=1)
+    weights.save(net, tmp_path / "w", weights.Preprocessing(75, "symmetric"), until="mixed2")
+    rows, seen = dataset.split("labelled")[:3], []
+
+    def features(file):
+        notify = lambda event, values: seen.append(values["done"])  # noqa: E731
+        return dense.features(rows, dataset, file, "mixed2", "cpu", notify)
+
+    X = features(tmp_path / "w")
+    assert X.shape == (3, 288) and X.dtype == np.float32
+    x = weights.Preprocessing(75, "symmetric")(dataset.images[rows])
+    expected = net.eval().features(Tensor(x), "mixed2").data.mean((1, 2))
+    np.testing.assert_allclose(X, expected, rtol=1e-4, atol=1e-5)
+    assert seen == [3]
+    np.testing.assert_array_equal(features(tmp_path / "w"), X)
+    assert seen == [3]  # not made again
+
+
+def test_command_line(pictures, tmp_path, monkeypatch, capsys):
+    from minisimclr.cli import main
+
+    def features(rows, dataset, file, block, device, notify):
+        return dataset.images[rows].reshape(len(rows), -1)[:, ::7].astype("f4")
+
+    monkeypatch.setattr(dense, "features", features)
+    common = ["baseline", "--data", str(pictures), "--image-size", "20", "--trials", "2"]
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            main([*common, *arguments])
+        return exit.value.code, *capsys.readouterr()
+
+    code, out, _ = run("--random", "--epochs", "5")
+    assert code == 0 and "validation" in out and "random weights" in out and "chance 33.3%" in out
+    code, out, _ = run("--weights", "w.h5", "--json")
+    values = json.loads(out)
+    assert values["imagenet_weights"] and "20 px enlarged to 299 px" in values["features"]
+    assert len(values["trials"]) == 2
+    code, _, err = run()
+    assert code == 2 and "--weights FILE, or --random" in err
