@@ -23,9 +23,9 @@ KEEP = 2  # checkpoints of a run that stay on disk
 def _digest(arrays: dict[str, np.ndarray], state: str) -> str:
     digest = hashlib.sha256(state.encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = arrays[name]
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array)
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -161,7 +161,7 @@ def train(
             losses.append(step.loss)
 
             seconds = time.perf_counter() - begin
-            line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
+            line: dict[str, Any] = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
             line |= {"chance": chance_loss(n), "lr": optimizer.lr, **step._asdict()}
             timing = {"step": run.step, "seconds": seconds, "data_wait": waited}
             timing["views_per_second"] = 2 * n / seconds
@@ -189,8 +189,8 @@ DIVERGED = (
     "raise --temperature (the last good state is in {2})"
 )
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images apart "
-    "no better than guessing. Early on that is normal; later, look for a learning rate of zero or "
+    "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
+    "apart no better than guessing. Early on that is normal; later, look for a learning rate of zero or "
     "far too high, too high a temperature, or collapse"
 )
 

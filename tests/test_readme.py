@@ -18,7 +18,7 @@ def test_python_blocks_run(code):
 
 
 def test_commands_exist():
-    named = set(re.findall(r"minisimclr ([a-z]+)", README))
+    named = set(re.findall(r"(?:`|&& |^|reference )minisimclr ([a-z]+)", README, re.M))
     assert named <= set(COMMANDS), named - set(COMMANDS)
 
 

@@ -33,7 +33,7 @@ def setting_options(function: Any) -> Any:
 
 def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple[TrainConfig, dict]:
     """The configuration and each value's origin: flag > environment > file > preset > default."""
-    values = {name: f.default for name, f in SETTINGS.items()}
+    values: dict[str, Any] = {name: f.default for name, f in SETTINGS.items()}
     origins = dict.fromkeys(values, "default")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
     files += [(str(config), config)] if config else []

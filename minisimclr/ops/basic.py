@@ -187,11 +187,11 @@ class Transpose(Function):
         self.axes = axes
 
     def forward(self, x):
-        self.axes = self.axes or tuple(reversed(range(x.ndim)))
-        return x.transpose(self.axes)
+        self.order = self.axes or tuple(reversed(range(x.ndim)))
+        return x.transpose(self.order)
 
     def backward(self, gy):
-        return gy.transpose(tuple(self.axes.index(i) for i in range(gy.ndim)))
+        return gy.transpose(tuple(self.order.index(i) for i in range(gy.ndim)))
 
 
 class GetItem(Function):
