@@ -190,8 +190,8 @@ DIVERGED = (
 )
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
-    "apart no better than guessing. Early on that is normal; later, look for a learning rate of zero or "
-    "far too high, too high a temperature, or collapse"
+    "apart no better than guessing. Early on that is normal; later, look for a learning rate of "
+    "zero or far too high, too high a temperature, or collapse"
 )
 
 
