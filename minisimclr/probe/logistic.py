@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, to_host, xp_of
+from ..backend import Array, threaded_blas, to_host, xp_of
 from ..errors import ConfigError, DataError
 
 
@@ -32,6 +32,7 @@ class LogisticRegression:
     def fit(self, X: Array, y: Any) -> "LogisticRegression":
         return self.solve(Problem(X, y))
 
+    @threaded_blas()  # large products and little else
     def solve(self, problem: "Problem") -> "LogisticRegression":
         """Fit, starting where the problem was last solved with another C."""
         W = lbfgs(lambda W: problem.evaluate(W, self.C), problem.W, self.tol, self.max_iter)
