@@ -66,13 +66,22 @@ def test_training_learns_and_repeats():
 
 def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     X, y = clouds(60, spread=0.1)
-    events = []
+    events, epochs = [], []
+
+    def counted(*arguments):
+        for loss in epochs_of(*arguments):
+            epochs.append(loss)
+            yield loss
+
+    monkeypatch.setattr(dense, "epochs_of", counted)
     rows = dense.search(X, y, 3, 2, 100, 0, lambda event, values: events.append((event, values)))
     assert [values["done"] for _, values in events] == [1, 2]
-    assert all(row["validation"] == 1 and row["epochs"] < 50 for row in rows)
+    assert all(row["validation"] == 1 for row in rows)
+    assert len(epochs) == sum(row["epochs"] + dense.PATIENCE for row in rows)
+    epochs.clear()
     monkeypatch.setattr(Trial, "draw", lambda seed, index: Trial(1e6, 64, 64, 0.0))
     rows = dense.search(X, y, 3, 1, 100, 0, quiet)
-    assert rows[0]["validation"] < 0.9 and rows[0]["epochs"] <= 3
+    assert rows[0]["validation"] < 0.9 and len(epochs) <= 3
     with pytest.raises(DataError, match="too few labelled"):
         dense.search(X[:3], y[:3], 3, 1, 1, 0, quiet)
 

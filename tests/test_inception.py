@@ -148,7 +148,7 @@ def test_a_bad_block_is_named():
 
 
 def test_real_weights_tell_breeds_apart(test_data):
-    """Nearest centroid of the others on pooled mixed8, ten breeds; half size."""
+    """Nearest centroid of the others on pooled mixed8, ten breeds, half size."""
     net = ms.nn.inception_v3().eval()
     file = test_data / "weights" / "inception_v3_to_mixed8_float16.h5"
     preprocessing = weights.load(net, file, until="mixed8")

@@ -273,7 +273,7 @@ def payloads(marker):
     yield b"\x80\x02" + b"(" * 100_000 + b"."
     yield b"\x80\x02}" + b"".join(b"q%c}(%bh%c%bh%cu" % (i, text("a"), i, text("b"), i)
                                     for i in range(60)) + b"."  # fmt: skip
-    yield b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"}q\x7fh\x7fs."
+    yield b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns."  # a key
     yield b"\x80\x02}" + b"K\x01" * 10 + b"s" * 20 + b"."
     yield b"\x80\x02" + text("k" * 100_000) + b"q\x00}" + b"h\x00}" * 200 + b"s" * 200 + b"."
     yield b"\x80\x02\x8b\xff\xff\xff\x7f."
@@ -287,6 +287,8 @@ def test_pickles_run_nothing(tmp_path):
     for payload in payloads(marker):
         as_pth(tmp_path / "a.pth", payload)
         attempt(tmp_path / "a.pth")
+    as_pth(tmp_path / "a.pth", b"\x80\x02cos\nsystem\n" + text("true") + b"\x85R.")
+    assert "it calls os system: save" in attempt(tmp_path / "a.pth")
     for protocol in (0, 1, 2, 4):  # and bare
         for payload in (pickle.dumps(STATE, protocol), next(payloads(marker))):
             (tmp_path / "bare.pth").write_bytes(payload)
@@ -360,6 +362,7 @@ HEADERS = {
     "huge header": struct.pack("<Q", 1 << 62) + b"{}",
     "longer than the file": struct.pack("<Q", 100) + b"{}",
     "hole": header(braces(GOOD.replace("[0,8]", "[4,12]")), bytes(12)),
+    "late": header(braces(GOOD.replace("[0,8]", "[4,8]"))),
     "overlap": header(braces(GOOD, GOOD.replace('"a"', '"b"').replace("0,8", "4,12")), bytes(12)),
     "trailing": header(braces(GOOD), bytes(9)),
     "short": header(braces(GOOD), bytes(7)),
@@ -445,13 +448,16 @@ KERAS_FAULTS = {
     "soft link": lambda f, place, a: f.__setitem__(place, h5py.SoftLink("/elsewhere")),
     "external link": lambda f, place, a: f.__setitem__(place, h5py.ExternalLink("b.h5", "/x")),
     "external bytes": lambda f, place, a: f.create_dataset(
-        place, a.shape, "f4", external=[("b.raw", 0, h5py.h5f.UNLIMITED)]
+        place, a.shape, "f4", external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]
     ),
     "virtual": lambda f, place, a: f.create_virtual_dataset(
         place, h5py.VirtualLayout(a.shape, "f4")
     ),
     "bomb": lambda f, place, a: f.create_dataset(
         place, (1 << 20, 1 << 20), "f4", chunks=(1024, 1024), compression="gzip"
+    ),
+    "packed": lambda f, place, a: f.create_dataset(
+        place, data=a, chunks=a.shape, compression="gzip"
     ),
     "never written": lambda f, place, a: f.create_dataset(place, (1 << 20, 1 << 20), "f4"),
     "text": lambda f, place, a: f.create_dataset(place, data="kernel"),
