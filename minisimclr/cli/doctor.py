@@ -1,0 +1,25 @@
+"""minisimclr doctor: is this installation sound?"""
+
+import click
+
+from .options import json_option, write_json
+
+
+@click.command()
+@json_option
+def doctor(json_file: str | None) -> int:
+    """Check versions, devices, caches and disk, then test gradients and training for seconds.
+
+    The exit code is 3 if something is wrong.
+    """
+    from ..doctor import examine
+
+    checks = examine()
+    wrong = [check.name for check in checks if not check.ok]
+    verdict = f"not sound: see {', '.join(wrong)}" if wrong else "all is well"
+    values = {"verdict": verdict, "checks": [check._asdict() for check in checks]}
+    if not write_json(json_file, values):
+        for check in checks:
+            click.echo(f"{'ok' if check.ok else 'WRONG':>5}  {check.name:<10} {check.found}")
+        click.echo(verdict)
+    return 3 if wrong else 0

@@ -1,0 +1,86 @@
+"""minisimclr embed and neighbors: use a trained encoder on pictures of one's own."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import DataError
+from ..files import require_writable, write_bytes
+from .options import json_option, write_json
+
+FILE = click.Path(path_type=Path)
+RUN = click.argument("run", type=FILE)
+
+
+@click.command()
+@RUN
+@click.argument("path", required=False)
+@click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="To write.")
+def embed(run: Path, path: str | None, out: Path) -> None:
+    """Write the features that RUN's encoder gives the pictures of PATH (default: its own data).
+
+    PATH is a folder or the name of a data set. A .npy file holds the features (n, D) alone, in the
+    order of the data set; an .h5 file also file_names and labels.
+    """
+    from .. import embed as library
+
+    if out.suffix not in library.SUFFIXES:
+        raise click.BadParameter(f"{out} must end in {' or '.join(library.SUFFIXES)}")
+    loaded = library.open_trained(run)
+    require_writable(out)
+    dataset = library.opened(loaded, path)
+    h = library.embed(loaded, dataset)
+    library.save(out, h, dataset, loaded)
+    click.echo(f"{out}: features {h.shape} of {dataset.name}")
+
+
+@click.command()
+@RUN
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
+@click.option("--data", help="Search here and not in the run's own data: a name or a folder.")
+@click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
+@click.option("--sheet", type=FILE, metavar="FILE.png", help="Draw them, too.")
+@json_option
+def neighbors(
+    run: Path, images: tuple[Path, ...], data: str | None, count: int, sheet: Path | None,
+    json_file: str | None,
+) -> None:  # fmt: skip
+    """Find the pictures that RUN's encoder takes to be most like each IMAGE."""
+    import numpy as np
+
+    from .. import embed as library
+    from ..augment import center_view
+    from ..data.images import contact_sheet, decode_file
+
+    loaded = library.open_trained(run)
+    dataset = library.opened(loaded, data)
+    side = dataset.images.shape[1]
+    queries = []
+    for path in images:
+        try:
+            queries.append(decode_file(path, side))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    size = loaded.config.image_size
+    h = loaded.model.encode(center_view(np.stack(queries), size))
+    order, cosines = library.nearest(h, library.embed(loaded, dataset), count)
+    if sheet:
+        rows = [
+            (path.name[:24], np.concatenate([query[None], dataset.images[near]]))
+            for path, query, near in zip(images, queries, order, strict=True)
+        ]
+        write_bytes(sheet, contact_sheet(rows))
+    names = (*dataset.class_names, "")  # -1: no label
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path, near, cosine in zip(images, order, cosines, strict=True):
+        found[str(path)] = [
+            {"file": dataset.file_names[i], "class": names[dataset.labels[i]], "cosine": float(c)}
+            for i, c in zip(near, cosine, strict=True)
+        ]
+    if write_json(json_file, found):
+        return
+    for name, rows_of in found.items():
+        click.echo(name)
+        for row in rows_of:
+            click.echo(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}")

@@ -1,0 +1,56 @@
+"""minisimclr report and walkthrough: pages to look at, each one self-contained HTML file."""
+
+from pathlib import Path
+
+import click
+
+from ..files import require_writable, write_bytes
+from .display import Display
+from .options import json_option, write_json
+
+PAGE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(epilog="A page needs no network and no script; open it in any browser.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--out", type=PAGE, help="Page to write.  [default: RUN/report.html]")
+@json_option
+def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
+    """Show what a run has learned and what is wrong with it; or compare several.
+
+    The page of several runs is comparison.html unless --out says otherwise.
+    """
+    from .. import report as pages
+
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    facts = [pages.read(path) for path in runs]
+    require_writable(out)
+    page = pages.build_report(facts[0]) if len(runs) == 1 else pages.build_comparison(facts)
+    write_bytes(out, page)
+    found = {str(f.path): pages.judge(f) for f in facts}
+    values = {
+        path: {"verdict": pages.headline(findings)[1], "findings": [f._asdict() for f in findings]}
+        for path, findings in found.items()
+    }
+    if not write_json(json_file, values):
+        for path, value in values.items():
+            click.echo(f"{path}: {value['verdict']}")
+        click.echo(f"{out} ({len(page) / 1e6:.1f} MB)")
+
+
+@click.command()
+@click.option("--data", default="toydogs", help="Data set, or folder of pictures.")
+@click.option("--images", default=4, type=click.IntRange(2, 12), help="Pictures in the batch.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of weights and views.")
+@click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
+def walkthrough(data: str, images: int, seed: int, out: Path) -> None:
+    """Show one step of SimCLR line by line, with its real numbers and its code."""
+    from ..data import open_dataset
+    from ..report import build_walkthrough
+
+    require_writable(out)
+    with Display() as display:
+        dataset = open_dataset(data, 40, display.on_prepare)
+    page = build_walkthrough(dataset, images, seed)
+    write_bytes(out, page)
+    click.echo(f"{out} ({len(page) / 1e6:.1f} MB)")

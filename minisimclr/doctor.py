@@ -1,0 +1,115 @@
+"""Is this installation sound, and what can the machine do? Facts, then a self-test of seconds."""
+
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import augment, profile
+from .backend import available_cores, choose_device, threads, to_device
+from .data import cache_folder, toydogs
+from .ops.loss import nt_xent
+from .optim import SGD
+from .simclr import Model, chance_loss, training_step
+from .tensor import Tensor, gradcheck
+
+NEEDED, OPTIONAL = ("numpy", "pillow", "h5py", "click"), ("matplotlib", "safetensors", "mpi4py")
+STEPS = 25
+
+
+class Check(NamedTuple):
+    """One line of the doctor's sheet; not ok means that something will not work."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which to read them; some seconds."""
+    checks = []
+    for check in (versions, optional, blas, device, disk, speed, gradients, learning):
+        try:
+            ok, found = check()
+        except Exception as error:  # whatever is broken here is what the doctor is asked for
+            ok, found = False, f"{type(error).__name__}: {error}"
+        checks.append(Check(check.__name__, ok, found))
+    return checks
+
+
+def installed(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"{name} is not installed"
+
+
+def versions() -> tuple[bool, str]:
+    found = [installed(name) for name in ("minisimclr", *NEEDED)]
+    missing = any("not installed" in words for words in found)
+    return not missing, f"Python {platform.python_version()}, {', '.join(found)}"
+
+
+def optional() -> tuple[bool, str]:
+    return True, ", ".join(installed(name) for name in OPTIONAL)
+
+
+def blas() -> tuple[bool, str]:
+    config: Any = np.show_config(mode="dicts")
+    found = config["Build Dependencies"]["blas"]
+    return True, f"{found['name']} {found['version']}, {threads()} threads"
+
+
+def device() -> tuple[bool, str]:
+    name, reason = choose_device("auto")
+    return True, f"{name} ({reason}), {available_cores()} cores, {platform.machine()}"
+
+
+def disk() -> tuple[bool, str]:
+    folder = cache_folder()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
+    used = sum(path.stat().st_size for path in files)
+    said = f"{folder}: {len(files)} data sets, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"
+    return free > 1e9, said if free > 1e9 else f"{said}: less than a data set may need"
+
+
+def speed() -> tuple[bool, str]:
+    roof = profile.roofline(choose_device("auto")[0], 1024, 1 << 23)
+    flops, band = roof.values()
+    return True, f"{flops / 1e9:,.0f} GFLOP/s in matrix products, {band / 1e9:,.1f} GB/s in sums"
+
+
+def gradients() -> tuple[bool, str]:
+    """Of encoder, head and loss together, against finite differences in float64."""
+    model = Model.build("resnet_small", "small", 2, seed=0, d_out=4)
+    for _, module in model.parts():
+        module.astype(np.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        z = model.head(model.encoder(x))  # (6, 4)
+        return nt_xent(z[:3], z[3:])
+
+    gradcheck(loss, np.random.default_rng(0).random((6, 8, 8, 3)))
+    return True, "backward agrees with finite differences"
+
+
+def learning() -> tuple[bool, str]:
+    """A few steps of training on pictures drawn here."""
+    images = np.stack([toydogs.draw(i, 20) for i in range(64)])  # (N, 20, 20, 3)
+    where, _ = choose_device("auto")
+    model = Model.build("resnet_small", "small", 16, seed=0)
+    for _, module in model.parts():
+        module.to(where)
+    optimizer, batch = SGD(model.named_parameters(), 0.1), to_device(images, where)
+    losses, start = [], time.perf_counter()
+    for step in range(STEPS):
+        views = augment.draw_views(0, step, len(images), 20, 20)
+        losses.append(training_step(model, optimizer, batch, views, 16, 0.5).loss)
+    rate = STEPS * 2 * len(images) / (time.perf_counter() - start)
+    first, last, chance = np.mean(losses[:5]), np.mean(losses[-5:]), chance_loss(len(images))
+    said = f"loss {first:.2f} to {last:.2f} in {STEPS} steps (chance {chance:.2f}), "
+    return bool(last < first - 0.1), f"{said}{rate:,.0f} views/s"

@@ -1,0 +1,71 @@
+"""Runs side by side: what was set differently, how each went, what came out."""
+
+from functools import partial
+
+from ..errors import ConfigError
+from .charts import Series, lines
+from .facts import Facts
+from .page import Missing, document, row, table
+from .verdict import headline, judge
+
+CURVES = ("loss", "accuracy", "alignment", "uniformity", "effective_rank")
+
+
+def build_comparison(facts: list[Facts]) -> bytes:
+    """The page about several runs. Raises ConfigError unless there are two, each named once."""
+    parts = [each.path.resolve().parts for each in facts]
+    if len(set(parts)) < max(2, len(parts)):
+        raise ConfigError("a comparison needs two runs or more, each named once")
+    depth = 1  # the shortest ends of the paths that tell all of them apart
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    runs = {"/".join(part[-depth:]): each for part, each in zip(parts, facts, strict=True)}
+    sections = [partial(section, runs) for section in (results, differences, curves)]
+    return document("comparison", f"{len(runs)} runs compared", ", ".join(runs), "", sections)
+
+
+def results(runs: dict[str, Facts]) -> str:
+    """Results
+
+    Figures of the last epoch. Losses of different batch sizes or temperatures are not comparable;
+    what the probe finds is.
+    """
+    rows = []
+    for name, facts in runs.items():
+        last, probe = (facts.epochs or [{}])[-1], facts.files["probe"] or {}
+        interval = "{:.1%} – {:.1%}".format(*probe["ci95"]) if probe else None
+        figures = [last.get(k) for k in ("step", "chance", *CURVES, "views/s")]
+        rows.append([name, headline(judge(facts))[1], probe.get("top1"), interval, *figures])
+    head = ("run", "verdict", "probe top-1", "95 % interval", "step", "chance", *CURVES, "views/s")
+    return table("At the last epoch", head, rows)
+
+
+def differences(runs: dict[str, Facts]) -> str:
+    """What was set differently"""
+    settings = [facts.config.to_dict() for facts in runs.values()]
+    rows = [[name, *(s[name] for s in settings)] for name in settings[0]]
+    rows = [values for values in rows if len(set(values[1:])) > 1]
+    if not rows:
+        raise Missing("all settings are equal")
+    return table("Settings that differ", ("setting", *runs), rows)
+
+
+def curves(runs: dict[str, Facts]) -> str:
+    """Curves
+
+    All runs in one chart each; loss and accuracy are means of an epoch. For the same uniformity a
+    lower alignment is better.
+    """
+    ended = {name: facts.epochs for name, facts in runs.items() if facts.epochs}
+    if not ended:
+        raise Missing("no run has ended an epoch")
+    chances = {epochs[-1]["chance"] for epochs in ended.values()}
+    drawn = []
+    for key in CURVES:
+        level = ("chance", chances.copy().pop()) if key == "loss" and len(chances) == 1 else None
+        series: Series = {
+            name: ([e["epoch"] for e in epochs], [e[key] for e in epochs])
+            for name, epochs in ended.items()
+        }
+        drawn.append(lines(key.replace("_", " "), "epoch", series, level=level))
+    return row(*drawn)

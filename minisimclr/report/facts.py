@@ -1,0 +1,191 @@
+"""What a run can tell: the files in its folder, and what its newest checkpoint makes of the data.
+
+A run may be going on, killed or stripped of parts. What is not there is None or empty, and
+`missing` says it in a sentence.
+"""
+
+import json
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import augment
+from ..config import TrainConfig
+from ..data import Dataset, batches
+from ..errors import ConfigError, DataError
+from ..files import locked, write_bytes
+from ..probe import features, stratified
+from ..profile import profile
+from ..run import Run, new_run, open_run, read_config
+from ..simclr import Model, calibrate
+from ..tensor import Tensor, no_grad
+from ..train import MONITORED, Plan, draw, open_training_data, quiet
+from .page import Missing
+
+MOST = 1200  # test pictures that are looked at
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Facts:
+    """All that the report of one run is made of."""
+
+    path: Path
+    config: TrainConfig
+    files: dict[str, Any]  # config, env and probe: what the .json holds; metrics, timings: rows
+    going: bool  # another process is training it
+    missing: list[str] = field(default_factory=list)
+    dataset: Dataset | None = None
+    run: Run | None = None  # at its newest checkpoint
+    total: int = 0  # steps planned
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return self.files["metrics"][-1]["step"] if self.files["metrics"] else 0
+
+    def need(self, what: str) -> Any:
+        """A file's content, the data set or the run. Raises Missing if it is not there."""
+        if not (value := self.files.get(what) or getattr(self, what, None)):
+            words = {"run": "no checkpoint with its data", "dataset": "no data set"}
+            raise Missing(words.get(what, f"no {what} of this run"))
+        return value
+
+    @cached_property
+    def epochs(self) -> Rows:
+        """The lines of steps that end an epoch, with its mean loss, accuracy and speed."""
+        speed = {row["step"]: row["views_per_second"] for row in self.files["timings"]}
+        ends, since = [], []
+        for row in self.files["metrics"]:
+            since.append(row)
+            if "alignment" in row:
+                means = {k: float(np.mean([r[k] for r in since])) for k in ("loss", "accuracy")}
+                seen = [speed[r["step"]] for r in since if r["step"] in speed]
+                ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
+                since = []
+        return ends
+
+    @cached_property
+    def fresh(self) -> Model:
+        """The run's own network as it was before step 0; its running statistics may change."""
+        return new_run(self.path, self.config).model
+
+    @cached_property
+    def first_views(self) -> tuple[np.ndarray, augment.Views, np.ndarray, np.ndarray]:
+        """Of step 1: its images (N, S, S, 3), the drawn parameters, both views (N, s, s, 3)."""
+        data, config = self.need("dataset"), self.config
+        source = batches(data.images, data.split("pretrain"), config.batch_size, config.seed)
+        _, images, _ = next(source)
+        views = draw(config, 0, images)
+        return images, views, *augment.apply_views(images, views, config.image_size)
+
+    @cached_property
+    def first_z(self) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (N, d_out) of both first views by the fresh network, as step 1 had them."""
+        x = np.concatenate(self.first_views[2:])  # (2N, s, s, 3)
+        self.fresh.train()
+        with no_grad():
+            z = self.fresh.head(self.fresh.encoder(Tensor(x))).data.astype(np.float64)
+        return z[: len(z) // 2], z[len(z) // 2 :]  # from (2N, d_out)
+
+    @cached_property
+    def movement(self) -> float:
+        """How far training has moved the weights, as a part of their own length."""
+        after = dict(self.need("run").model.named_parameters())
+        pairs = [(p.data, after[name].data) for name, p in self.fresh.named_parameters()]
+        moved = sum(float(((b - a) ** 2).sum()) for a, b in pairs)
+        return (moved / sum(float((a**2).sum()) for a, _ in pairs)) ** 0.5
+
+    @cached_property
+    def test_rows(self) -> np.ndarray:
+        """Rows of the data set whose features are shown: test pictures, labelled if any are."""
+        data = self.need("dataset")
+        rows = data.split("test")
+        rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
+        return rows if len(rows) <= MOST else rows[stratified(data.labels[rows], MOST)]
+
+    @cached_property
+    def test_h(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, D) of the test rows, by the trained network and by the fresh one."""
+        data, run, size = self.need("dataset"), self.need("run"), self.config.image_size
+        sample = np.asarray(data.images[data.split("pretrain")[:MONITORED]])
+        calibrate(self.fresh.encoder, augment.center_view(sample, size))
+        models = (run.model, self.fresh)
+        both = [features(m.encode, data.images, self.test_rows, size) for m in models]
+        return both[0], both[1]
+
+    @cached_property
+    def profile(self) -> dict[str, Any]:
+        """profile.json; if there is none a step is profiled now, and the result kept there."""
+        path, config = self.path / "profile.json", self.config
+        if kept := read_json(path):
+            return kept
+        if self.going or not self.run:
+            raise Missing("no profile.json, and nothing is timed beside a run that is going on")
+        stem, size = self.run.model.encoder.stem, min(config.batch_size, 32)
+        result = profile(config.encoder, stem, config.width, config.image_size, size, steps=2,
+                         device="cpu", thread_count=config.threads)  # fmt: skip
+        result.pop("events")
+        write_bytes(path, json.dumps(result).encode())
+        return result
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is absent or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_lines(path: Path) -> Rows:
+    """Rows of a JSON Lines file, up to the first that is not whole."""
+    rows: Rows = []
+    with suppress(OSError, ValueError):  # a run that is killed may leave half a line
+        rows.extend(json.loads(line) for line in path.read_text().splitlines())
+    return rows
+
+
+def is_going(path: Path) -> bool:
+    """Whether another process holds the run's lock."""
+    try:
+        with locked(path / "run", wait=False):
+            return False
+    except OSError as error:  # a folder that cannot be written: nobody trains there
+        return isinstance(error, BlockingIOError)
+
+
+def read(path: Path) -> Facts:
+    """The run at `path`. Raises DataError where there is none."""
+    files = {name: read_json(path / f"{name}.json") for name in ("config", "env", "probe")}
+    files |= {name: read_lines(path / f"{name}.jsonl") for name in ("metrics", "timings")}
+    facts = Facts(path, read_config(path), files, is_going(path))
+    without = [f"There is no {name} of this run." for name, value in files.items() if not value]
+    facts.missing += without
+    try:
+        facts.dataset = open_training_data(facts.config, quiet)
+        facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            run, state = open_run(path)
+    except (DataError, ConfigError, OSError) as error:
+        facts.missing.append(f"{error}.")
+        return facts
+    facts.missing += [str(note.message) for note in notes]
+    if not run.step:
+        facts.missing.append("There is no checkpoint yet.")
+    elif state["data"] != facts.dataset.fingerprint:
+        facts.missing.append("The data set has changed since this run: its pictures are left out.")
+        facts.dataset, facts.total = None, 0
+    else:
+        facts.run = run
+    return facts

@@ -1,0 +1,216 @@
+"""The verdict: is this run learning, is it broken, and by which mistake? In plain words.
+
+Most mistakes leave a mark in the logs. Those in the loss are found by doing step 1 again: its
+weights, batch and views follow from the settings, and the loss is written out here anew, once as
+Algorithm 1 has it and once with each usual mistake. The one that gives the logged number is the one
+that was trained with. Each rule's docstring says on the page what is the matter and what to do.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .facts import Facts
+from .page import Missing, told
+
+FAULT, WARNING, GOOD = LEVELS = ("fault", "warning", "good")
+HEADLINES = {FAULT: "Broken", WARNING: "Look here", GOOD: "Healthy"}
+SAME = 2e-3  # relative difference of two losses that rounding on another machine may make
+
+
+class Finding(NamedTuple):
+    """One thing worth saying about a run."""
+
+    level: str  # of LEVELS
+    evidence: str
+    title: str = ""
+    advice: str = ""
+
+
+def judge(facts: Facts) -> list[Finding]:
+    """Findings, faults first."""
+    found = []
+    for rule in RULES:
+        try:
+            finding = rule(facts)
+        except Missing:  # cannot be judged; the report says elsewhere what is missing
+            continue
+        if finding:
+            title, advice = told(rule)
+            shown = "" if finding.level == GOOD else advice
+            found.append(finding._replace(title=finding.title or title, advice=shown))
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+
+
+def headline(findings: list[Finding]) -> tuple[str, str]:
+    """The worst level, and the verdict in one sentence."""
+    first = findings[0] if findings else Finding(WARNING, "", "Nothing can be said yet")
+    return first.level, f"{HEADLINES[first.level]}: {first.title[0].lower()}{first.title[1:]}"
+
+
+def frozen(facts: Facts) -> Finding | None:
+    """The weights do not move.
+
+    The learning rate is zero or far too small: see --lr and --warmup-epochs.
+    """
+    rates = [row["lr"] for row in facts.need("metrics")]
+    share = facts.movement if facts.run else None
+    if not (len(rates) > 2 and max(rates) == 0) and (share is None or share > 1e-3):
+        return None
+    moved = "" if share is None else f" They moved by {share:.2g} of their length."
+    return Finding(FAULT, f"The highest rate of {len(rates)} steps was {max(rates):.3g}.{moved}")
+
+
+def identical_views(facts: Facts) -> Finding | None:
+    """Both views of a picture are identical, or nearly so.
+
+    A task that an untrained network solves teaches nothing. Check that each view draws its own crop
+    and colours; raise --strength, lower --crop-min.
+    """
+    found = np.mean([row["accuracy"] for row in facts.need("metrics")[:3]])
+    gap = float(abs(np.subtract(*facts.first_views[2:])).max()) if facts.dataset else 1.0
+    if gap > 0.01 and (found < 0.99 or facts.config.batch_size < 8):
+        return None
+    return Finding(FAULT, f"Before any learning {found:.0%} of the views found their partner.")
+
+
+def written_out(z1: np.ndarray, z2: np.ndarray, temperature: float) -> dict[str, float]:
+    """The loss of embeddings (N, D) of two views: "right", and as each usual mistake has it."""
+    z, n = np.concatenate([z1, z2]), len(z1)  # (2N, D)
+    u = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
+
+    def loss(v: np.ndarray, t: float = temperature, mask: bool = True) -> float:
+        s = v @ v.T / t  # (2N, D) @ (D, 2N)
+        partner = s[np.arange(2 * n), (np.arange(2 * n) + n) % (2 * n)]  # (2N,), a copy
+        if mask:
+            np.fill_diagonal(s, -np.inf)
+        top = s.max(axis=1)
+        return float((top + np.log(np.exp(s - top[:, None]).sum(axis=1)) - partner).mean())
+
+    return {
+        "right": loss(u),
+        "embeddings are not normalised": loss(z),
+        "self-similarity is not masked": loss(u, mask=False),
+        "embeddings are not normalised, self-similarity is not masked": loss(z, mask=False),
+        "the temperature is left out": loss(u, 1.0),
+        "the means of both halves are added": 2 * loss(u),
+    }
+
+
+def another_loss(facts: Facts) -> Finding | None:
+    """The loss is not the NT-Xent of these settings.
+
+    Compare it with Algorithm 1 (minisimclr walkthrough), unless code or data changed since.
+    """
+    logged = facts.need("metrics")[0]["loss"]
+    values = written_out(*facts.first_z, facts.config.temperature)
+    near = [m for m, v in values.items() if abs(logged - v) <= SAME * max(1, abs(v))]
+    if near[:1] == ["right"]:
+        return None
+    said = f"Step 1, done again, has the loss {values['right']:.4f}; the log says {logged:.4f}"
+    if not near:
+        return Finding(WARNING, f"{said}.", "Step 1 cannot be repeated")
+    return Finding(FAULT, f"{said}: just what comes out if {near[0]}.", near[0].capitalize())
+
+
+def temperature(facts: Facts) -> Finding | None:
+    """The temperature is far off.
+
+    Try --temperature 0.1 to 0.5.
+    """
+    t = facts.config.temperature
+    if t < 0.03:
+        words = "hardly any pair but the very nearest is felt, and gradients jump"
+        return Finding(FAULT, f"At {t:g} {words}.", "The temperature is far too low")
+    words = f"At {t:g} near and far views weigh almost the same."
+    return Finding(FAULT, words, "The temperature is far too high") if t > 2 else None
+
+
+def negatives(facts: Facts) -> Finding | None:
+    """The batch is too small.
+
+    Use --batch-size 64 or more; memory grows with it.
+    """
+    n = facts.config.batch_size
+    said = f"With {n} pictures each view is told apart from {2 * n - 2} others only."
+    return Finding(FAULT if n <= 8 else WARNING, said) if n < 32 else None
+
+
+def collapse(facts: Facts) -> Finding | None:
+    """The encoder has collapsed: all pictures look alike to it.
+
+    Look for a loss without negatives, a dead network, or a learning rate far too high.
+    """
+    last = facts.need("epochs")[-1]
+    rank, spread = last["effective_rank"], last["uniformity"]
+    said = f"Its features have an effective rank of {rank:.2f} (1: all on one line); uniformity of "
+    said += f"the embeddings is {spread:.2f} (0: all equal)."
+    return Finding(FAULT, said) if rank < 2 or spread > -0.3 else None
+
+
+def labels(facts: Facts) -> Finding | None:
+    """The probe's labels do not belong to its pictures.
+
+    Shuffled or misread labels do this: look at minisimclr data info --sheet.
+    """
+    probe = facts.need("probe")
+    chance = probe["controls"]["chance"]
+    if any(row["ci95"][0] > chance for row in probe["rows"].values()):
+        return None
+    scores = ", ".join(f"{name} {row['top1']:.1%}" for name, row in probe["rows"].items())
+    return Finding(FAULT, f"Every system is at chance, {chance:.1%}: {scores}.")
+
+
+def unfinished(facts: Facts) -> Finding | None:
+    """The run stopped before its end.
+
+    Go on with minisimclr train --resume.
+    """
+    said = f"It stands at step {facts.done:,} of {facts.total:,}."
+    if facts.going:
+        return Finding(WARNING, said, "Still training")
+    return Finding(WARNING, said) if facts.done < facts.total else None
+
+
+def chance_line(facts: Facts) -> Finding | None:
+    """The loss stays on the chance line.
+
+    Early on that is normal; later, learning rate, temperature or views are wrong.
+    """
+    last = facts.need("epochs")[-1]
+    said = f"The loss is {last['loss']:.3f}; guessing gives ln(2N-1) = {last['chance']:.3f}."
+    if last["loss"] > last["chance"] - 0.1:
+        return Finding(FAULT if last["epoch"] > 2 else WARNING, said)
+    return Finding(GOOD, said, "The model tells pictures apart")
+
+
+def features_gain(facts: Facts) -> Finding | None:
+    """Its features beat every control."""
+    probe = facts.need("probe")
+    own, *controls = probe["rows"].items()
+    name, best = max(controls, key=lambda control: control[1]["top1"])
+    times = own[1]["top1"] / probe["controls"]["chance"]
+    said = f"Top-1 is {own[1]['top1']:.1%}, {times:.1f} times chance; {name}: {best['top1']:.1%}."
+    if own[1]["ci95"][0] > best["top1"]:
+        return Finding(GOOD, said)
+    return Finding(WARNING, said, f"Its features do not clearly beat the control, {name}")
+
+
+def too_short(facts: Facts) -> Finding | None:
+    """More training would help.
+
+    SimCLR gains from long training: try four times the --epochs.
+    """
+    epochs = facts.need("epochs")
+    fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
+    if facts.done < facts.total or len(epochs) >= 10 or 0 <= fall < 0.05 < len(epochs) / 100:
+        return None
+    return Finding(
+        WARNING, f"It had {len(epochs)} epoch(s); in the last half loss fell {fall:.2f}."
+    )
+
+
+RULES = (
+    frozen, identical_views, another_loss, temperature, negatives, collapse, labels, unfinished,
+    chance_line, features_gain, too_short,
+)  # fmt: skip

@@ -1,0 +1,115 @@
+"""An encoder used on one's own pictures, and the doctor; as commands, where a user meets them."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import minisimclr as ms
+from minisimclr import doctor, embed
+from minisimclr.augment import center_view
+from minisimclr.cli import group
+from minisimclr.errors import ConfigError, DataError
+from minisimclr.train import pretrain
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    config = ms.TrainConfig(
+        data=str(pictures), width=8, image_size=16, batch_size=32, epochs=1, threads=1
+    )
+    return pretrain(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+def call(*arguments):
+    return CliRunner().invoke(group, list(map(str, arguments)), catch_exceptions=False)
+
+
+def test_nearest_is_by_cosine():
+    h = np.array([[1.0, 0], [0, 3], [2, 2], [-1, 0]])
+    order, cosines = embed.nearest(np.array([[5.0, 1]]), h, 3)
+    assert order.tolist() == [[0, 2, 1]]
+    np.testing.assert_allclose(cosines[0], np.array([5, 6 / 2**0.5, 1]) / 26**0.5)
+
+
+def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
+    assert call("embed", run.path, "--out", tmp_path / "h.npy").exit_code == 0
+    assert call("embed", run.path, pictures, "--out", tmp_path / "h.h5").exit_code == 0
+    dataset = ms.data.open_dataset(pictures, 20)
+    expected = run.model.encode(center_view(np.asarray(dataset.images), 16))
+    np.testing.assert_allclose(np.load(tmp_path / "h.npy"), expected, rtol=1e-4, atol=1e-5)
+    with h5py.File(tmp_path / "h.h5") as file:
+        np.testing.assert_allclose(file["features"][:], expected, rtol=1e-4, atol=1e-5)
+        assert file["labels"][:].tolist() == dataset.labels.tolist()
+        assert file["file_names"][7].decode() == dataset.file_names[7]
+
+
+def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):
+    done = CliRunner().invoke(group, ["embed", str(run.path), "--out", str(tmp_path / "h.csv")])
+    assert done.exit_code == 2
+    assert ".npy" in done.output
+    with pytest.raises(ConfigError, match=r"\.h5"):
+        embed.save(tmp_path / "h.csv", np.zeros((1, 2)), None, run)
+
+
+def test_neighbors_finds_the_picture_itself_first(run, pictures, tmp_path):
+    query, sheet = pictures / "check" / "03.png", tmp_path / "sheet.png"
+    done = call("neighbors", run.path, query, "--count", 3, "--sheet", sheet, "--json")
+    found = json.loads(done.stdout)[str(query)]
+    assert len(found) == 3
+    assert found[0]["file"] == "check/03.png"
+    assert found[0]["class"] == "check"
+    assert found[0]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert found[0]["cosine"] >= found[1]["cosine"] >= found[2]["cosine"]
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert "check/03.png" in call("neighbors", run.path, query).stdout
+
+
+def test_neighbors_of_no_picture_or_no_run(run, pictures, tmp_path):
+    (tmp_path / "note.txt").write_text("not a picture")
+    with pytest.raises(DataError, match=r"note\.txt"):
+        call("neighbors", run.path, tmp_path / "note.txt")
+    with pytest.raises(DataError, match="not a run folder"):
+        call("neighbors", tmp_path, pictures / "check" / "03.png")
+
+
+def test_the_doctor_finds_a_sound_installation():
+    done = call("doctor", "--json")
+    values = json.loads(done.stdout)
+    assert values["verdict"] == "all is well", values
+    names = [check["name"] for check in values["checks"]]
+    assert {"versions", "blas", "device", "disk", "gradients", "learning"} <= set(names)
+
+
+def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
+    backward = ms.ops.loss.NTXent.backward
+    monkeypatch.setattr(ms.ops.loss.NTXent, "backward", lambda self, gy: -backward(self, gy))
+    wrong = {check.name: check for check in doctor.examine() if not check.ok}
+    assert wrong.keys() == {"gradients", "learning"}
+    assert "finite" in wrong["gradients"].found or "backward" in wrong["gradients"].found
+    monkeypatch.setattr(doctor, "examine", lambda: list(wrong.values()))
+    done = CliRunner().invoke(group, ["doctor"], standalone_mode=False)
+    assert done.return_value == 3
+    assert "not sound: see gradients, learning" in done.stdout
+
+
+def test_a_report_from_the_command_line(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "page.html"
+    done = call("report", run.path, "--out", out, "--json")
+    values = json.loads(done.stdout)[str(run.path)]
+    assert {"verdict", "findings"} <= values.keys()
+    assert out.read_text().startswith("<!doctype html>")
+    assert str(run.path) in call("report", run.path).stdout
+    assert (run.path / "report.html").exists()
+    assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
+    assert "One step of SimCLR" in out.read_text()
+
+
+def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"minisimclr\[report\]"):
+        call("report", run.path, "--out", tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,155 @@
+"""The verdict names the fault of runs that are broken on purpose, and finds none in a sound one."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr import simclr, train
+from minisimclr.nn import ResNet
+from minisimclr.ops import loss as losses
+from minisimclr.report import headline, judge, read
+from minisimclr.report.verdict import FAULT, written_out
+from minisimclr.tensor import Tensor
+from minisimclr.train import pretrain, probe_run
+
+
+@pytest.fixture(scope="module")
+def config(pictures):
+    return ms.TrainConfig(
+        data=str(pictures), width=8, image_size=16, batch_size=32, epochs=4, lr=0.1, threads=1,
+        temperature=0.5, strength=0.5, crop_min=0.4,
+    )  # fmt: skip
+
+
+def faults(path):
+    return {f.title: f"{f.evidence} {f.advice}" for f in judge(read(path)) if f.level == FAULT}
+
+
+@pytest.fixture(scope="module")
+def sound(config, tmp_path_factory):
+    run = pretrain(config, tmp_path_factory.mktemp("runs") / "sound")
+    (run.path / "probe.json").write_text(json.dumps(probe_run(run)))
+    return run.path
+
+
+def test_a_sound_run_has_no_fault(sound):
+    assert faults(sound) == {}
+    level, words = headline(judge(read(sound)))
+    assert level != FAULT
+    assert words
+
+
+def no_rate(monkeypatch, config):
+    monkeypatch.setattr(train, "warmup_cosine", lambda *_: 0.0)
+    return config, "weights do not move"
+
+
+def tiny_rate(monkeypatch, config):
+    return replace(config, lr=1e-7), "weights do not move"
+
+
+def identical_views(monkeypatch, config):
+    once = ms.augment.apply_views
+    monkeypatch.setattr(ms.augment, "apply_views", lambda *a: (once(*a)[0],) * 2)
+    return config, "views of a picture are identical"
+
+
+def no_normalisation(monkeypatch, config):
+    class Unnormalised(losses.NTXent):
+        def forward(self, z):
+            self.u, s = z, z @ z.T / self.temperature
+            np.fill_diagonal(s, -np.inf)
+            log_p = losses.log_softmax(s)
+            self.p = np.exp(log_p)
+            return -log_p[np.arange(len(z)), losses.partners(len(z), np)].mean()
+
+        def backward(self, gy):
+            self.p[np.arange(len(self.u)), losses.partners(len(self.u), np)] -= 1
+            g = self.p * (gy / (len(self.u) * self.temperature))
+            return (g + g.T) @ self.u
+
+    monkeypatch.setattr(losses, "NTXent", Unnormalised)
+    return replace(config, lr=0.001), "not normalised"
+
+
+def no_mask(monkeypatch, config):
+    class Unmasked(losses.NTXent):
+        def forward(self, z):
+            self.u, self.length = losses.normalize(z)
+            log_p = losses.log_softmax(self.u @ self.u.T / self.temperature)
+            self.p = np.exp(log_p)
+            return -log_p[np.arange(len(z)), losses.partners(len(z), np)].mean()
+
+    monkeypatch.setattr(losses, "NTXent", Unmasked)
+    return config, "self-similarity is not masked"
+
+
+def cold(monkeypatch, config):
+    return replace(config, temperature=0.005), "temperature is far too low"
+
+
+def constant_encoder(monkeypatch, config):
+    forward = ResNet.forward
+    monkeypatch.setattr(ResNet, "forward", lambda self, x: forward(self, x) * 0.0 + 1.0)
+    return config, "collapsed"
+
+
+def no_negatives(monkeypatch, config):
+    def pull(z1, z2, temperature):
+        gap = z1 - z2
+        return (gap * gap).mean()
+
+    monkeypatch.setattr(simclr, "nt_xent", pull)
+    monkeypatch.setattr(simclr.ProjectionHead, "forward", lambda self, h: h * 1.0)
+    return replace(config, epochs=20, lr=1.0), "collapsed"
+
+
+def batch_of_4(monkeypatch, config):
+    return replace(config, batch_size=4, epochs=1), "batch is too small"
+
+
+BREAKS = (no_rate, tiny_rate, identical_views, no_normalisation, no_mask, cold, constant_encoder,
+          no_negatives, batch_of_4)  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_run_is_named(broken, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        settings, words = broken(patch, config)
+        run = pretrain(settings, tmp_path / "run")
+    found = faults(run.path)
+    assert any(words in title.lower() for title in found), found
+
+
+@pytest.mark.parametrize("broken", [identical_views, no_normalisation, no_mask])
+def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
+    """A student's own mistake is still in the code when the report is made."""
+    settings, words = broken(monkeypatch, config)
+    found = faults(pretrain(settings, tmp_path / "run").path)
+    assert any(words in title.lower() for title in found), found
+
+
+def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
+    run = pretrain(config, tmp_path / "run")
+    opened = train.open_training_data
+
+    def shuffled(*arguments):
+        dataset = opened(*arguments)
+        return replace(dataset, labels=np.random.default_rng(3).permutation(dataset.labels))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_training_data", shuffled)
+        (run.path / "probe.json").write_text(json.dumps(probe_run(run)))
+    assert "The probe's labels do not belong to its pictures" in faults(run.path)
+    assert "The probe's labels do not belong to its pictures" not in faults(sound)
+
+
+def test_the_loss_written_out_is_the_library_s():
+    rng = np.random.default_rng(0)
+    z1, z2 = rng.standard_normal((2, 6, 5))
+    values = written_out(z1, z2, 0.3)
+    assert values["right"] == pytest.approx(float(ms.nt_xent(Tensor(z1), Tensor(z2), 0.3)))
+    assert len({round(v, 6) for v in values.values()}) == len(values)

@@ -1,0 +1,230 @@
+"""The pages: whole, self-contained, accessible, repeatable; also of runs that lack parts."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import minisimclr as ms
+from minisimclr import report
+from minisimclr.errors import ConfigError, DataError
+from minisimclr.files import locked
+from minisimclr.ops.loss import NTXent
+from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
+from minisimclr.simclr import training_step
+from minisimclr.tensor import Tensor
+from minisimclr.train import pretrain, probe_run
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    config = ms.TrainConfig(
+        data=str(pictures), width=8, image_size=16, batch_size=32, epochs=3, lr=0.5, threads=1,
+        optimizer="lars", crop_min=0.4,
+    )  # fmt: skip
+    path = pretrain(config, tmp_path_factory.mktemp("runs") / "run").path
+    (path / "probe.json").write_text(json.dumps(probe_run(report.read(path).run)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return report.build_report(report.read(run)).decode()
+
+
+class Reader(HTMLParser):
+    """Notes what a browser would fetch, what a screen reader would miss, and unclosed tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.fetched, self.silent, self.ids, self.headings, self.open = [], [], [], [], []
+        self.charts = self.tables = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            if name in values and not values[name].startswith(("data:", "#")):
+                self.fetched.append(values[name])
+        if tag == "script":
+            self.fetched.append("script")
+        if tag == "img" and not values.get("alt"):
+            self.silent.append(tag)
+        if tag == "svg":
+            self.charts += 1
+            if not values.get("aria-label") or values.get("role") != "img":
+                self.silent.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
+        self.tables += tag == "table"
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check(page):
+    reader = Reader(page)
+    assert not reader.fetched
+    assert not reader.silent
+    assert len(set(reader.ids)) == len(reader.ids)
+    assert reader.open == []
+    assert reader.headings[0] == 1
+    assert all(b <= a + 1 for a, b in zip(reader.headings, reader.headings[1:], strict=False))
+    ids = set(reader.ids)
+    for target in re.findall(r'(?:href="#|url\(#)([^")]+)', page):
+        assert target in ids
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert "#0000" not in page  # a stand-in colour that was not replaced
+    assert 'lang="en"' in page
+    assert len(page.encode()) < 3e6
+    return reader
+
+
+def test_the_report_is_whole_and_self_contained(page):
+    reader = check(page)
+    assert "Not shown" not in page
+    assert reader.tables >= reader.charts
+    for words in ("chance, ln(2N-1)", "roofline", "✓ same", "Trust ratios", "mirrored", "--lr 0.5"):
+        assert words in page
+
+
+def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
+    copy = tmp_path / "elsewhere" / run.name
+    shutil.copytree(run, copy)
+    assert report.build_report(report.read(copy)).decode() == page
+
+
+def without_data(path):
+    settings = json.loads((path / "config.json").read_text())
+    settings["data"]["value"] = str(path / "gone")
+    (path / "config.json").write_text(json.dumps(settings))
+    return "gone"
+
+
+def without_checkpoints(path):
+    shutil.rmtree(path / "checkpoints")
+    return "no checkpoint"
+
+
+def torn_checkpoints(path):
+    for file in path.glob("checkpoints/*"):
+        file.write_bytes(b"torn")
+    return "none of its 2 checkpoints is whole"
+
+
+def killed_in_the_first_epoch(path):
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text(lines[0] + lines[1][:20])
+    shutil.rmtree(path / "checkpoints")
+    return "stopped before its end"
+
+
+def before_the_first_step(path):
+    for name in ("metrics.jsonl", "timings.jsonl", "probe.json", "env.json", "profile.json"):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / "checkpoints")
+    return "no metrics"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [without_data, without_checkpoints, torn_checkpoints, killed_in_the_first_epoch,
+     before_the_first_step],
+)  # fmt: skip
+def test_a_run_that_lacks_parts_gets_a_page_that_says_so(harm, run, page, tmp_path):
+    path = tmp_path / "<b>&"  # nor can a name break the page
+    shutil.copytree(run, path)
+    said = harm(path)
+    lacking = report.build_report(report.read(path)).decode()
+    check(lacking)
+    assert said in lacking
+    assert "Not shown" in lacking
+
+
+def test_a_run_that_is_going_on_is_not_disturbed(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "profile.json").unlink(missing_ok=True)
+    with locked(tmp_path / "run" / "run"):
+        page = report.build_report(report.read(tmp_path / "run")).decode()
+    assert "Still training" in page
+    assert not (tmp_path / "run" / "profile.json").exists()
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="not a run folder"):
+        report.read(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_shows_what_differs(run, tmp_path):
+    config = report.read(run).config
+    other = pretrain(replace(config, lr=0.25, epochs=1), tmp_path / "run").path
+    page = report.build_comparison([report.read(run), report.read(other)]).decode()
+    check(page)
+    differing = page[page.index("Settings that differ") :].split("</table>")[0]
+    assert set(re.findall(r'scope="row">(\w+)', differing)) == {"lr", "epochs"}
+    assert "0.25" in differing
+    with pytest.raises(ConfigError, match="two runs"):
+        report.build_comparison([report.read(run)] * 2)
+
+
+@pytest.fixture(scope="module")
+def dataset(pictures):
+    return ms.data.open_dataset(pictures, 20)
+
+
+@pytest.fixture(scope="module")
+def step(dataset):
+    return walk(np.asarray(dataset.images[::40]))
+
+
+def test_the_walkthrough_has_the_library_s_numbers(step):
+    n = len(step.images)
+    z1, z2 = (Tensor(z.astype(np.float64), requires_grad=True) for z in np.split(step.seen["z"], 2))
+    loss = ms.nt_xent(z1, z2, TEMPERATURE)
+    loss.backward()
+    assert step.loss == pytest.approx(float(loss), rel=1e-6)
+    np.testing.assert_allclose(step.seen["dz"], np.concatenate([z1.grad, z2.grad]), atol=1e-6)
+    s, i = step.s.astype(np.float64), np.arange(2 * n)
+    assert np.isneginf(np.diag(s)).all()
+    terms = np.log(np.exp(s).sum(axis=1)) - s[i, step.partner]
+    assert terms.mean() == pytest.approx(step.loss, rel=1e-5)
+    np.testing.assert_allclose(np.exp(-terms), step.seen["p"][i, step.partner], rtol=1e-5)
+    # The forces, summed over all views, are the gradient along the circle.
+    u = step.seen["u"]
+    du = step.force @ u
+    along = (du - u * (u * du).sum(axis=1, keepdims=True)) / step.seen["length"]
+    np.testing.assert_allclose(along, step.seen["dz"], atol=1e-5)
+    assert step.loss_after < step.loss
+    for name, figures in step.weights.items():
+        decayed = figures["step"] / (RATE * figures["trust"])
+        assert decayed == pytest.approx(figures["g"], rel=1e-3), name
+        assert figures["step"] == pytest.approx(RATE * 0.001 * figures["w"], rel=1e-3)
+
+
+def test_the_walkthrough_page(dataset):
+    page = report.build_walkthrough(dataset, 3).decode()
+    check(page)
+    assert page == report.build_walkthrough(dataset, 3).decode()
+    for lines in ("z = model.head(h)", "fill_diagonal", "du = (g + g.T) @ u", "w -= v"):
+        assert lines in page
+
+
+def test_excerpts_are_the_source_or_an_error():
+    assert "x = xp_of(x1).concatenate([x1, x2])" in excerpt(training_step, "x1, x2 =", "x = ")
+    assert "h = model.encoder" not in excerpt(training_step, "x1, x2 =", "x = ")
+    with pytest.raises(StopIteration):
+        excerpt(NTXent.forward, "a line that is not there")
