@@ -133,7 +133,7 @@ def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
         # s y, written so that rounding cannot break the Wolfe conditions' promise: it is positive.
         pairs.append((s, y, 1 / (t * (float(xp.vdot(new_gradient, direction)) - slope))))
         w, gradient = w + s, new_gradient
-    warnings.warn(f"logistic regression did not converge in {max_iter} iterations", stacklevel=4)
+    warnings.warn(f"logistic regression did not converge in {max_iter} iterations", stacklevel=5)
     return w
 
 
