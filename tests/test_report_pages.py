@@ -228,3 +228,25 @@ def test_excerpts_are_the_source_or_an_error():
     assert "h = model.encoder" not in excerpt(training_step, "x1, x2 =", "x = ")
     with pytest.raises(StopIteration):
         excerpt(NTXent.forward, "a line that is not there")
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance of #rrggbb or #rgb."""
+    digits = colour if len(colour) == 6 else "".join(2 * c for c in colour)
+    c = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ (
+        0.2126,
+        0.7152,
+        0.0722,
+    )
+
+
+def test_colours_have_contrast_in_light_and_dark(page):
+    themes = [dict(re.findall(r"--(\w+): #(\w+)", part)) for part in page.split("@media")[:2]]
+    for theme in themes:
+        for name, least in {"ink": 7, "soft": 4.5, "link": 4.5, "good": 4.5, "warning": 4.5,
+                            "fault": 4.5, "k01": 7, "k02": 3, **{f"k1{k}": 3 for k in range(1, 7)}
+                            }.items():  # fmt: skip
+            for ground in ("paper", "page"):
+                low, high = sorted((luminance(theme[name]), luminance(theme[ground])))
+                assert (high + 0.05) / (low + 0.05) >= least, (name, ground)

@@ -200,9 +200,9 @@ def probe(facts: Facts) -> str:
          f"{r['knn']:.1%}", r["C"], r["warning"]) for name, r in found["rows"].items()
     ]  # fmt: skip
     title = f"{found['labels']:,} labels, {found['test']:,} tests, {found['classes']} classes"
-    return bars("top-1", "%", values | {"chance": chance}, [*ranges, [chance] * 2]) + table(
-        title, ("system", "top-1", "95 % interval", "top-5", "kNN", "C", ""), cells
-    )
+    head = ("system", "top-1", "95 % interval", "top-5", "kNN", "C", "")
+    drawn = bars("top-1", "%", values | {"chance": chance}, [*ranges, [chance] * 2])
+    return row(drawn, table(title, head, cells))
 
 
 def confusions(facts: Facts) -> str:

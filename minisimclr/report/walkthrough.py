@@ -199,7 +199,8 @@ def forces(w: Walk) -> str:
 
     A colour and marker is a picture. Arrows show the way downhill: to the partner and away from the
     others, most of all from those that are near. They lie along the circle, as length does not
-    matter to the loss. Outlined: where the view went with the update below.
+    matter to the loss. Outlined: where the view stands after the update below. That moves weights,
+    which all views share, so a view may end up elsewhere than its own arrow says.
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle
