@@ -98,8 +98,7 @@ class Problem:
         loss = float((xp.log1p(excess) - margin).sum())
         P[self.own] = -others
         P /= 1 + excess  # p, and p - 1 for the own class
-        # The mean of p (1 - p), which rounding must not make negative.
-        variance = max(0.0, -float(2 * P[self.own].sum() + xp.vdot(P, P))) / P.size
+        variance = -(2 * P[self.own].sum() + xp.vdot(P, P)) / P.size  # the mean of p (1 - p)
         gradient = C * (P @ self.Z) + penalised  # (K, N) (N, D + 1) -> (K, D + 1)
         f = C * loss + float(xp.vdot(penalised, penalised)) / 2
         return f, gradient, 1 / (1 + C * variance * self.spectrum)
