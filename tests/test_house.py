@@ -22,8 +22,10 @@ FLOORS = [
     ["ops", "augment"],
     ["simclr", "nn", "optim"],
     ["kernels"],
-    ["report", "baseline", "doctor", "embed", "train"]
-    + ["probe", "profile", "run", "weights", "checkpoint"],
+    [
+        *("report", "baseline", "doctor", "embed", "train"),
+        *("probe", "profile", "run", "weights", "checkpoint"),
+    ],
     ["cli"],
 ]
 FENCES = {
