@@ -64,7 +64,7 @@ def attempt(path, refused=True):
         assert not refused
         assert all(np.isfinite(array).all() for array in after.values())
         return None
-    assert "\n" not in message and str(path) in message
+    assert "\n" not in message and str(path) in message, message
     assert all((after[name] == before[name]).all() for name in before)
     return message
 
@@ -288,7 +288,9 @@ def test_pickles_run_nothing(tmp_path):
         as_pth(tmp_path / "a.pth", payload)
         attempt(tmp_path / "a.pth")
     as_pth(tmp_path / "a.pth", b"\x80\x02cos\nsystem\n" + text("true") + b"\x85R.")
-    assert "it calls os system: save" in attempt(tmp_path / "a.pth")
+    assert "it calls 'os system': save" in attempt(tmp_path / "a.pth")
+    as_pth(tmp_path / "a.pth", b"\x80\x02ca\\nb\nc\n)R.")  # a name that holds a line break
+    assert "it calls 'a" in attempt(tmp_path / "a.pth")
     for protocol in (0, 1, 2, 4):  # and bare
         for payload in (pickle.dumps(STATE, protocol), next(payloads(marker))):
             (tmp_path / "bare.pth").write_bytes(payload)
@@ -429,6 +431,9 @@ def test_stricter_than_the_official_reader(tmp_path):
     path.write_bytes(header(braces(GOOD, GOOD)))
     with pytest.raises(DataError, match="twice"):
         weights.read(path)
+    for name in ("", "bell\a", "two\nlines", "\x1b[2J"):
+        safetensors.write(path, STATE | {name: np.zeros(1, "f4")}, {})
+        assert "a name that cannot be printed" in attempt(path)
     as_safetensors(path)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -53,7 +53,7 @@ def read(path: str | Path) -> Stored:
             raise ValueError(torch_zip.CONVERT.format("PyTorch's form before 1.6, a pickle", state))
         else:
             raise ValueError("neither PyTorch, Keras, TensorFlow (.index) nor safetensors")
-        if not all(map(str.isprintable, stored.specs)):
+        if "" in stored.specs or not all(map(str.isprintable, stored.specs)):
             raise ValueError("a name that cannot be printed")
         return stored
 

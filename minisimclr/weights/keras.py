@@ -22,7 +22,7 @@ def read(path: Path) -> Stored:
             name = "/".join(place.split(":")[0].split("/")[-2:])
             plain = item.chunks is None and not item.external and not item.is_virtual
             if not plain or name in specs:
-                raise ValueError(f"{place} is not a plain array, or two are called {name}")
+                raise ValueError(f"{place!a} is not a plain array, or two are called {name!a}")
             specs[name], places[name] = Spec(item.shape, item.dtype.name), place
 
     with h5py.File(path, "r") as f:

@@ -27,7 +27,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= 4096 or self.pixels not in PIXELS:
-            raise ValueError(f"unknown preprocessing: {self.size} px, {self.pixels}")
+            raise ValueError(f"unknown preprocessing: {self.size} px, {self.pixels!a}")
 
     def __call__(self, images: Array) -> Array:
         """images (N, H, W, 3) uint8 -> (N, size, size, 3) float32"""

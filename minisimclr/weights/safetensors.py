@@ -37,7 +37,7 @@ def read(path: Path) -> Stored:
         specs[name] = Spec(checked(entry["shape"]), DTYPES[entry["dtype"]])
         begins[name], following = (start + n for n in checked(entry["data_offsets"]))
         if begins[name] != end or following - end != specs[name].nbytes:
-            raise ValueError(f"{name}: overlap, hole or wrong size at byte {end}")
+            raise ValueError(f"{name!a}: overlap, hole or wrong size at byte {end}")
         end = following
     if end != size:
         raise ValueError(f"arrays end at byte {end} of {size}")

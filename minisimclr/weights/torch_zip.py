@@ -123,4 +123,4 @@ def meaning(*parts: Any) -> Any:
         case (("storage", Name(text), str() as key, *_),):
             return Storage(DTYPES[text.removeprefix("torch ").removesuffix("Storage")], key)
     name = getattr(parts[0], "text", "something unknown")[:100]
-    raise ValueError(f"it calls {name}: save model.state_dict() alone")
+    raise ValueError(f"it calls {name!a}: save model.state_dict() alone")
