@@ -1,6 +1,7 @@
 """The verdict names the fault of runs that are broken on purpose, and finds none in a sound one."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -145,6 +146,20 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
         (run.path / "probe.json").write_text(json.dumps(probe_run(run)))
     assert "The probe's labels do not belong to its pictures" in faults(run.path)
     assert "The probe's labels do not belong to its pictures" not in faults(sound)
+
+
+@pytest.mark.parametrize("figure, value", [("effective_rank", 1.3), ("uniformity", -0.1)])
+def test_either_sign_of_collapse_is_enough(figure, value, sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {figure: value})
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
+    assert [title for title in faults(tmp_path / "run") if "collapsed" in title]
+
+
+def test_identical_views_are_seen_even_where_the_log_does_not_show_them(sound, monkeypatch):
+    identical_views(monkeypatch, None)
+    assert "Both views of a picture are identical, or nearly so" in faults(sound)
 
 
 def test_the_loss_written_out_is_the_library_s():

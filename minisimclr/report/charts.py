@@ -50,16 +50,15 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     with rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         draw(figure.add_subplot())
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(buffer)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r"#0000(0[123]|1[1-6])\b", r"var(--k\1)", svg)
     own = f"c{zlib.crc32(svg.encode()):x}-"  # ids must not meet those of another chart
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
-    head = (
-        f'<svg viewBox="0 0 {72 * width:g} {72 * height:g}" role="img" aria-label="{escape(alt)}"'
-    )
+    size = f'viewBox="0 0 {72 * width:g} {72 * height:g}"'
+    head = f'<svg {size} role="img" aria-label="{escape(alt)}"'
     svg = re.sub(r"<svg\b.*?(?= xmlns)", head, svg, count=1, flags=re.S)
     behind = details("The numbers", data)
     return f'<div class="chart" style="width:{width:g}in">{svg}{behind}</div>'

@@ -135,7 +135,8 @@ class Facts:
         result = profile(config.encoder, stem, config.width, config.image_size, size, steps=2,
                          device="cpu", thread_count=config.threads)  # fmt: skip
         result.pop("events")
-        write_bytes(path, json.dumps(result).encode())
+        with suppress(OSError):  # a folder that cannot be written gets its report all the same
+            write_bytes(path, json.dumps(result).encode())
         return result
 
 
