@@ -16,7 +16,7 @@ from .ops.loss import nt_xent
 from .tensor import Function, Parameter, Tensor, gradcheck, no_grad
 
 if TYPE_CHECKING:
-    from . import data, probe, simclr, train
+    from . import data, probe, simclr, train, weights
     from .train import pretrain
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "schedule",
     "simclr",
     "train",
+    "weights",
 ]
 
 
@@ -47,6 +48,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs HDF5 or Pillow on first use, so that `minisimclr --help` stays quick."""
     if name == "pretrain":
         return import_module(".train", __name__).pretrain
-    if name in ("data", "probe", "simclr", "train"):
+    if name in ("data", "probe", "simclr", "train", "weights"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
