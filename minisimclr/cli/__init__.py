@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (MinisimclrError, OSError, click.exceptions.Exit, click.ClickException) as error:
         if debug:
             raise
-        code = report(error)
+        code = explain(error)
     except (KeyboardInterrupt, click.Abort):
-        code = report("interrupted", 130)
+        code = explain("interrupted", 130)
     sys.exit(code)
 
 
-def report(error: Exception | str, code: int = 1) -> int:
+def explain(error: Exception | str, code: int = 1) -> int:
     """Say what went wrong in one line on standard error; the exit code for it."""
     match error:
         case click.exceptions.Exit():
