@@ -20,7 +20,7 @@ from minisimclr.probe import (
 )
 
 N, D, K = 1716, 512, 120
-LOOSENESS = [10.0 ** (-k / 2) for k in range(2, 20)]  # values of tol to choose from
+TOLERANCES = [1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6]  # what to choose from
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,16 @@ def fit_scikit_learn(X, y, C, tol):
     return linear_model.LogisticRegression(C=C, tol=tol, max_iter=20_000).fit(X, y)
 
 
-@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("C", [0.01, 1.0])
 @pytest.mark.parametrize("fit", [fit_ours, fit_scikit_learn])
 def test_logistic_regression(benchmark, labelled, fit, C):
     X, y = labelled
-    best = objective(fit_ours(X.astype(np.float64), y, C, 1e-12), X, y, C)
-    reaches = (tol for tol in LOOSENESS if objective(fit(X, y, C, tol), X, y, C) < best * 1.0001)
+    best = objective(fit_ours(X.astype(np.float64), y, C, 1e-10), X, y, C)
+    reaches = (tol for tol in TOLERANCES if objective(fit(X, y, C, tol), X, y, C) < best * 1.0001)
     tol = next(reaches)
     benchmark.group = f"logistic regression, C = {C:g}"
     benchmark.extra_info.update(tol=tol, flops_per_evaluation=4 * N * D * K)
-    model = benchmark.pedantic(fit, (X, y, C, tol), rounds=5, warmup_rounds=1)
+    model = benchmark.pedantic(fit, (X, y, C, tol), rounds=3)
     assert best * (1 - 1e-9) <= objective(model, X, y, C) <= best * 1.0001
 
 
