@@ -2,12 +2,20 @@
 multiplies.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..backend import Array, parallel
 from ..ops.conv import Pair
 from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
 from .registry import for_float32
+
+
+def image_blocks(start: int, stop: int, image: int) -> Iterator[slice]:
+    """Slices of images start..stop, `image` numbers each, of 256 KiB: they stay in cache."""
+    step = max(1, (1 << 16) // image)
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
 @for_float32(max_pool_output)
@@ -18,20 +26,21 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
     argmax = np.empty(y.shape, np.uint8)
 
     def work(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            image = np.pad(x[i : i + 1], ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
-            views = list(windows(image, kernel, stride, size))  # count times (1, OH, OW, C)
-            best = y[i : i + 1]
+        for block in image_blocks(start, stop, y[0].size):
+            padded = np.pad(x[block], ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
+            views = list(windows(padded, kernel, stride, size))  # count times (n, OH, OW, C)
+            best = y[block]
             np.copyto(best, views[0])
             for view in views[1:]:
                 np.maximum(best, view, out=best)
             # The first window pixel that equals the maximum is the one of highest rank.
-            rank = np.zeros(best.shape, np.uint8)
+            rank, equal = np.zeros(best.shape, np.uint8), np.empty(best.shape, bool)
             for k, view in enumerate(views):
-                equal = (view == best).view(np.uint8)
-                equal *= np.uint8(count - k)
-                np.maximum(rank, equal, out=rank)
-            np.subtract(np.uint8(count), rank, out=argmax[i : i + 1])
+                np.equal(view, best, out=equal)
+                ranked = equal.view(np.uint8)
+                ranked *= np.uint8(count - k)
+                np.maximum(rank, ranked, out=rank)
+            np.subtract(np.uint8(count), rank, out=argmax[block])
 
     parallel(work, len(x))
     return y, argmax
@@ -46,11 +55,13 @@ def _max_pool_input_gradient(
     gx = np.empty(x_shape, gy.dtype)
 
     def work(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            padded = np.zeros((1, h + top + bottom, w + left + right, c), gy.dtype)
+        for block in image_blocks(start, stop, gy[0].size):
+            g, winner = gy[block], argmax[block]
+            padded = np.zeros((len(g), h + top + bottom, w + left + right, c), gy.dtype)
+            mask, part = np.empty(g.shape, bool), np.empty_like(g)
             for k, view in enumerate(windows(padded, kernel, stride, gy.shape[1:3])):
-                view += gy[i] * (argmax[i] == k)
-            gx[i] = padded[0, top : top + h, left : left + w]
+                view += np.multiply(g, np.equal(winner, k, out=mask), out=part)
+            gx[block] = padded[:, top : top + h, left : left + w]
 
     parallel(work, len(gy))
     return gx
