@@ -482,3 +482,8 @@ def test_effective_rank():
     assert effective_rank(np.outer(np.arange(1.0, 9), np.ones(5))) == pytest.approx(1)
     assert effective_rank(np.diag([3.0, 1.0])) == pytest.approx(4 / 3**0.75)
     assert effective_rank(np.zeros((4, 3))) == 1
+    for shape in ((30, 9), (9, 30)):
+        h = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        s = np.linalg.svd(h.astype(np.float64), compute_uv=False)
+        p = s / s.sum()
+        assert effective_rank(h) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
