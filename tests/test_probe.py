@@ -464,6 +464,7 @@ def test_alignment():
     z = np.random.default_rng(0).normal(size=(20, 8))
     assert alignment(z, 3 * z) == pytest.approx(0, abs=1e-12)
     assert alignment(z, -z) == pytest.approx(4)
+    assert alignment(np.zeros((2, 3)), np.eye(2, 3)) == pytest.approx(1)  # and no warning
     assert alignment(np.eye(4), np.roll(np.eye(4), 1, axis=0)) == pytest.approx(2)
 
 
