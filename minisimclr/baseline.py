@@ -5,30 +5,27 @@ labelled images until the last fifth is told apart no better. The settings of th
 then trained on all labelled images, for as many epochs, and tested once.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array, to_device, to_host
-from .data import Dataset, cache_folder
+from .backend import Array, to_host
+from .data import Dataset
+from .embed import Notify, calibrated, published
 from .errors import DataError
 from .nn import Dropout, Linear, Module, inception_v3
 from .ops.basic import relu
 from .ops.loss import cross_entropy
 from .optim import SGD
-from .probe import standardize, stratified, wilson_interval
-from .simclr import calibrate
+from .probe import Extract, holdout, labelled_and_test, scores, standardize
 from .tensor import Tensor, no_grad
-from .weights import Preprocessing, load, read, safetensors
+from .weights import Preprocessing, load
 
-BATCH = 32  # images in a step of the classifier, and those that InceptionV3 sees at once
+BATCH = 32  # images in a step of the classifier
 PATIENCE = 10  # epochs without a better validation score before a trial ends
-Notify = Callable[[str, dict[str, Any]], None]
-Features = Callable[[np.ndarray], np.ndarray]
 
 
 class Trial(NamedTuple):
@@ -94,8 +91,7 @@ def search(
 
     Raises DataError if no image is left to validate with, because each is its class' only one.
     """
-    inside = stratified(y, max(round(0.8 * len(y)), len(np.unique(y))), seed)
-    outside = np.setdiff1d(np.arange(len(y)), inside)
+    inside, outside = holdout(y, seed)
     if not len(outside):
         raise DataError("too few labelled images: none are left to compare trials by")
     fit_X, held_X = standardize(X[inside], X[outside])
@@ -111,62 +107,53 @@ def search(
             if epoch - best_epoch >= PATIENCE or not np.isfinite(loss):
                 break
         rows.append({**trial._asdict(), "epochs": best_epoch, "validation": best})
-        notify("trial", {"done": index + 1, "total": trials, "row": rows[-1]})
+        done = {"done": index + 1, "total": trials, "label": "trials"}
+        notify("progress", done | {"item": f"validation {rows[-1]['validation']:.1%}"})
     return rows
 
 
-def features(
-    rows: np.ndarray, dataset: Dataset, file: Path | None, block: str, device: str, notify: Notify
-) -> np.ndarray:
-    """Mean over the pixels of what an InceptionV3 block makes of images[rows]: (N, C) float32.
+def inception(
+    dataset: Dataset, file: Path | None, block: str, device: str, notify: Notify
+) -> Extract:
+    """Features of rows of a data set by a block of InceptionV3: what it puts out, averaged.
 
-    file: its weights; None for random ones with batch norm statistics of the data. Features are
-    kept in the cache folder, since they take so much longer to make than to read.
+    file: its weights; None for random ones with batch norm statistics of the data.
     """
     net, preprocessing = inception_v3(), Preprocessing(299, "symmetric")
     if file:
         preprocessing = load(net, file, until=block)
     else:
-        calibrate(net, preprocessing(dataset.images[dataset.split("pretrain")[:BATCH]]))
-    key = hashlib.sha256(f"{dataset.fingerprint} {block} {preprocessing}".encode() + rows.tobytes())
-    for array in net.state_dict().values():
-        key.update(array.tobytes())
-    path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
-    if not path.exists():
-        net.to(device).eval()
-        parts = []
-        for i in range(0, len(rows), BATCH):
-            x = to_device(preprocessing(dataset.images[rows[i : i + BATCH]]), device)
-            with no_grad():
-                parts.append(to_host(net.features(Tensor(x), block).data.mean((1, 2))))
-            notify("features", {"done": min(i + BATCH, len(rows)), "total": len(rows)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.write(path, {"features": np.concatenate(parts)}, {})
-    return read(path).fetch("features")
+        calibrated(net, preprocessing, dataset)
+    return published(net, preprocessing, dataset, block, device, notify)
 
 
 def baseline(
-    dataset: Dataset, features_of: Features, trials: int, epochs: int, seed: int, notify: Notify
+    dataset: Dataset, extract: Extract, trials: int, epochs: int, seed: int, notify: Notify
 ) -> dict[str, Any]:
     """Tune on the labelled images, test once: top1, top5, ci95, labels, test, classes, controls,
-    best and trials.
-
-    features_of: maps rows of the data set to features (N, D). Raises DataError where there are no
-    two labelled classes or nothing to test with.
+    best and trials. Raises DataError where there are no two labelled classes or nothing to test.
     """
     y, classes = dataset.labels, len(dataset.class_names)
-    train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
-    if len(np.unique(y[train])) < 2 or not len(test):
-        raise DataError(f"{dataset.name}: the baseline needs two labelled classes and test images")
-    X, test_X = features_of(train), features_of(test)
+    train, test = labelled_and_test(dataset)
+    X, test_X = extract(train), extract(test)
     rows = search(X, y[train], classes, trials, epochs, seed, notify)
     best = max(rows, key=lambda row: row["validation"])
     trial = Trial(*(best[name] for name in Trial._fields))
     fit_X, rest_X = standardize(X, test_X)
     model = DenseClassifier(X.shape[1], classes, trial, seed)
     list(islice(epochs_of(model, fit_X, y[train], trial.lr, seed), best["epochs"]))
-    right = model.ranked(rest_X)[:, :5] == y[test][:, None]  # (N, 5)
-    top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
-    result = {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(test))}
+    result = scores(model.ranked(rest_X), y[test])
     result |= {"labels": len(train), "test": len(test), "classes": classes}
     return result | {"controls": {"chance": 1 / classes}, "best": best, "trials": rows}
+
+
+def table(trials: list[dict[str, Any]]) -> str:
+    """The trials, the best first, for the terminal."""
+    lines = [f"{'lr':>8}{'widths':>14}{'dropout':>9}{'epochs':>8}{'validation':>12}"]
+    for row in sorted(trials, key=lambda row: -row["validation"]):
+        widths = f"{row['width1']}, {row['width2']}"
+        lines.append(
+            f"{row['lr']:8.4f}{widths:>14}{row['dropout']:9.2f}{row['epochs']:8}"
+            f"{row['validation']:12.1%}"
+        )
+    return "\n".join(lines)

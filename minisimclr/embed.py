@@ -1,17 +1,32 @@
-"""Use the encoder of a run: features of any pictures, and which pictures are most alike."""
+"""Use a trained encoder, a run's or a published one: features of any pictures, what they are
+worth beside their controls, and which pictures are most alike.
+"""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from . import checkpoint
-from .data import Dataset, open_dataset
+from .augment import center_view
+from .backend import Array, choose_device, set_threads, threads, to_device, to_host
+from .data import Dataset, cache_folder, open_dataset
+from .data.cache import Progress
 from .errors import ConfigError, DataError
 from .files import publish
-from .probe import features, unit
-from .run import Run, open_run
+from .nn import InceptionV3, Module
+from .probe import Extract, features, probe, unit
+from .run import Run, new_run, open_run
+from .simclr import Model, calibrate
+from .tensor import Tensor, no_grad
+from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
+BATCH = 32  # images that a network with published weights sees at once
+CALIBRATED = 256  # images that set the batch norm statistics of a random encoder
+Notify = Callable[[str, dict[str, Any]], None]
 
 
 def open_trained(path: Path) -> Run:
@@ -22,15 +37,101 @@ def open_trained(path: Path) -> Run:
     return run
 
 
-def opened(run: Run, data: str | None) -> Dataset:
+def opened(run: Run, data: str | None, progress: Progress | None = None) -> Dataset:
     """The run's own data set, or another (a name or a folder), with pictures of the same side."""
-    return open_dataset(data or run.config.data, run.config.image_size * 5 // 4)
+    return open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
+
+
+def extractor(run: Run, model: Model, dataset: Dataset) -> Extract:
+    """Features h (n, D) of rows of a data set by a model of `run`, each in its centre view."""
+    device, _ = choose_device(run.config.device)
+    model.encoder.to(device)
+    size = run.config.image_size
+
+    def encode(views: Array) -> Array:
+        return model.encode(to_device(views, device))
+
+    return lambda rows: features(encode, dataset.images, rows, size)
+
+
+def control(run: Run, dataset: Dataset) -> Model:
+    """The run's network as it was before step 0, with batch norm statistics of the data."""
+    fresh = new_run(run.path, run.config).model
+    sample = dataset.images[dataset.split("pretrain")[:CALIBRATED]]
+    calibrate(fresh.encoder, center_view(sample, run.config.image_size))
+    return fresh
+
+
+def probe_run(
+    run: Run, dataset: Dataset, labels: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What the encoder of a run has learned, beside its controls (see probe.probe)."""
+    set_threads(run.config.threads or threads())
+    trained, fresh = (extractor(run, m, dataset) for m in (run.model, control(run, dataset)))
+    return probe(dataset, "SimCLR", trained, fresh, labels, seed)
+
+
+def published(
+    net: Module, preprocessing: Preprocessing, dataset: Dataset, block: str | None, device: str,
+    notify: Notify,
+) -> Extract:  # fmt: skip
+    """Features of rows of a data set by a network with published weights, or its random control.
+
+    block: of InceptionV3, whose output is averaged over the pixels: (n, C) float32. Features are
+    kept in the cache folder, since they take so much longer to make than to read.
+    """
+    state = hashlib.sha256(f"{dataset.fingerprint} {block} {preprocessing}".encode())
+    for array in net.state_dict().values():
+        state.update(array.tobytes())
+    net.to(device).eval()
+
+    def forward(rows: np.ndarray) -> np.ndarray:
+        x = Tensor(to_device(preprocessing(dataset.images[rows]), device))
+        with no_grad():
+            if isinstance(net, InceptionV3) and block:
+                return to_host(net.features(x, block).data.mean((1, 2)))
+            return to_host(net(x).data)
+
+    def extract(rows: np.ndarray) -> np.ndarray:
+        key = state.copy()
+        key.update(rows.tobytes())
+        path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            parts = []
+            for i in range(0, len(rows), BATCH):
+                parts.append(forward(rows[i : i + BATCH]))
+                done = min(i + BATCH, len(rows))
+                notify("progress", {"done": done, "total": len(rows), "label": "features"})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.write(path, {"features": np.concatenate(parts)}, {})
+        return read(path).fetch("features")
+
+    return extract
+
+
+def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
+    """A network with random weights and the batch norm statistics of some of the images."""
+    calibrate(net, preprocessing(dataset.images[dataset.split("pretrain")[:BATCH]]))
+    return net
+
+
+def probe_weights(
+    path: Path, dataset: Dataset, block: str | None, labels: int | None, device: str,
+    notify: Notify,
+) -> dict[str, Any]:  # fmt: skip
+    """What published weights are worth on a data set, beside the same network's random ones."""
+    net, preprocessing = encoder(path, block)
+    fresh = calibrated(network(read(path)), preprocessing, dataset)
+    trained, control = (
+        published(each, preprocessing, dataset, block, device, notify) for each in (net, fresh)
+    )
+    return probe(dataset, path.name, trained, control, labels)
 
 
 def embed(run: Run, dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
     """Features h (n, D) float32 of the pictures (or of these rows), each in its centre view."""
     rows = np.arange(len(dataset.images)) if rows is None else rows
-    return features(run.model.encode, dataset.images, rows, run.config.image_size)
+    return to_host(extractor(run, run.model, dataset)(rows))
 
 
 def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

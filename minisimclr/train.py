@@ -18,10 +18,10 @@ from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import locked, require_writable
 from .optim import LARS
-from .probe import alignment, effective_rank, probe, uniformity, unit
+from .probe import alignment, effective_rank, uniformity, unit
 from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
 from .schedule import scaled_rate, warmup_cosine
-from .simclr import Model, calibrate, chance_loss, training_step
+from .simclr import chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
 MONITORED = 256  # images on which alignment, uniformity and rank are measured
@@ -217,26 +217,6 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     if isinstance(run.optimizer, LARS):
         line["trust"] = {name: float(ratio) for name, ratio in run.optimizer.trust.items()}
     return line
-
-
-def probe_run(run: Run, labels: int | None = None, notify: Notify = quiet) -> dict[str, Any]:
-    """What the encoder of a run has learned, beside its controls (see probe.probe).
-
-    The random encoder is this run's own network as it was before step 0.
-    """
-    set_threads(run.config.threads or threads())
-    device, _ = choose_device(run.config.device)
-    dataset = open_training_data(run.config, notify)
-    size = run.config.image_size
-    fresh = new_run(run.path, run.config, device).model
-    sample = dataset.images[dataset.split("pretrain")[:MONITORED]]
-    calibrate(fresh.encoder, augment.center_view(to_device(sample, device), size))
-
-    def encoder_of(model: Model) -> Callable[[Array], Array]:
-        model.encoder.to(device)
-        return lambda views: model.encode(to_device(views, device))
-
-    return probe(dataset, encoder_of(run.model), size, encoder_of(fresh), labels)
 
 
 def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_baseline_tests_once_on_what_it_has_not_seen():
     rng = np.random.default_rng(0)
     few.X = rng.standard_normal(few.X.shape).astype("f4")  # nothing to learn
     assert abs(dense.baseline(few, features_of, 3, 40, 0, quiet)["top1"] - 1 / 3) < 0.12
-    with pytest.raises(DataError, match="few: the baseline needs two"):
+    with pytest.raises(DataError, match="few: labelled images of at least two"):
         dense.baseline(Few(1), features_of, 1, 1, 0, quiet)
 
 
@@ -130,7 +130,7 @@ def test_features_are_made_once_and_are_the_network_s(pictures, tmp_path, monkey
 
     def features(file):
         notify = lambda event, values: seen.append(values["done"])  # noqa: E731
-        return dense.features(rows, dataset, file, "mixed2", "cpu", notify)
+        return dense.inception(dataset, file, "mixed2", "cpu", notify)(rows)
 
     X = features(tmp_path / "w")
     assert X.shape == (3, 288) and X.dtype == np.float32
@@ -145,10 +145,10 @@ def test_features_are_made_once_and_are_the_network_s(pictures, tmp_path, monkey
 def test_command_line(pictures, tmp_path, monkeypatch, capsys):
     from minisimclr.cli import main
 
-    def features(rows, dataset, file, block, device, notify):
-        return dataset.images[rows].reshape(len(rows), -1)[:, ::7].astype("f4")
+    def inception(dataset, file, block, device, notify):
+        return lambda rows: dataset.images[rows].reshape(len(rows), -1)[:, ::7].astype("f4")
 
-    monkeypatch.setattr(dense, "features", features)
+    monkeypatch.setattr(dense, "inception", inception)
     common = ["baseline", "--data", str(pictures), "--image-size", "20", "--trials", "2"]
 
     def run(*arguments):

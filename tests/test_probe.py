@@ -358,6 +358,8 @@ def test_wilson_interval(hits, n):
 class Colours(SimpleNamespace):
     """A data set of noisy pictures, each class in a hue of its own; duck-typed."""
 
+    name = "colours"
+
     def __init__(self, n=120, classes=3, labels=None, size=20):
         rng = np.random.default_rng(0)
         y = np.arange(n) % classes if labels is None else labels
@@ -375,12 +377,20 @@ def mean_colour(views):
     return views.mean((1, 2))
 
 
-def no_idea(views):
-    return np.random.default_rng(len(views)).normal(size=(len(views), 6)).astype(np.float32)
+def probed(dataset, encode=mean_colour, **options):
+    """probe() of an encoder beside one that knows nothing."""
+
+    def no_idea(rows):
+        return np.random.default_rng(len(rows)).normal(size=(len(rows), 6)).astype(np.float32)
+
+    def extract(rows):
+        return features(encode, dataset.images, rows, 16)
+
+    return probe(dataset, "SimCLR", extract, no_idea, **options)
 
 
 def test_probe_has_the_form_of_probe_json():
-    result = json.loads(json.dumps(probe(Colours(), mean_colour, 16, no_idea)))
+    result = json.loads(json.dumps(probed(Colours())))
     assert (result["labels"], result["test"], result["classes"]) == (50, 70, 3)
     assert result["top1"] == result["top5"] == 1
     assert result["knn"] > 0.9
@@ -409,18 +419,18 @@ def test_probe_with_fewer_labels_takes_them_from_every_class():
         seen.append(len(views))
         return mean_colour(views)
 
-    result = probe(Colours(), encode, 16, no_idea, labels=9, seed=3)
+    result = probed(Colours(), encode, labels=9, seed=3)
     assert result["labels"] == 9
     assert seen == [9, 70]
     assert result["top1"] > 0.9
     with pytest.raises(ConfigError, match="51 of 50 labelled"):
-        probe(Colours(), encode, 16, no_idea, labels=51)
+        probed(Colours(), encode, labels=51)
 
 
 def test_pictures_without_a_label_are_left_out():
     labels = np.arange(120) % 3
     labels[:30] = -1
-    result = probe(Colours(labels=labels), mean_colour, 16, no_idea)
+    result = probed(Colours(labels=labels))
     assert (result["labels"], result["test"]) == (35, 55)
 
 
@@ -428,7 +438,7 @@ def test_pictures_without_a_label_are_left_out():
 def test_probe_says_why_it_cannot(label, found):
     dataset = Colours(labels=np.full(120, label))
     with pytest.raises(DataError, match=f"labelled images of at least two classes.*{found}"):
-        probe(dataset, mean_colour, 16, no_idea)
+        probed(dataset)
 
 
 def test_features_keep_the_order_of_rows_in_any_batches():

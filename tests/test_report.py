@@ -9,12 +9,13 @@ import pytest
 
 import minisimclr as ms
 from minisimclr import simclr, train
+from minisimclr.embed import opened, probe_run
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
 from minisimclr.report import headline, judge, read
 from minisimclr.report.verdict import FAULT, written_out
 from minisimclr.tensor import Tensor
-from minisimclr.train import pretrain, probe_run
+from minisimclr.train import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def faults(path):
 @pytest.fixture(scope="module")
 def sound(config, tmp_path_factory):
     run = pretrain(config, tmp_path_factory.mktemp("runs") / "sound")
-    (run.path / "probe.json").write_text(json.dumps(probe_run(run)))
+    (run.path / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
     return run.path
 
 
@@ -143,7 +144,7 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "open_training_data", shuffled)
-        (run.path / "probe.json").write_text(json.dumps(probe_run(run)))
+        (run.path / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
     assert "The probe's labels do not belong to its pictures" in faults(run.path)
     assert "The probe's labels do not belong to its pictures" not in faults(sound)
 

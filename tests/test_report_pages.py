@@ -11,13 +11,14 @@ import pytest
 
 import minisimclr as ms
 from minisimclr import report
+from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.simclr import training_step
 from minisimclr.tensor import Tensor
-from minisimclr.train import pretrain, probe_run
+from minisimclr.train import pretrain
 
 pytest.importorskip("matplotlib")
 
@@ -29,7 +30,8 @@ def run(pictures, tmp_path_factory):
         optimizer="lars", crop_min=0.4,
     )  # fmt: skip
     path = pretrain(config, tmp_path_factory.mktemp("runs") / "run").path
-    (path / "probe.json").write_text(json.dumps(probe_run(report.read(path).run)))
+    trained = report.read(path).run
+    (path / "probe.json").write_text(json.dumps(probe_run(trained, opened(trained, None))))
     return path
 
 

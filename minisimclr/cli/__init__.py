@@ -14,7 +14,7 @@ from ..errors import MinisimclrError
 
 COMMANDS = (
     "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
-    "baseline", "doctor",
+    "baseline", "compare", "doctor",
 )  # fmt: skip
 HOMES = {"walkthrough": "report", "neighbors": "embed"}  # modules with another name
 

@@ -30,7 +30,7 @@ class Display:
             click.echo("\r\033[K", err=True, nl=False)
         click.echo(text, err=True)
 
-    def advance(self, done: int, total: int, label: str, item: str = "") -> None:
+    def on_progress(self, done: int, total: int, label: str, item: str = "") -> None:
         """Move the bar to `done`; a new one for a new label."""
         if not self.terminal:
             return
@@ -47,7 +47,7 @@ class Display:
         getattr(self, f"on_{event}")(**values)
 
     def on_prepare(self, done: int, total: int) -> None:
-        self.advance(done, total, "preparing data")
+        self.on_progress(done, total, "preparing data")
 
     def on_start(self, run: Any, device: str, reason: str, dataset: Any, steps: int) -> None:
         pool, config = len(dataset.split("pretrain")), run.config
@@ -62,7 +62,7 @@ class Display:
             self.say(f"going on from step {run.step} of {steps}")
 
     def on_step(self, step: int, steps: int, **v: Any) -> None:
-        self.advance(
+        self.on_progress(
             step,
             steps,
             "training",

@@ -5,33 +5,65 @@ from typing import Any
 
 import click
 
-from ..errors import DataError
+from ..errors import ConfigError
 from .display import Display
 from .options import json_option, write_json
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|WEIGHTS")
+@click.option("--data", help="A data set other than the run's: a name or a path.")
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
+@click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
+@click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@click.option("--block", help="Of InceptionV3 WEIGHTS: whose output to use, such as mixed8.")
+@click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for WEIGHTS.")
 @json_option
-def probe(run: Path, labels: int | None, json_file: str | None) -> None:
-    """Fit a linear classifier to the frozen features of RUN and test it once."""
-    from ..run import open_run
+def probe(
+    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int,
+    block: str | None, device: str, json_file: str | None,
+) -> None:  # fmt: skip
+    """Fit a linear classifier to the frozen features of a RUN, or of published WEIGHTS, and test
+    it once.
+    """
+    from .. import embed
 
-    loaded, _ = open_run(run)
-    if not loaded.step:
-        raise DataError(f"{run} has no checkpoint yet: train it first")
-    show_probe(loaded, labels, json_file)
-
-
-def show_probe(run: Any, labels: int | None = None, json_file: str | None = None) -> None:
-    """Probe a run, print the table (or JSON), and write probe.json unless labels were left out."""
+    if path.is_dir():
+        run = embed.open_trained(path)
+        return show_probe(run, data, labels, epochs if finetune else None, json_file)
+    if finetune:
+        raise ConfigError("--finetune goes with a run folder")
+    from ..backend import choose_device
+    from ..data import open_dataset
     from ..probe import table
-    from ..train import probe_run
 
     with Display() as display:
-        result = probe_run(run, labels, display.notify)
-    if labels is None:
-        write_json(str(run.path / "probe.json"), result)
+        dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
+        place, _ = choose_device(device)
+        result = embed.probe_weights(path, dataset, block, labels, place, display.notify)
+    if not write_json(json_file, result):
+        click.echo(table(result))
+        click.echo("Weights trained on ImageNet have seen the test photos of Stanford Dogs.")
+
+
+def show_probe(
+    run: Any, data: str | None = None, labels: int | None = None, epochs: int | None = None,
+    json_file: str | None = None,
+) -> None:  # fmt: skip
+    """Probe a run, or fine-tune it for some epochs; print the table (or JSON), and write probe.json
+    or finetune.json into its folder unless data or labels were chosen.
+    """
+    from .. import embed, finetune
+    from ..probe import table
+
+    with Display() as display:
+        dataset = embed.opened(run, data, display.on_prepare)
+        if epochs is None:
+            result = embed.probe_run(run, dataset, labels)
+        else:
+            result = finetune.finetune(run, dataset, labels, epochs, notify=display.notify)
+    if data is None and labels is None:
+        name = "probe.json" if epochs is None else "finetune.json"
+        write_json(str(run.path / name), result)
     if not write_json(json_file, result):
         click.echo(table(result))

@@ -23,8 +23,12 @@ class ProjectionHead(Module):
             setattr(self, f"linear{i + 1}", Linear(c, o, bias=False, rng=rng))
             setattr(self, f"bn{i + 1}", BatchNorm(o, beta=not last))
 
+    def layer(self, i: int, h: Tensor) -> Tensor:
+        """Layer i = 1, 2, ... alone: SimCLRv2 keeps the first for fine-tuning."""
+        h = getattr(self, f"linear{i}")(h)
+        return getattr(self, f"bn{i}")(h, relu=i < self.layers)
+
     def forward(self, h: Tensor) -> Tensor:
         for i in range(1, self.layers + 1):
-            h = getattr(self, f"linear{i}")(h)
-            h = getattr(self, f"bn{i}")(h, relu=i < self.layers)
+            h = self.layer(i, h)
         return h  # (N, d_out)

@@ -17,6 +17,7 @@ from ..errors import ConfigError, DataError
 from .logistic import LogisticRegression, Problem, finite
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
+Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
 # The best C for published SimCLR features differs by six decades between data sets; raw pixels and
 # random encoders do best at the low end.
 C_GRID = tuple(10.0 ** (k / 2) for k in range(-10, 11))
@@ -44,6 +45,16 @@ def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     return np.sort(rows[np.lexsort((keys[rows], share))[:count]])
 
 
+def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of four fifths of the labels to fit to, and of the rest to choose settings by.
+
+    The rest is empty where each label is its class' only one.
+    """
+    size = max(round(0.8 * len(labels)), len(np.unique(labels)))
+    fit = stratified(labels, size, seed)
+    return fit, np.setdiff1d(np.arange(len(labels)), fit)
+
+
 def select_c(
     X: Array, y: Array, grid: Sequence[float] = C_GRID, seed: int = 0
 ) -> tuple[float, str]:
@@ -51,11 +62,9 @@ def select_c(
 
     Also a warning, or "". Each fit starts from that with the C before.
     """
-    size = max(round(0.8 * len(y)), len(np.unique(y)))
-    if size == len(y):
+    fit, rest = holdout(y, seed)
+    if not len(rest):
         return 1.0, "too few labelled images to choose C: it was set to 1"
-    fit = stratified(y, size, seed)
-    rest = np.setdiff1d(np.arange(len(y)), fit)
     fit_X, rest_X = standardize(X[fit], X[rest])
     problem, grid = Problem(fit_X, y[fit]), sorted(grid)
     scores = [LogisticRegression(C).solve(problem).score(rest_X, y[rest]) for C in grid]
@@ -70,11 +79,16 @@ def measure(X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0) -> 
     C, warning = select_c(X, y, seed=seed)
     fit_X, rest_X = standardize(X, test_X)
     model = LogisticRegression(C).fit(fit_X, y)
-    ranked = np.argsort(-to_host(model.decision_function(rest_X)), axis=1)[:, :5]
-    right = model.classes_[ranked] == test_y[:, None]  # (N, 5)
-    top1, top5 = float(right[:, 0].mean()), float(right.any(1).mean())
-    knn, ci95 = knn_score(X, y, test_X, test_y), wilson_interval(top1, len(test_y))
-    return {"top1": top1, "top5": top5, "ci95": ci95, "knn": knn, "C": C, "warning": warning}
+    ranked = model.classes_[np.argsort(-to_host(model.decision_function(rest_X)), axis=1)]
+    knn = knn_score(X, y, test_X, test_y)
+    return scores(ranked, test_y) | {"knn": knn, "C": C, "warning": warning}
+
+
+def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """top1, top5 and ci95 of classes ranked (N, K), the likeliest first, where y (N,) is right."""
+    right = ranked[:, :5] == y[:, None]  # (N, 5)
+    top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
+    return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
 
 
 def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
@@ -112,46 +126,66 @@ def features(encode: Encode, images: Any, rows: Array, size: int, batch_size: in
     return finite(xp_of(parts[0]).concatenate(parts).astype(np.float32, copy=False))
 
 
-def probe(
-    dataset: Any, encode: Encode, size: int, fresh: Encode, labels: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Accuracy of an encoder beside its controls, in the form of probe.json.
+def labelled_and_test(
+    dataset: Any, labels: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the images to learn from (None: all the labelled ones) and of those to test with.
 
-    fresh: the same network with random weights, and batch norm statistics of data; with those it
-    starts with, 0 and 1, deep features blow up or fade: a weak control. labels: how many labelled
-    images to use (None: all). Raises DataError without two classes.
+    Raises DataError without two classes or test images, ConfigError for too many `labels`.
     """
     y = dataset.labels
     train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
     if (classes := len(np.unique(y[train]))) < 2 or not len(test):
-        found = f"{len(train)} of {classes} class(es) and {len(test)} to test with"
-        raise DataError(f"a probe needs labelled images of at least two classes; there are {found}")
-    train = train if labels is None else train[stratified(y[train], labels, seed)]
+        raise DataError(
+            f"{dataset.name}: labelled images of at least two classes and test images are needed; "
+            f"there are {len(train)} of {classes} class(es) and {len(test)} to test with"
+        )
+    return (train if labels is None else train[stratified(y[train], labels, seed)]), test
 
-    def accuracy(encoder: Encode, side: int) -> dict[str, Any]:
-        X, test_X = (features(encoder, dataset.images, rows, side) for rows in (train, test))
-        return measure(X, y[train], test_X, y[test], seed)
 
-    rows = {"SimCLR": accuracy(encode, size), "random encoder": accuracy(fresh, size)}
-    rows["raw pixels"] = accuracy(lambda views: views.reshape(len(views), -1), min(size, 16))
+def probe(
+    dataset: Any,
+    name: str,
+    extract: Extract,
+    fresh: Extract,
+    labels: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy of an encoder beside its controls, in the form of probe.json.
+
+    name: of the row. fresh: the same network with random weights, and batch norm statistics of
+    data; with those it starts with, 0 and 1, deep features blow up or fade: a weak control. labels:
+    how many labelled images to use (None: all). Raises as labelled_and_test does.
+    """
+    y = dataset.labels
+    train, test = labelled_and_test(dataset, labels, seed)
+
+    def pixels(rows: Array) -> Array:
+        return features(lambda views: views.reshape(len(views), -1), dataset.images, rows, 16)
+
+    systems = {name: extract, "random encoder": fresh, "raw pixels": pixels}
+    rows = {
+        system: measure(made(train), y[train], made(test), y[test], seed)
+        for system, made in systems.items()
+    }
     K = len(dataset.class_names)
     controls = {"chance": 1 / K, "pixels": rows["raw pixels"]["top1"]}
     controls["random_encoder"] = rows["random encoder"]["top1"]
     counts = {"labels": len(train), "test": len(test), "classes": K}
-    return {**rows["SimCLR"], **counts, "controls": controls, "rows": rows}
+    return {**rows[name], **counts, "controls": controls, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `probe` returned, for the terminal."""
-    lines = [f"{'system':16}{'top-1':>8}{'95 % interval':>17}{'top-5':>9}{'kNN':>9}"]
-    for name, row in result["rows"].items():
-        cells = (row["top1"], *row["ci95"], row["top5"], row["knn"])
-        lines.append(f"{name:16}" + "{:8.1%}{:9.1%} -{:6.1%}{:9.1%}{:9.1%}".format(*cells))
-    lines.append(f"{'chance':16}{result['controls']['chance']:8.1%}")
-    rows = result["rows"].items()
-    return "\n".join(
-        lines + [f"warning ({name}): {row['warning']}" for name, row in rows if row["warning"]]
-    )
+    """What `probe` (or `finetune`) returned, for the terminal."""
+    rows, width = result["rows"], max(16, *(len(name) + 2 for name in result["rows"]))
+    lines = [f"{'system':{width}}{'top-1':>8}{'95 % interval':>17}{'top-5':>9}{'kNN':>9}"]
+    for name, row in rows.items():
+        cells = (row["top1"], *row["ci95"], row["top5"])
+        line = f"{name:{width}}" + "{:8.1%}{:9.1%} -{:6.1%}{:9.1%}".format(*cells)
+        lines.append(line + (f"{row['knn']:9.1%}" if "knn" in row else f"{'-':>9}"))
+    lines.append(f"{'chance':{width}}{result['controls']['chance']:8.1%}")
+    warned = {name: row["warning"] for name, row in rows.items() if row["warning"]}
+    return "\n".join([*lines, *(f"warning ({name}): {text}" for name, text in warned.items())])
 
 
 def unit(z: Array) -> Array:

@@ -105,18 +105,21 @@ def encoder(path: str | Path, until: str | None = None) -> tuple[Module, Preproc
     Raises DataError where no network of ours has such shapes.
     """
     stored = read(path)
+    return (module := network(stored)), load(module, stored, until)
+
+
+def network(stored: Stored) -> Module:
+    """The network that the shapes in a file belong to, with random weights. Raises DataError."""
     shapes = names.kernels(stored)
     width, _, side, _ = next((s for s in shapes if s[1] == 3), (0, 3, 3, 3))
     if any(shape[2] != shape[3] for shape in shapes):
-        module: Module = InceptionV3()
-    elif (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
+        return InceptionV3()
+    if (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
         large = "simclr" if stored.format == names.TENSORFLOW else "imagenet"
         stem = large if side == 7 else "small" if name == "resnet_small" else "cifar"
         with damage_reported(stored.path):
-            module = ENCODERS[name](stored.metadata.get("stem", stem), width)
-    else:
-        raise DataError(f"{stored.path}: {len(shapes)} convolutions are no network of ours")
-    return module, load(module, stored, until)
+            return ENCODERS[name](stored.metadata.get("stem", stem), width)
+    raise DataError(f"{stored.path}: {len(shapes)} convolutions are no network of ours")
 
 
 def save(

@@ -1,0 +1,42 @@
+"""minisimclr compare: the report's three systems and their controls in one table."""
+
+from pathlib import Path
+
+import click
+
+from .display import Display
+from .options import json_option, write_json
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("run", type=FILE)
+@click.option("--inception", type=FILE, metavar="FILE", help="InceptionV3 weights, any format.")
+@click.option("--simclrv2", type=FILE, metavar="FILE", help="A SimCLRv2 checkpoint.")
+@click.option("--data", help="A data set other than the run's: a name or a path.")
+@click.option("--trials", type=click.IntRange(1), default=20, help="Of the dense layers' search.")
+@click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@click.option("--out", type=FILE, default="results", help="Folder of results.json.")
+@json_option
+def compare(
+    run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
+    epochs: int, out: Path, json_file: str | None,
+) -> None:  # fmt: skip
+    """Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 on the same images and labels, with controls.
+
+    Parts are kept in results.json and not made again; those without their input are "not run".
+    """
+    from .. import compare as library
+    from .. import embed
+    from ..files import require_writable
+
+    loaded = embed.open_trained(run)
+    require_writable(out / "results.json")
+    with Display() as display:
+        dataset = embed.opened(loaded, data, display.on_prepare)
+        results = library.Comparison(
+            loaded, dataset, inception, simclrv2, trials, epochs, display.notify
+        ).make(out)
+    if not write_json(json_file, results):
+        click.echo(library.markdown(results))

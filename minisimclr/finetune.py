@@ -1,0 +1,163 @@
+"""Fine-tuning: the whole network trained with the labels, from a run's weights and from scratch.
+
+As SimCLRv2 does it (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
+starts at zero behind the first layer of the projection head, LARS without weight decay at a rate of
+0.005 sqrt(B), random crops and flips. That rate is for weights that know something already; so it
+is multiplied by a factor chosen on a fifth of the labelled images, and the control from scratch,
+which needs another one, gets the same choice.
+"""
+
+from copy import deepcopy
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .augment import crop_resize, draw_views
+from .backend import choose_device, set_threads, threads, to_device, to_host
+from .data import Dataset, batches
+from .data.cache import Progress
+from .embed import Notify
+from .errors import DataError, DivergedError
+from .nn import Linear, Module
+from .ops.loss import cross_entropy
+from .optim import LARS
+from .probe import features, holdout, labelled_and_test, scores
+from .run import Run, new_run
+from .schedule import scaled_rate, warmup_cosine
+from .simclr import Model
+from .tensor import Tensor, no_grad
+
+BATCH = 64  # images in a step
+FACTORS = (1, 4, 16, 64)  # of the authors' rate
+TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
+STREAM = 3  # of random views; pre-training and monitoring have 1 and 2
+
+
+class Classifier(Module):
+    """Views (N, S, S, 3) -> logits (N, classes): encoder, first layer of the head, linear layer."""
+
+    def __init__(self, model: Model, classes: int):
+        self.encoder, self.head = model.encoder, model.head
+        self.output = Linear(model.encoder.features, classes, std=0, rng=np.random.default_rng(0))
+        # LARS adapts the kind WEIGHT, and would hold one that starts at zero close to it.
+        self.output.weight.kind = "output"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.head.layer(1, self.encoder(x)))
+
+
+class Recipe(NamedTuple):
+    """How to train: passes over the images, views of size x size px, times the authors' rate."""
+
+    epochs: int
+    size: int
+    device: str
+    factor: float = 1
+
+
+def fit(
+    model: Model, dataset: Dataset, rows: np.ndarray, recipe: Recipe, seed: int, progress: Progress
+) -> Classifier | None:
+    """Train a copy of the model on the labelled images at `rows`; None where that diverges."""
+    classifier = Classifier(deepcopy(model), len(dataset.class_names)).to(recipe.device).train()
+    n = min(BATCH, len(rows))
+    peak = recipe.factor * scaled_rate(0.005, n, "sqrt")
+    optimizer = LARS(classifier.named_parameters(), peak, weight_decay=0.0)
+    total = recipe.epochs * (len(rows) // n)
+    for step, batch, chosen in islice(batches(dataset.images, rows, n, seed), total):
+        height, width = batch.shape[1:3]
+        views = draw_views(seed, step, n, height, width, stream=STREAM)
+        images = to_device(batch, recipe.device)  # (n, S, S, 3) uint8
+        x = crop_resize(images, views.boxes[0], views.flips[0], recipe.size).clip(0, 1)
+        loss = cross_entropy(classifier(Tensor(x)), dataset.labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.lr = warmup_cosine(step, peak, 0, total)
+        if not np.isfinite(float(loss)) or not np.isfinite(optimizer.gradient_norm()):
+            return None
+        optimizer.step()
+        progress(step + 1, total)
+    return classifier.eval()
+
+
+def ranked(
+    classifier: Classifier, dataset: Dataset, rows: np.ndarray, recipe: Recipe
+) -> np.ndarray:
+    """The classes of images[rows] in their centre views, the likeliest first: (n, classes)."""
+
+    def logits(views: np.ndarray) -> np.ndarray:
+        with no_grad():
+            return to_host(classifier(Tensor(to_device(views, recipe.device))).data)
+
+    return np.argsort(-features(logits, dataset.images, rows, recipe.size), axis=1, kind="stable")
+
+
+def tuned(
+    name: str,
+    model: Model,
+    dataset: Dataset,
+    split: tuple[np.ndarray, np.ndarray],
+    recipe: Recipe,
+    seed: int,
+    notify: Notify,
+) -> dict[str, Any]:
+    """Choose the factor, train with all labelled images of `split` (train, test), test once.
+
+    top1, top5, ci95, factor, trials, warning. Raises DataError if no image is left to choose by,
+    DivergedError where even the best factor ends in numbers that are not finite.
+    """
+    y, (train, test) = dataset.labels, split
+    inside, outside = (train[part] for part in holdout(y[train], seed))
+    if not len(outside):
+        raise DataError("too few labelled images: none are left to choose the learning rate by")
+
+    def fitted(rows: np.ndarray, recipe: Recipe) -> Classifier | None:
+        label = f"{name}, rate x {recipe.factor}"
+        return fit(
+            model, dataset, rows, recipe, seed,
+            lambda done, total: notify("progress", {"done": done, "total": total, "label": label}),
+        )  # fmt: skip
+
+    trials = []
+    for factor in FACTORS:
+        trial = recipe._replace(factor=factor)
+        score = 0.0  # of a rate at which training diverges
+        if classifier := fitted(inside, trial):
+            score = float((ranked(classifier, dataset, outside, trial)[:, 0] == y[outside]).mean())
+        trials.append({"factor": factor, "validation": score})
+    best = max(trials, key=lambda row: row["validation"])["factor"]
+    trial = recipe._replace(factor=best)
+    if not (classifier := fitted(train, trial)):
+        raise DivergedError(f"{name}: training diverged even at {best} times the authors' rate")
+    edge = f"the best factor, {best}, is at the edge of those tried: a better one may lie beyond"
+    warning = edge if best in (FACTORS[0], FACTORS[-1]) else ""
+    found = {"factor": best, "trials": trials, "warning": warning}
+    return scores(ranked(classifier, dataset, test, trial), y[test]) | found
+
+
+def finetune(
+    run: Run,
+    dataset: Dataset,
+    labels: int | None = None,
+    epochs: int = 60,
+    seed: int = 0,
+    notify: Notify = lambda event, values: None,
+) -> dict[str, Any]:
+    """Accuracy of a run's network trained on with labels, beside the same one from scratch.
+
+    In the form of probe.probe. Raises DataError, DivergedError.
+    """
+    set_threads(run.config.threads or threads())
+    device, _ = choose_device(run.config.device)
+    split = labelled_and_test(dataset, labels, seed)
+    recipe = Recipe(epochs, run.config.image_size, device)
+    systems = {TUNED: run.model, SCRATCH: new_run(run.path, run.config).model}
+    rows = {
+        name: tuned(name, model, dataset, split, recipe, seed, notify)
+        for name, model in systems.items()
+    }
+    classes = len(dataset.class_names)
+    controls = {"chance": 1 / classes, "scratch": rows[SCRATCH]["top1"]}
+    counts = {"labels": len(split[0]), "test": len(split[1]), "classes": classes}
+    return {**rows[TUNED], **counts, "controls": controls, "rows": rows}
