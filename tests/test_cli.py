@@ -18,7 +18,10 @@ from PIL import Image
 import minisimclr
 from minisimclr.config import TrainConfig
 
-SMALL = "--width 4 --image-size 16 --batch-size 16 --epochs 2 --threads 1".split()
+SMALL = [
+    *("--width", "4", "--image-size", "16", "--batch-size", "16"),
+    *("--epochs", "2", "--threads", "1"),
+]
 
 
 def command_line(*arguments):
