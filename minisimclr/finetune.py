@@ -48,10 +48,13 @@ class Classifier(Module):
 
 
 class Recipe(NamedTuple):
-    """How to train: passes over the images, views of size x size px, times the authors' rate."""
+    """How to train: passes over the images, side of the views in training and in testing (px),
+    device, and times the authors' rate.
+    """
 
     epochs: int
     size: int
+    view: int
     device: str
     factor: float = 1
 
@@ -90,7 +93,7 @@ def ranked(
         with no_grad():
             return to_host(classifier(Tensor(to_device(views, recipe.device))).data)
 
-    return np.argsort(-features(logits, dataset.images, rows, recipe.size), axis=1, kind="stable")
+    return np.argsort(-features(logits, dataset.images, rows, recipe.view), axis=1, kind="stable")
 
 
 def tuned(
@@ -141,17 +144,20 @@ def finetune(
     dataset: Dataset,
     labels: int | None = None,
     epochs: int = 60,
+    view: int | None = None,
     seed: int = 0,
     notify: Notify = lambda event, values: None,
 ) -> dict[str, Any]:
     """Accuracy of a run's network trained on with labels, beside the same one from scratch.
 
-    In the form of probe.probe. Raises DataError, DivergedError.
+    In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
+    DataError, DivergedError.
     """
     set_threads(run.config.threads or threads())
     device, _ = choose_device(run.config.device)
     split = labelled_and_test(dataset, labels, seed)
-    recipe = Recipe(epochs, run.config.image_size, device)
+    size = run.config.image_size
+    recipe = Recipe(epochs, size, view or size, device)
     systems = {TUNED: run.model, SCRATCH: new_run(run.path, run.config).model}
     rows = {
         name: tuned(name, model, dataset, split, recipe, seed, notify)
