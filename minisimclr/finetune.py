@@ -3,8 +3,8 @@
 As SimCLRv2 does it (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
 starts at zero behind the first layer of the projection head, LARS without weight decay at a rate of
 0.005 sqrt(B), random crops and flips. That rate is for weights that know something already; so it
-is multiplied by a factor chosen on a fifth of the labelled images, and the control from scratch,
-which needs another one, gets the same choice.
+is multiplied by a factor chosen, in shorter trainings, on a fifth of the labelled images, and the
+control from scratch, which needs another one, gets the same choice.
 """
 
 from copy import deepcopy
@@ -31,6 +31,7 @@ from .tensor import Tensor, no_grad
 BATCH = 64  # images in a step
 FACTORS = (1, 4, 16, 64)  # of the authors' rate
 TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
+SHORTER = 3  # times shorter than the last training are those that choose the factor
 STREAM = 3  # of random views; pre-training and monitoring have 1 and 2
 
 
@@ -124,7 +125,7 @@ def tuned(
 
     trials = []
     for factor in FACTORS:
-        trial = recipe._replace(factor=factor)
+        trial = recipe._replace(factor=factor, epochs=-(-recipe.epochs // SHORTER))
         score = 0.0  # of a rate at which training diverges
         if classifier := fitted(inside, trial):
             score = float((ranked(classifier, dataset, outside, trial)[:, 0] == y[outside]).mean())

@@ -105,7 +105,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     calls, diverging = [], {64}
 
     def fake(model, dataset, rows, recipe, seed, progress):
-        calls.append((recipe.factor, rows))
+        calls.append((recipe.factor, recipe.epochs, rows))
         return None if recipe.factor in diverging else recipe.factor
 
     def ranked(classifier, dataset, rows, recipe):
@@ -117,14 +117,14 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     monkeypatch.setattr(finetune, "fit", fake)
     monkeypatch.setattr(finetune, "ranked", ranked)
     choose = lambda: finetune.tuned(  # noqa: E731
-        "name", model, colours, split, Recipe(1, 16, 16, "cpu"), 0, nothing
+        "name", model, colours, split, Recipe(7, 16, 16, "cpu"), 0, nothing
     )
     found = choose()
-    assert [factor for factor, _ in calls] == [1, 4, 16, 64, 16]
+    assert [call[:2] for call in calls] == [(1, 3), (4, 3), (16, 3), (64, 3), (16, 7)]
     assert (found["factor"], found["top1"], found["warning"]) == (16, 1.0, "")
     assert found["trials"][3] == {"factor": 64, "validation": 0.0}
-    assert all(not np.isin(test, rows).any() for _, rows in calls)
-    assert all(len(rows) == 48 for _, rows in calls[:4]) and len(calls[4][1]) == len(train)
+    assert all(not np.isin(test, rows).any() for *_, rows in calls)
+    assert [len(rows) for *_, rows in calls] == [48, 48, 48, 48, len(train)]
     diverging.update((1, 16))
     assert choose()["factor"] == 4
     diverging.add(4)
