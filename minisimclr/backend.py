@@ -29,6 +29,10 @@ def xp_of(array: Array) -> Any:
     return cupy()
 
 
+#: Called with CuPy as soon as it is used for the first time.
+on_cupy: list[Callable[[Any], None]] = []
+
+
 @cache
 def cupy() -> Any:
     """CuPy, or a ConfigError that names the extra to install."""
@@ -39,6 +43,8 @@ def cupy() -> Any:
             "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), "
             "or use --device cpu"
         ) from error
+    for act in on_cupy:
+        act(cupy)
     return cupy
 
 
@@ -53,6 +59,28 @@ def to_device(array: np.ndarray, device: str) -> Array:
         return array
     with cupy().cuda.Device(int(device.removeprefix("cuda:"))):
         return cupy().asarray(array)
+
+
+def later(numbers: Array) -> Callable[[], list[float]]:
+    """Ask for `numbers` (n,) now; the function returned gives them on the host.
+
+    It waits for what the GPU had been asked to do by now, not for what it was asked since. So a
+    loop that reads one step's numbers after it has asked for the next one never lets it idle.
+    """
+    if xp_of(numbers) is np:
+        return numbers.tolist
+    import cupyx
+
+    host = cupyx.empty_pinned(numbers.shape, numbers.dtype)
+    stream = cupy().cuda.get_current_stream()
+    numbers.get(stream=stream, out=host, blocking=False)
+    copied = stream.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def choose_device(name: str) -> tuple[str, str]:

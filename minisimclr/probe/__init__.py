@@ -65,7 +65,7 @@ def select_c(
     fit, rest = holdout(y, seed)
     if not len(rest):
         return 1.0, "too few labelled images to choose C: it was set to 1"
-    fit_X, rest_X = standardize(X[fit], X[rest])
+    fit_X, rest_X = standardize(*(X[xp_of(X).asarray(rows)] for rows in (fit, rest)))
     problem, grid = Problem(fit_X, y[fit]), sorted(grid)
     scores = [LogisticRegression(C).solve(problem).score(rest_X, y[rest]) for C in grid]
     best = np.flatnonzero(np.equal(scores, max(scores)))
