@@ -29,6 +29,18 @@ def xp_of(array: Array) -> Any:
     return cupy()
 
 
+@cache
+def cuda_driver() -> int:
+    """The newest CUDA that this machine's NVIDIA driver supports (12.4 is 12040); 0: no driver."""
+    version = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
 #: Called with CuPy as soon as it is used for the first time.
 on_cupy: list[Callable[[Any], None]] = []
 
@@ -39,9 +51,9 @@ def cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
+        newest = "[cuda13]" if cuda_driver() >= 13000 else "[cuda12]"
         raise ConfigError(
-            "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), "
-            "or use --device cpu"
+            f"CuPy is not installed: pip install 'minisimclr{newest}', or use --device cpu"
         ) from error
     for act in on_cupy:
         act(cupy)
@@ -95,17 +107,47 @@ def choose_device(name: str) -> tuple[str, str]:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda:0, cuda:1, ...")
     index = 0 if name == "auto" else int(name[5:])
     try:
-        count = cupy().cuda.runtime.getDeviceCount()
-        if index >= count:
-            raise ConfigError(f"no device {name}: this machine has {count} CUDA device(s)")
-        return f"cuda:{index}", f"{count} CUDA device(s) found"
+        return f"cuda:{index}", try_gpu(index)
     except ConfigError as error:
-        reason = error
-    except Exception as error:  # CuPy's own driver errors, which have no common base
-        reason = ConfigError(f"no usable CUDA device: {error}")
-    if name == "auto":
-        return "cpu", str(reason).partition(":")[0]
-    raise reason
+        if name != "auto":
+            raise
+        # Who has a GPU should know why it idles, and what to do; who has none need not.
+        return "cpu", str(error) if cuda_driver() else "no NVIDIA driver"
+
+
+TWICE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
+
+
+@cache
+def try_gpu(index: int) -> str:
+    """Name and driver of a GPU on which a kernel, a matrix product and eigenvalues were tried.
+
+    Raises ConfigError that says what is missing and the line to type.
+    """
+    part = "a CUDA device"
+    try:
+        xp = cupy()
+        if index >= (count := xp.cuda.runtime.getDeviceCount()):
+            raise ConfigError(f"no device cuda:{index}: this machine has {count} CUDA device(s)")
+        with xp.cuda.Device(index):
+            part = "a kernel (NVRTC and CUDA's headers)"
+            x = xp.ones((2, 2), np.float32)
+            twice = xp.RawModule(code=TWICE, options=("--std=c++17",)).get_function("twice")
+            twice((1,), (4,), (x,))
+            part = "a matrix product (cuBLAS)"
+            x = x @ x
+            part = "eigenvalues (cuSOLVER)"
+            xp.linalg.eigvalsh(x).get()
+        name = xp.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    except ConfigError:
+        raise
+    except Exception as error:  # those of CuPy and of each library it loads have no common base
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        parts = f"pip install 'cupy-cuda{cuda_driver() // 1000 or 12}x[ctk]'"
+        what = parts if cuda_driver() else "install NVIDIA's driver"
+        raise ConfigError(f"CuPy has no use of {part}: {said}; {what}") from error
+    driver = cuda_driver()
+    return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
 
 def synchronize(device: str) -> None:

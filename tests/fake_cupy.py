@@ -44,7 +44,7 @@ class Counter:
 def build(launcher=None):
     """A new module `cupy` (and `cupyx`) with an array type of its own.
 
-    launcher: what RawModule is to be; without one a kernel cannot be compiled.
+    launcher: what RawModule is to be; without one kernels do nothing.
     """
     counter = Counter()
 
@@ -269,9 +269,14 @@ def build(launcher=None):
     def is_pinned(array):
         return any(array is p for p in pinned)
 
-    class NoCompiler:
-        def __init__(self, **kwargs):
-            raise RuntimeError("this fake cannot compile kernels: give it a launcher")
+    class Idle:
+        """A module whose kernels do nothing."""
+
+        def __init__(self, code, options=()):
+            pass
+
+        def get_function(self, name):
+            return lambda grid, block, args: None
 
     current = Stream()
     properties = {"name": b"Fake", "totalGlobalMem": 1 << 30}
@@ -282,7 +287,7 @@ def build(launcher=None):
             runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda index: properties,
         ),
     )  # fmt: skip
-    cupy.RawModule = launcher or NoCompiler
+    cupy.RawModule = launcher or Idle
     cupy.is_available = lambda: True
     cupy.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 1 << 20)
     cupyx.empty_pinned = empty_pinned
@@ -297,4 +302,14 @@ def install(monkeypatch, launcher=None):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupyx", cupyx)
     backend.cupy.cache_clear()
+    backend.try_gpu.cache_clear()
     return cupy
+
+
+def remove():
+    """Forget that there was a stand-in."""
+    from minisimclr import backend
+    from minisimclr.kernels import cuda
+
+    for cached in (backend.cupy, backend.try_gpu, cuda.module):
+        cached.cache_clear()

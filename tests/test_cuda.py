@@ -36,8 +36,7 @@ def cupy(monkeypatch):
     monkeypatch.setattr(cuda, "SHARES", 3)
     fake_cupy.install(monkeypatch, HostModule)
     yield backend.cupy()  # which registers the kernels
-    backend.cupy.cache_clear()
-    cuda.module.cache_clear()
+    fake_cupy.remove()
 
 
 def larger_views(blurred):
@@ -289,6 +288,8 @@ def test_a_run_waits_for_nothing_within_an_epoch(config, cupy, tmp_path):  # noq
     within, counter = [], cupy.counter
 
     def note(event, values):
+        if event == "start":
+            counter.clear()
         if event == "step":
             within.append(counter.syncs.copy())
             counter.syncs.clear()

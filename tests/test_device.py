@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import augment, backend, ops, train
+from minisimclr import augment, backend, doctor, ops, train
 from minisimclr.embed import embed, probe_run
-from minisimclr.errors import DivergedError
+from minisimclr.errors import ConfigError, DivergedError
 from minisimclr.nn import BatchNorm, inception_v3, resnet10
 from minisimclr.ops import basic, loss, norm, pool
 from minisimclr.probe import alignment, effective_rank, knn_score, measure, standardize, uniformity
@@ -35,7 +35,7 @@ def cupy(monkeypatch):
     """The readable passes on the stand-in: no kernels are registered for its arrays."""
     monkeypatch.setattr(backend, "on_cupy", [])
     yield fake_cupy.install(monkeypatch)
-    backend.cupy.cache_clear()
+    fake_cupy.remove()
 
 
 def randn(*shape, seed=0):
@@ -321,6 +321,8 @@ def test_a_run_is_the_same_on_the_device_and_never_waits(config, cupy, drawn, tm
     within_epochs, counter = set(), cupy.counter
 
     def note(event, values):
+        if event == "start":
+            counter.clear()
         if event == "step":  # the last of an epoch comes with what the monitor looked at
             within_epochs.update(counter.syncs if "alignment" not in values else ())
             counter.syncs.clear()
@@ -389,8 +391,56 @@ def test_a_run_of_the_device_is_probed(config, cupy, tmp_path):
     np.testing.assert_allclose(embed(run, dataset), embed(again, dataset), rtol=1e-3, atol=1e-4)
 
 
-def test_the_device_is_chosen_aloud(cupy):
-    assert backend.choose_device("auto")[0] == "cuda:0"
-    with pytest.raises(ms.backend.ConfigError, match="this machine has 1 CUDA device"):
+def test_convolutions_work_on_larger_blocks_there(cupy):
+    """Products of a few images would leave most of a GPU idle."""
+    x = np.zeros((64, 1, 1, 1), np.float32)
+    assert len(ops.conv.image_blocks(x, 1 << 20)) == 16
+    assert len(ops.conv.image_blocks(cupy.asarray(x), 1 << 20)) == 1
+
+
+# Which device, and why.
+
+
+def driver(monkeypatch, version):
+    monkeypatch.setattr(backend, "cuda_driver", lambda: version)
+    monkeypatch.setattr(doctor, "cuda_driver", lambda: version)
+
+
+def test_a_gpu_that_works_is_named(cupy, monkeypatch):
+    driver(monkeypatch, 12040)
+    said = "Fake, driver for CUDA 12.4, CuPy 14.0.fake"
+    assert backend.choose_device("auto") == backend.choose_device("cuda:0") == ("cuda:0", said)
+    with pytest.raises(ConfigError, match="this machine has 1 CUDA device"):
         backend.choose_device("cuda:1")
-    del sys.modules["cupy"]
+    assert doctor.gpu() == (True, f"a kernel, a matrix product and eigenvalues ran on {said}")
+
+
+BROKEN = {
+    "kernel (NVRTC": lambda cupy: setattr(cupy, "RawModule", None),
+    "matrix product (cuBLAS)": lambda cupy: setattr(cupy.ndarray, "__matmul__", None),
+    "eigenvalues (cuSOLVER)": lambda cupy: delattr(cupy.linalg, "eigvalsh"),
+    "a CUDA device": lambda cupy: delattr(cupy.cuda, "runtime"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_a_broken_part_is_named_with_the_line_to_type(part, cupy, monkeypatch):
+    driver(monkeypatch, 13000)
+    BROKEN[part](cupy)
+    with pytest.raises(ConfigError) as error:
+        backend.choose_device("cuda:0")
+    assert part in str(error.value) and "pip install 'cupy-cuda13x[ctk]'" in str(error.value)
+    assert backend.choose_device("auto") == ("cpu", str(error.value))
+    assert doctor.gpu() == (False, str(error.value))
+
+
+@pytest.mark.parametrize("version, extra", [(12080, "cuda12"), (13010, "cuda13"), (0, "cuda12")])
+def test_without_cupy_the_right_extra_is_named(version, extra, cupy, monkeypatch):
+    driver(monkeypatch, version)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ConfigError, match=rf"pip install 'minisimclr\[{extra}\]'"):
+        backend.choose_device("cuda:0")
+    device, reason = backend.choose_device("auto")
+    assert device == "cpu"
+    assert (extra in reason) if version else reason == "no NVIDIA driver"
+    assert doctor.gpu()[0]
