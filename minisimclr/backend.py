@@ -132,7 +132,7 @@ def try_gpu(index: int) -> str:
         with xp.cuda.Device(index):
             part = "a kernel (NVRTC and CUDA's headers)"
             x = xp.ones((2, 2), np.float32)
-            twice = xp.RawModule(code=TWICE, options=("--std=c++17",)).get_function("twice")
+            twice = xp.RawModule(code=TWICE).get_function("twice")
             twice((1,), (4,), (x,))
             part = "a matrix product (cuBLAS)"
             x = x @ x

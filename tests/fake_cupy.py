@@ -272,7 +272,7 @@ def build(launcher=None):
     class Idle:
         """A module whose kernels do nothing."""
 
-        def __init__(self, code, options=()):
+        def __init__(self, code):
             pass
 
         def get_function(self, name):

@@ -28,11 +28,14 @@ from minisimclr.train import pretrain
 
 FILES = sorted(Path(cuda.__file__).parent.glob("*.cu"))
 ORDERS = 0, 1, 2
-needs_compiler = pytest.mark.skipif(not host_cuda.available(), reason="g++ is not installed")
+NO_COMPILER = "g++ is not installed"
+needs_compiler = pytest.mark.skipif(not host_cuda.available(), reason=NO_COMPILER)
 
 
 @pytest.fixture
 def cupy(monkeypatch):
+    if not host_cuda.available():
+        pytest.skip(NO_COMPILER)
     monkeypatch.setattr(cuda, "SHARES", 3)
     fake_cupy.install(monkeypatch, HostModule)
     yield backend.cupy()  # which registers the kernels
@@ -61,7 +64,7 @@ def on_device(f, args, library):
     """Host copies of what pass `f` makes of device copies of its arguments."""
     given = [library.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
     result = f(*given)
-    return [r._host.copy() for r in (result if isinstance(result, tuple) else (result,))]
+    return [np.array(host(r)) for r in (result if isinstance(result, tuple) else (result,))]
 
 
 def reference(f, args):
@@ -136,14 +139,12 @@ def test_every_kernel_is_here(cupy):
     assert {f.stem for f in FILES} == {"norm", "optim", "augment"}
 
 
-@needs_compiler
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_file_does_what_the_readable_passes_do(file, cupy):
     exercise(file.stem, cupy)
     assert not cupy.counter.syncs
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     "file, line",
     [
@@ -166,15 +167,13 @@ BROKEN = {
 }
 
 
-@needs_compiler
 @pytest.mark.parametrize("said", BROKEN)
 def test_a_barrier_that_some_threads_miss_is_caught(said, cupy):
-    kernel = HostModule(PRELUDE + BROKEN[said], ("--std=c++17",)).get_function("f")
+    kernel = HostModule(PRELUDE + BROKEN[said]).get_function("f")
     with pytest.raises(RuntimeError, match=said):
         kernel((1,), (5,), (cupy.zeros(5, np.float32),))
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     "order, expected", [(0, [1, 2, 3, 4]), (1, [4, 3, 2, 1]), (2, [1, 4, 3, 2])]
 )
@@ -182,11 +181,10 @@ def test_threads_run_in_the_order_asked_for(order, expected, cupy, monkeypatch):
     code = f"{PRELUDE} x[threadIdx.x] = ++x[4]; }}"
     x = cupy.zeros(5, np.float32)
     monkeypatch.setattr(settings, "order", order)
-    HostModule(code, ("--std=c++17",)).get_function("f")((1,), (4,), (x,))
+    HostModule(code).get_function("f")((1,), (4,), (x,))
     assert x._host[:4].tolist() == expected
 
 
-@needs_compiler
 def test_large_views_are_blurred(cupy):
     for args in larger_views(blurred=True):
         assert (args[1].sigmas > 0).any()
@@ -204,11 +202,10 @@ WRONG = {
 }
 
 
-@needs_compiler
 @pytest.mark.parametrize("said", WRONG)
 def test_a_wrong_argument_is_caught(said, cupy):
     code = 'extern "C" __global__ void f(float* x, int n, long long m) {}'
-    kernel = HostModule(code, ("--std=c++17",)).get_function("f")
+    kernel = HostModule(code).get_function("f")
     with pytest.raises(AssertionError, match=said):
         kernel((1,), (5,), WRONG[said](cupy.zeros(6, np.float32)))
 
@@ -267,7 +264,6 @@ def test_a_read_out_of_bounds_is_caught(file, old, new):
 # Training on the kernels.
 
 
-@needs_compiler
 def test_nothing_moves_where_a_number_is_not_finite(cupy):
     ok = (True, np.bool_(False), np.bool_(True))
     for kind in (optim.SGD, optim.LARS):
@@ -275,7 +271,6 @@ def test_nothing_moves_where_a_number_is_not_finite(cupy):
     assert not cupy.counter.syncs
 
 
-@needs_compiler
 @pytest.mark.parametrize("kind", [optim.SGD, optim.LARS])
 def test_a_training_step_waits_for_nothing(kind, cupy):
     ours = steps("cuda:0", cupy, optimizer=kind)
@@ -283,7 +278,6 @@ def test_a_training_step_waits_for_nothing(kind, cupy):
     same_training(ours, steps("cpu", np, optimizer=kind))
 
 
-@needs_compiler
 def test_a_run_waits_for_nothing_within_an_epoch(config, cupy, tmp_path):  # noqa: F811
     within, counter = [], cupy.counter
 

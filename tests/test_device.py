@@ -44,7 +44,9 @@ def randn(*shape, seed=0):
 
 def host(value):
     """What a device array holds, behind the stand-in's back: no synchronisation is counted."""
-    return value._host if hasattr(value, "_host") else value
+    if hasattr(value, "_host"):
+        return value._host
+    return value.get() if hasattr(value, "get") else value
 
 
 def close(device, reference, atol=1e-5):

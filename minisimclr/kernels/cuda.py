@@ -44,7 +44,7 @@ def register(library: Any) -> None:
 @cache
 def module(library: Any, file: str) -> Any:
     code = Path(__file__).with_name(f"{file}.cu").read_text()
-    return library.RawModule(code=code, options=("--std=c++17",))
+    return library.RawModule(code=code)
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
