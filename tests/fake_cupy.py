@@ -282,6 +282,7 @@ def build(launcher=None):
     properties = {"name": b"Fake", "totalGlobalMem": 1 << 30}
     cupy.cuda = SimpleNamespace(
         Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: current,
+        get_elapsed_time=lambda start, stop: 1.0,
         runtime=SimpleNamespace(
             getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda index: properties,
@@ -289,7 +290,9 @@ def build(launcher=None):
     )  # fmt: skip
     cupy.RawModule = launcher or Idle
     cupy.is_available = lambda: True
-    cupy.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 1 << 20)
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(
+        total_bytes=lambda: 1 << 20, free_all_blocks=lambda: None
+    )
     cupyx.empty_pinned = empty_pinned
     return cupy, cupyx
 

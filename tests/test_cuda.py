@@ -5,6 +5,8 @@ AddressSanitizer; and with mistakes planted, to see that each of these would hav
 """
 
 import functools
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -292,6 +294,36 @@ def test_a_run_waits_for_nothing_within_an_epoch(config, cupy, tmp_path):  # noq
     run = pretrain(few, tmp_path / "run", notify=note)
     assert within[:-1] == [[]] * (run.step - 1) and run.step > 2
     assert counter.waits == run.step
+
+
+# What will run first where there is a GPU.
+
+
+def script(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    parts = ["facts", "ceilings", "kernels", "convolutions", "views", "lars"]
+    out = tmp_path / "gpu.json"
+    results = script("gpu").main(["--small", "--out", str(out), "--part", *parts])
+    assert list(results) == parts and json.loads(out.read_text()) == results
+    assert not [row for rows in results.values() for row in rows if "failed" in row]
+    assert results["lars"][0]["ms"] == 1.0
+    assert [row["skipped"] for row in results["lars"] if "skipped" in row]
+
+
+def test_a_step_beside_pytorch_on_a_gpu(cupy, monkeypatch):
+    compare = script("compare_torch")
+    monkeypatch.setitem(compare.GPU_CASES, "tiny", ("resnet_small", "small", 8, 4))
+    step, clock, memory = compare.our_step("tiny", 1, "cuda", "")
+    assert clock.time(step) == 1e-3 and memory() == 1 << 20
+    backend.set_threads(backend.available_cores())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
