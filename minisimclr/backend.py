@@ -107,7 +107,9 @@ def choose_device(name: str) -> tuple[str, str]:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda:0, cuda:1, ...")
     index = 0 if name == "auto" else int(name[5:])
     try:
-        return f"cuda:{index}", try_gpu(index)
+        reason = try_gpu(index)
+        cupy().cuda.Device(index).use()  # where new arrays of this thread will be
+        return f"cuda:{index}", reason
     except ConfigError as error:
         if name != "auto":
             raise
@@ -148,6 +150,29 @@ def try_gpu(index: int) -> str:
         raise ConfigError(f"CuPy has no use of {part}: {said}; {what}") from error
     driver = cuda_driver()
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
+
+
+@contextmanager
+def precision(name: str, device: str) -> Iterator[None]:
+    """Within the block, matrix products of float32 on a GPU round what they multiply to TF32's 10
+    bits of mantissa ("tf32"; sums stay in float32), or do not ("fp32").
+
+    Raises ConfigError for TF32 where there is none: on a CPU, and on GPUs before Ampere.
+    """
+    if name == "fp32":
+        yield
+        return
+    if device == "cpu":
+        raise ConfigError(f"precision {name} needs a GPU: on a CPU, use fp32")
+    xp, index = cupy(), int(device.removeprefix("cuda:"))
+    if int(xp.cuda.Device(index).compute_capability) < 80:
+        raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
+    core, types = xp._core, xp._core._routines_linalg  # CuPy's own switch is read only once
+    core.set_compute_type(np.float32, types.COMPUTE_TYPE_TF32)
+    try:
+        yield
+    finally:
+        core.set_compute_type(np.float32, types.COMPUTE_TYPE_DEFAULT)
 
 
 def synchronize(device: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import augment
+from . import augment, backend
 from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device, to_host
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
@@ -51,7 +51,8 @@ def pretrain(
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
         raise ConfigError(f"{out} exists already: name another --out, or go on with --resume {out}")
-    choose_device(config.device)
+    with backend.precision(config.precision, choose_device(config.device)[0]):
+        pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
     dataset = open_training_data(config, notify)
     make_run_folder(out, config, origins or {})
@@ -96,7 +97,8 @@ def resume(
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
-            train(run, dataset, plan, device, time_limit, notify)
+            with backend.precision(config.precision, device):
+                train(run, dataset, plan, device, time_limit, notify)
             return run
     except BlockingIOError as error:
         raise OutputError(f"{path} is being trained by another process") from error
@@ -241,9 +243,10 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     for step in range(3):
         begin = time.perf_counter()
         views = draw(config, step, images)
-        training_step(
-            run.model, run.optimizer, images, views, config.image_size, config.temperature
-        )
+        with backend.precision(config.precision, device):
+            training_step(
+                run.model, run.optimizer, images, views, config.image_size, config.temperature
+            )
         seconds.append(time.perf_counter() - begin)
     return {
         "settings": config.to_dict(),

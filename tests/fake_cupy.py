@@ -257,6 +257,7 @@ def build(launcher=None):
             return None
 
         def use(self):
+            cupy.device_in_use = self.id
             return self
 
     pinned = []
@@ -289,6 +290,11 @@ def build(launcher=None):
         ),
     )  # fmt: skip
     cupy.RawModule = launcher or Idle
+    cupy.compute_type = 1
+    cupy._core = SimpleNamespace(
+        set_compute_type=lambda dtype, kind: setattr(cupy, "compute_type", kind),
+        _routines_linalg=SimpleNamespace(COMPUTE_TYPE_DEFAULT=1, COMPUTE_TYPE_TF32=7),
+    )
     cupy.is_available = lambda: True
     cupy.get_default_memory_pool = lambda: SimpleNamespace(
         total_bytes=lambda: 1 << 20, free_all_blocks=lambda: None

@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import augment, backend, doctor, ops, train
-from minisimclr.embed import embed, probe_run
+from minisimclr import augment, backend, doctor, ops, profile, train
+from minisimclr.embed import embed, probe_run, published
 from minisimclr.errors import ConfigError, DivergedError
+from minisimclr.finetune import SCRATCH, TUNED, finetune
 from minisimclr.nn import BatchNorm, inception_v3, resnet10
 from minisimclr.ops import basic, loss, norm, pool
 from minisimclr.probe import alignment, effective_rank, knn_score, measure, standardize, uniformity
-from minisimclr.run import open_run
+from minisimclr.run import new_run, open_run
 from minisimclr.simclr import Model, calibrate, training_step
 from minisimclr.tensor import Function, Tensor
 from minisimclr.train import pretrain, resume
+from minisimclr.weights import Preprocessing
 
 
 @pytest.fixture
@@ -393,6 +395,52 @@ def test_a_run_of_the_device_is_probed(config, cupy, tmp_path):
     np.testing.assert_allclose(embed(run, dataset), embed(again, dataset), rtol=1e-3, atol=1e-4)
 
 
+def test_precision_is_set_for_the_training_alone(config, cupy, monkeypatch, tmp_path):
+    kinds, step = [], train.training_step
+
+    def spy(*args):
+        kinds.append(cupy.compute_type)
+        return step(*args)
+
+    monkeypatch.setattr(train, "training_step", spy)
+    tf32 = replace(config, precision="tf32", epochs=1)
+    pretrain(tf32, tmp_path / "run")
+    train.dry_run(tf32, lambda *_: None)
+    assert set(kinds) == {7} and cupy.compute_type == 1
+    pretrain(replace(config, epochs=1), tmp_path / "plain")
+    assert set(kinds) == {7, 1}
+
+
+def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp_path):
+    tf32 = replace(config, precision="tf32")
+    with pytest.raises(ConfigError, match="precision tf32 needs a GPU: on a CPU, use fp32"):
+        pretrain(replace(tf32, device="cpu"), tmp_path / "run")
+
+    class Old(cupy.cuda.Device):
+        def __init__(self, index=0):
+            super().__init__(index)
+            self.compute_capability = "75"
+
+    monkeypatch.setattr(cupy.cuda, "Device", Old)
+    with pytest.raises(ConfigError, match="compute capability 8"):
+        pretrain(tf32, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_else_runs_on_the_device(config, cupy, tmp_path):
+    """The profiler, the dry run, fine-tuning, the doctor's training, features of other weights."""
+    small = profile.profile("resnet_small", "small", 4, 16, 4, steps=1, device="cuda:0")
+    assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 20
+    profile.table(small)
+    assert train.dry_run(config, lambda *_: None)["device"].startswith("cuda:0 (Fake")
+    run, dataset = new_run(tmp_path, config, "cuda:0"), ms.data.open_dataset(config.data, 20)
+    assert finetune(run, dataset, epochs=1)["rows"].keys() == {TUNED, SCRATCH}
+    assert doctor.learning()[0]
+    net, preprocessing = resnet10("imagenet", 4), Preprocessing(32, "imagenet")
+    extract = published(net, preprocessing, dataset, None, "cuda:0", lambda *_: None)
+    assert extract(np.arange(3)).shape == (3, 32)
+
+
 def test_convolutions_work_on_larger_blocks_there(cupy):
     """Products of a few images would leave most of a GPU idle."""
     x = np.zeros((64, 1, 1, 1), np.float32)
@@ -412,6 +460,7 @@ def test_a_gpu_that_works_is_named(cupy, monkeypatch):
     driver(monkeypatch, 12040)
     said = "Fake, driver for CUDA 12.4, CuPy 14.0.fake"
     assert backend.choose_device("auto") == backend.choose_device("cuda:0") == ("cuda:0", said)
+    assert cupy.device_in_use == 0
     with pytest.raises(ConfigError, match="this machine has 1 CUDA device"):
         backend.choose_device("cuda:1")
     assert doctor.gpu() == (True, f"a kernel, a matrix product and eigenvalues ran on {said}")
