@@ -42,6 +42,7 @@ SIDES = {
     "cpu": ("ours", "torch"),
     "cuda": ("ours", "torch", "torch-tf32", "torch-bf16", "torch-compile", "torch-graph"),
 }
+LEAST, PATIENCE = 10, 20  # rounds on a GPU, and seconds after which those are enough
 BATCHES = 3  # taken in turn on a GPU, so that none stays in its cache
 
 
@@ -231,8 +232,7 @@ def start(side: str, case: str, threads: int, device: str) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen) -> None:
-    process.stdin.close()
-    process.wait()
+    process.communicate()  # at the end of its input it ends
 
 
 def ask(process: subprocess.Popen) -> tuple[float, float]:
@@ -243,28 +243,41 @@ def ask(process: subprocess.Popen) -> tuple[float, float]:
     return float(taken), int(held) / 2**20
 
 
-def one_by_one(case: str, rounds: int, threads: int) -> list[dict]:
-    """Rows of all sides on a GPU, each in a process of its own; one that fails says so."""
-    rows = []
+def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> None:
+    """All sides of all cases on a GPU, each in a process of its own; one that fails says so.
+
+    The like-for-like sides come first, and rows are written as they come: a run may be cut short.
+    """
+    rows: list[dict] = []
+    ours = {}
     for side in SIDES["cuda"]:
-        process = start(side, case, threads, "cuda")
-        row = {"case": case, "side": side}
-        try:
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("its process ended: see above")
-            answers = [ask(process) for _ in range(rounds)]
-            row["seconds"] = statistics.median(taken for taken, _ in answers)
-            row["mib"] = answers[-1][1]
-            first = rows[0] if rows else row
-            row["ratio"] = first["seconds"] / row["seconds"] if "seconds" in first else math.nan
-        except (RuntimeError, ValueError, OSError) as error:
-            row["failed"] = str(error) or type(error).__name__
-        finally:
-            process.kill() if "failed" in row else stop(process)
-        rows.append(row)
-        figures = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-        print(f"{case:18} {side:14} {row.get('failed', figures)}", flush=True)
-    return rows
+        for case in cases:
+            process = start(side, case, threads, "cuda")
+            row = {"case": case, "side": side}
+            try:
+                if process.stdout.readline() != "ready\n":
+                    raise RuntimeError("its process ended: see above")
+                answers, begin = [], time.monotonic()
+                while len(answers) < rounds and (
+                    len(answers) < LEAST or time.monotonic() - begin < PATIENCE
+                ):
+                    answers.append(ask(process))
+                row["seconds"] = statistics.median(taken for taken, _ in answers)
+                row["rounds"], row["mib"] = len(answers), answers[-1][1]
+                if side == "ours":
+                    ours[case] = row["seconds"]
+                row["ours_over_this"] = ours.get(case, math.nan) / row["seconds"]
+            except (RuntimeError, ValueError, OSError) as error:
+                row["failed"] = str(error) or type(error).__name__
+            finally:
+                if "failed" in row:
+                    process.kill()
+                stop(process)
+            rows.append(row)
+            figures = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+            print(f"{case:18} {side:14} {row.get('failed', figures)}", flush=True)
+            if out:
+                Path(out).write_text(json.dumps(rows))
 
 
 def compare(case: str, rounds: int, threads: int) -> None:
@@ -294,22 +307,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=SIDES, default="cpu")
     parser.add_argument("--json", help="file for the rows of a GPU")
-    parser.add_argument("--case", choices=sorted({*CASES, *GPU_CASES}), nargs="*")
+    parser.add_argument("--case", nargs="*", metavar="NAME")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
         return worker(*a.worker, a.threads, a.device)
+    known = CASES if a.device == "cpu" else GPU_CASES
+    if unknown := set(a.case or ()) - known.keys():
+        parser.error(f"no case {', '.join(unknown)} on {a.device}: use {', '.join(known)}")
     if a.device == "cuda":
-        cases, rounds = a.case or GPU_CASES, a.rounds or 50
-        rows = [row for case in cases for row in one_by_one(case, rounds, a.threads)]
-        if a.json:
-            Path(a.json).write_text(json.dumps(rows))
-        return None
+        return one_by_one(a.case or list(known), a.rounds or 50, a.threads, a.json)
     a.rounds = a.rounds or 7
     print(f"{a.threads} threads, {a.rounds} rounds, load before {os.getloadavg()[0]:.1f}")
     print("                        ms/step           ratio   (range)      MiB peak        ratio")
     print("                     ours     torch                        ours     torch")
-    for case in a.case or CASES:
+    for case in a.case or known:
         compare(case, a.rounds, a.threads)
 
 

@@ -326,6 +326,28 @@ def test_a_step_beside_pytorch_on_a_gpu(cupy, monkeypatch):
     backend.set_threads(backend.available_cores())
 
 
+def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tmp_path):
+    compare = script("compare_torch")
+    answer = (
+        "import sys; print('ready', flush=True)\nfor _ in sys.stdin: print({}, 1 << 20, flush=True)"
+    )
+    programs = {"ours": answer.format(2.0), "torch": answer.format(4.0), "torch-bf16": "boom"}
+
+    def start(side, case, threads, device):
+        command = [sys.executable, "-c", programs[side]]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setitem(compare.SIDES, "cuda", tuple(programs))
+    compare.one_by_one(["a", "b"], 3, 1, str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["side"], r["case"]) for r in rows] == [(s, c) for s in programs for c in "ab"]
+    assert [r.get("ours_over_this") for r in rows] == [1, 1, 0.5, 0.5, None, None]
+    assert rows[2]["rounds"] == 3 and rows[2]["mib"] == 1
+    assert all("its process ended" in r["failed"] for r in rows[4:])
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 def test_nvcc_compiles_without_spills(file, architecture, tmp_path):
