@@ -13,9 +13,9 @@ import time
 import numpy as np
 from compare_torch import CASES, our_step
 
-from minisimclr import optim
+from minisimclr import optim, tensor
 from minisimclr.kernels import winograd
-from minisimclr.ops import basic, conv, norm, pool
+from minisimclr.ops import conv, norm, pool
 
 CONV = (conv.conv_output, conv.conv_input_gradient, conv.conv_weight_gradient)
 NORM = (norm.moments, norm.scale_shift, norm.gradient_sums, norm.input_gradient)
@@ -23,11 +23,12 @@ RUNGS = {  # name: passes that become fast; Winograd is switched by its choice o
     "readable passes": (),
     "+ im2col: one copy of pieces, blocks in cache": CONV,
     "+ Winograd for 3x3 of stride 1": (winograd.tile,),
-    "+ batch norm and ReLU in cache": (*NORM, basic.relu_gradient),
-    "+ max pooling, optimizer": (
+    "+ batch norm and ReLU in cache": NORM,
+    "+ max pooling, optimizer, sums of gradients": (
         pool.max_pool_output,
         pool.max_pool_input_gradient,
         optim.momentum_update,
+        tensor.added,
     ),
 }
 

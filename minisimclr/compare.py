@@ -27,7 +27,7 @@ from .run import Run
 BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
-IMAGENET = "ImageNet, test photos included"
+IMAGENET = "ImageNet, which holds these test photos"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning")
 Row = dict[str, Any]
 
@@ -77,6 +77,8 @@ class Comparison:
         self.network, self.own = c.encoder, f"{images}, {c.epochs} epochs"
         self.view = f"{c.image_size} px of {self.side}"
         self.depends = [self.dataset.fingerprint, file_sha256(newest)]
+        steps = (self.run.path / "timings.jsonl").read_text().splitlines()
+        self.trained = {"pretraining_seconds": sum(json.loads(line)["seconds"] for line in steps)}
 
     def make(self, out: Path) -> dict[str, Any]:
         """Make what is not in out/results.json yet, write it there, return all of it.
@@ -172,7 +174,8 @@ class Comparison:
         def make() -> list[Row]:
             linear, *controls = embed.probe_run(self.run, self.dataset)["rows"].values()
             knn = {"top1": linear["knn"], "ci95": wilson_interval(linear["knn"], len(self.test))}
-            return [self.figures(each) for each in (linear, knn, *controls)]
+            simclr = [self.figures(each) | self.trained for each in (linear, knn)]
+            return [*simclr, *map(self.figures, controls)]
 
         return Part([*self.depends, "probe"], rows, make)
 
@@ -186,7 +189,8 @@ class Comparison:
 
         def make() -> list[Row]:
             made = finetune(self.run, self.dataset, epochs=self.epochs, notify=self.notify)
-            return [self.figures(each) for each in made["rows"].values()]
+            simclr, scratch = map(self.figures, made["rows"].values())
+            return [simclr | self.trained, scratch]
 
         return Part([*self.depends, "finetune", self.epochs], rows, make)
 
@@ -265,7 +269,8 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         low, high = each["ci95"]
         top5 = f"{each['top5']:.1%}" if "top5" in each else ""
-        shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, clock(each["seconds"])]
+        took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
+        shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
         lines.append([*about, f"{each['labels']:,}", *shown])
     lines.append(["chance", "", "none", "", "0", f"{1 / results['classes']:.1%}", "", "", ""])
     curve = [["labels per class", *map(str, (n or "all" for n in BUDGETS))]]

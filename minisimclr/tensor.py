@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,6 +179,12 @@ class Function:
         self.used_up = True
 
 
+@singledispatch
+def added(a: Array, b: Array) -> Array:
+    """a + b, of one shape, in an array of their own"""
+    return a + b
+
+
 def _backpropagate(root: Function, gradient: Array) -> None:
     gradients = {root: gradient}
     owned: set[Function] = (
@@ -204,7 +211,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
             if parent in owned:
                 gradients[parent] += gx
             elif parent in gradients:
-                gradients[parent] = gradients[parent] + gx
+                gradients[parent] = added(gradients[parent], gx)
                 owned.add(parent)
             else:
                 gradients[parent] = gx

@@ -19,22 +19,18 @@ import minisimclr
 from minisimclr.config import TrainConfig
 
 SMALL = [
-    "--width",
-    "4",
-    "--image-size",
-    "16",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "2",
-    "--threads",
-    "1",
+    *("--width", "4", "--image-size", "16", "--batch-size", "16"),
+    *("--epochs", "2", "--threads", "1"),
 ]
+
+
+def command_line(*arguments):
+    return [sys.executable, "-m", "minisimclr", *map(str, arguments)]
 
 
 def run(*arguments, env=None, **options):
     return subprocess.run(
-        [sys.executable, "-m", "minisimclr", *map(str, arguments)],
+        command_line(*arguments),
         capture_output=True, text=True, env=os.environ | (env or {}), timeout=120, **options,
     )  # fmt: skip
 
@@ -88,19 +84,8 @@ def test_resume_of_a_finished_run_says_so(trained):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "minisimclr",
-        "train",
-        "--data",
-        str(pictures),
-        "--out",
-        str(out),
-    ]
-    child = subprocess.Popen(
-        [*command, *SMALL, "--epochs", "5000"], stderr=subprocess.PIPE, text=True
-    )
+    command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
@@ -115,23 +100,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
 def test_a_terminal_gets_a_bar(pictures, tmp_path):
     pty = pytest.importorskip("pty")
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "minisimclr",
-        "train",
-        "--data",
-        str(pictures),
-        "--out",
-        str(out),
-    ]
     chunks = []
 
     def read(descriptor):
         chunks.append(os.read(descriptor, 4096))
         return chunks[-1]
 
-    code = pty.spawn([*command, *SMALL], read)
+    code = pty.spawn(command_line("train", "--data", pictures, "--out", out, *SMALL), read)
     screen = b"".join(chunks).decode()
     assert code == 0
     assert "training" in screen
@@ -143,18 +118,7 @@ def test_settings_come_from_flag_environment_file_default_in_this_order(pictures
     toml = tmp_path / "recipe.toml"
     toml.write_text(f'data = "{pictures}"\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n')
     out = tmp_path / "run"
-    flags = [
-        "--out",
-        out,
-        "--config",
-        toml,
-        "--seed",
-        "7",
-        "--image-size",
-        16,
-        "--time-limit",
-        "1s",
-    ]
+    flags = f"--out {out} --config {toml} --seed 7 --image-size 16 --time-limit 1s".split()
     environment = {
         "MINISIMCLR_TEMPERATURE": "0.4",
         "MINISIMCLR_SEED": "6",

@@ -1,6 +1,8 @@
 """The cache is whole or absent: killed, raced, out of space, damaged, forged, outdated."""
 
 import errno
+import hashlib
+import io
 import json
 import os
 import resource
@@ -61,7 +63,8 @@ def test_what_is_stored_is_what_was_decoded(pictures, home):
         np.testing.assert_array_equal(file["images"][:], dataset.images)
         assert file["images"].chunks is None
         np.testing.assert_array_equal(file["labels"][:], dataset.labels)
-    assert dataset.fingerprint == cache.sha256(dataset.images)
+    digests = [hashlib.sha256(pixels.tobytes()).digest() for pixels in dataset.images]
+    assert dataset.fingerprint == hashlib.sha256(b"".join(digests)).hexdigest()
     assert dataset.path.parent == home
 
 
@@ -80,10 +83,10 @@ def test_reuse_and_reasons_to_build_again(pictures, home, monkeypatch, tmp_path)
     assert len(builds) == 3
     (source / "blob/01.png").unlink()
     assert len(open_dataset(source, 16).images) == 119 and len(builds) == 4
-    monkeypatch.setattr(data, "FILTER", "other")
+    monkeypatch.setitem(data.DECODER, "filter", "other")
     open_dataset(source, 16)
     assert len(builds) == 5
-    monkeypatch.setattr(data.PIL, "__version__", "0")
+    monkeypatch.setitem(data.DECODER, "pillow", "0")
     open_dataset(source, 16)
     assert len(builds) == 6
     monkeypatch.setattr(data.toydogs, "VERSION", 0)
@@ -239,12 +242,25 @@ def test_too_little_space_is_found_before_the_work(pictures, home, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
+def rows_opened_by(function, monkeypatch):
+    """Let `function`(path, mode) open the file whenever pixels are written to it."""
+    usual = Path.open
+
+    def opened(path, mode="r", *rest, **options):
+        special = mode == "r+b"
+        return (function if special else usual)(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("fault", ["row", "header", "fsync", "replace"])
 def test_failing_disk(pictures, home, monkeypatch, fault):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    if fault == "write":
+    if fault == "row":
+        rows_opened_by(fail, monkeypatch)
+    elif fault == "header":
         monkeypatch.setattr(cache, "first_line", fail)
     elif fault == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
@@ -253,6 +269,25 @@ def test_failing_disk(pictures, home, monkeypatch, fault):
     with pytest.raises(OutputError, match="Input/output error"):
         open_dataset(pictures, 16)
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_short_and_interrupted_writes_go_on(pictures, made, home, monkeypatch):
+    class Moody(io.FileIO):
+        calls = 0
+
+        def write(self, content):
+            Moody.calls += 1
+            if Moody.calls % 3 == 0:
+                raise InterruptedError(errno.EINTR, "interrupted")
+            return super().write(content[: len(content) // 2 + 1])
+
+    def moody(path, mode, buffering=-1):
+        raw = Moody(path, mode)
+        return io.BufferedRandom(raw) if buffering else raw
+
+    rows_opened_by(moody, monkeypatch)
+    assert prepare(pictures, 16).path.read_bytes() == made.read_bytes()
+    assert Moody.calls > 240
 
 
 def test_cache_folder_that_cannot_be_written(pictures, tmp_path, monkeypatch, capsys):
@@ -360,7 +395,7 @@ def forge(path: Path, change) -> Path:
         start = images.id.get_offset() if isinstance(images, h5py.Dataset) else None
     start = start or 4096 + len(content)
     header, pixels = content[: start - 4096], content[start - 4096 :]
-    line = cache.first_line(start, header, cache.sha256(pixels))
+    line = cache.first_line(start, header, cache.sha256(pixels))  # none that `verify` would take
     path.write_bytes(line + content)
     return path
 

@@ -13,6 +13,7 @@ import numpy as np
 import official_layout as layout
 import pytest
 
+from minisimclr import data
 from minisimclr.data import Options, matlab, open_dataset, prepare, stanford_dogs
 from minisimclr.data.archives import MAX_MEMBER_BYTES, members
 from minisimclr.errors import ConfigError, DataError
@@ -389,6 +390,10 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     dataset = prepare("stanford-dogs", 24, archives=archives, allow_unverified=True)
     assert dataset.name == "stanford-dogs" and dataset.notes["verified"] is False
     assert open_dataset("stanford-dogs", 24).fingerprint == dataset.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setitem(data.DECODER, "pillow", "0")
+        with pytest.raises(DataError, match="not prepared with 24 px and this Pillow: run"):
+            open_dataset("stanford-dogs", 24)
     hashes = {n: (p.stat().st_size, stanford_dogs.file_sha256(p)) for n, p in archives.items()}
     monkeypatch.setattr(stanford_dogs, "OFFICIAL", hashes)
     assert prepare("stanford-dogs", 20, archives=archives).notes["verified"] is True

@@ -341,7 +341,7 @@ def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
     assert code("--url", "file:///etc") == 3
 
 
-def test_unverified_download(server, tmp_path, monkeypatch):
+def test_unverified_download(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for path in layout.write_archives(tmp_path / "served").iterdir():
         server.answers[path.name] = whole(path.read_bytes())
@@ -350,3 +350,4 @@ def test_unverified_download(server, tmp_path, monkeypatch):
         main(arguments)
     assert exit.value.code == 0
     assert open_dataset("stanford-dogs").notes["verified"] is False
+    assert "warning: not the official archives" in capsys.readouterr().err

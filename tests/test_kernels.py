@@ -111,12 +111,7 @@ SAMPLES = {
         for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
     ],
     "input_gradient": lambda: [
-        (g, randn(*s), *vectors(s, 4), y)
-        for s in ROWS
-        for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
-    ],
-    "relu_gradient": lambda: [
-        (g, relu_like(s)) for s in ROWS for g in (randn(*s), spread(s))
+        (g, randn(*s), *vectors(s, 4)) for s in ROWS for g in (randn(*s), spread(s))
     ],
     "max_pool_output": lambda: pool_samples(backward=False),
     "max_pool_input_gradient": lambda: pool_samples(backward=True),
@@ -124,6 +119,9 @@ SAMPLES = {
         (randn(*s), randn(*s), randn(*s), 0.1, 0.9, 0.01) for s in ((5,), (3, 3, 40, 300))
     ]
     + [(randn(7, 5).T, randn(5, 7), randn(7, 5).T, 0.1, 0.9, 0.01)],
+    "added": lambda: [
+        (randn(*s), other) for s in ROWS for other in (randn(*s), spread(s))
+    ],
     "apply_views": lambda: augment_samples(crop_only=False),
     "crop_resize": lambda: augment_samples(crop_only=True),
 }  # fmt: skip
@@ -132,7 +130,9 @@ SAMPLES = {
 @cache
 def passes():
     """Every pass of the package that has a version for NumPy, by name."""
-    modules = [importlib.import_module(f"minisimclr.{name}") for name in ("optim", "augment")]
+    modules = [
+        importlib.import_module(f"minisimclr.{name}") for name in ("tensor", "optim", "augment")
+    ]
     modules += [
         importlib.import_module(f"minisimclr.ops.{m.name}")
         for m in pkgutil.iter_modules(ops.__path__)
@@ -252,7 +252,7 @@ def test_moments_of_a_large_mean_do_not_cancel():
     np.testing.assert_allclose(m2, x.astype(np.float64).var(axis=0) * len(x), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["scale_shift", "relu_gradient", "conv_output", "max_pool_output"])
+@pytest.mark.parametrize("name", ["scale_shift", "gradient_sums", "conv_output", "max_pool_output"])
 def test_nan_stays_visible(name):
     args = list(next(iter(SAMPLES[name]())))
     args[0][...] = np.nan

@@ -77,13 +77,31 @@ def test_tensorflow_checkpoint_gives_tensorflow_s_features():
         np.testing.assert_array_equal(state[ours], kernel.transpose(3, 2, 0, 1))
 
 
-def test_the_real_index_is_listed(test_data):
+def numbered(name, i):
+    return f"base_model/{name}_{i}" if i else f"base_model/{name}"
+
+
+def test_the_real_index_is_listed_exactly(test_data):
+    """Its 191 variables: each block of the authors' ResNet-18 is [shortcut], 3 x 3, 3 x 3."""
+    kernels = [(3, 3, 3, 64)]
+    for c, o in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        kernels += [(1, 1, c, o), (3, 3, c, o), *[(3, 3, o, o)] * 3]
+    shapes = {}
+    for i, kernel in enumerate(kernels):
+        shapes[numbered("conv2d", i) + "/kernel"] = kernel
+        for part in ("gamma", "beta", "moving_mean", "moving_variance"):
+            shapes[numbered("batch_normalization", i) + f"/{part}"] = kernel[-1:]
+    for i, o in enumerate((512, 512, 128)):
+        shapes[f"head_contrastive/nl_{i}/dense/kernel"] = (512, o)
+        for part in ("gamma", "beta", "moving_mean", "moving_variance"):
+            shapes[f"head_contrastive/nl_{i}/batch_normalization/{part}"] = (o,)
+    del shapes["head_contrastive/nl_2/batch_normalization/beta"]
+    trained = [name for name in shapes if "moving" not in name]
+    shapes |= {f"{name}/Momentum": shapes[name] for name in trained}
     stored = weights.read(test_data / "weights" / "simclr_resnet18_cifar10.ckpt.index")
+    expected = {name: (shape, "float32") for name, shape in shapes.items()}
+    assert stored.specs == expected | {"global_step": ((), "int64")}
     assert len(stored.specs) == 191
-    assert stored.specs["base_model/conv2d_20/kernel"] == ((3, 3, 512, 512), "float32")
-    assert stored.specs["base_model/batch_normalization_9/gamma/Momentum"].shape == (128,)
-    assert stored.specs["head_contrastive/nl_2/dense/kernel"].shape == (512, 128)
-    assert stored.specs["global_step"] == ((), "int64")
     with pytest.raises(DataError, match="cannot be read"):  # there is no data file
         weights.load(nn.ProjectionHead(512, 512, 128, layers=3), stored)
 

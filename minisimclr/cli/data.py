@@ -45,6 +45,8 @@ def prepare(
         dataset = datasets.prepare(
             name, image_size, options, display.on_prepare, archives, url, allow_unverified
         )
+        if not dataset.notes.get("verified", True):
+            display.on_warning("not the official archives: most damage to a JPEG goes unnoticed")
     show(facts(dataset), json_file)
 
 

@@ -36,7 +36,9 @@ def probe(
     from ..backend import choose_device
     from ..data import open_dataset
     from ..probe import table
+    from ..weights import read
 
+    read(path)  # before the data: it may be the misspelt name of a run
     with Display() as display:
         dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
         place, _ = choose_device(device)

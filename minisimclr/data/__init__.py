@@ -29,6 +29,7 @@ __all__ = ["Dataset", "Options", "batches", "cache_path", "open_dataset", "prepa
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)
 DEFAULTS = Options()
+DECODER = {"filter": FILTER, "pillow": PIL.__version__}  # what made pixels of the files
 
 
 def open_dataset(
@@ -48,9 +49,9 @@ def open_dataset(
     made = load_if_valid(path)
     if str(name_or_path) != "stanford-dogs":
         return prepare(name_or_path, image_size, made.options if made else DEFAULTS, progress)
-    if made is None:
+    if made is None or not current(made):
         raise DataError(
-            f"stanford-dogs is not prepared with {size} px: run "
+            f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}: run "
             f"`minisimclr data prepare stanford-dogs --image-size {size}`"
         )
     return made
@@ -76,7 +77,7 @@ def prepare(
         return cache.load(path)
     if str(name_or_path) == "stanford-dogs":
         made = load_if_valid(path)
-        if made and made.options == options and not (archives or url):
+        if made and current(made) and made.options == options and not (archives or url):
             return made
         downloads = cache_folder() / "downloads"
         source = stanford_dogs.official(
@@ -86,13 +87,7 @@ def prepare(
         raise ConfigError(f"{name_or_path}: archives and addresses are for stanford-dogs only")
     else:
         source = find(name_or_path, options)
-    recipe = {
-        "source": source.identity,
-        "size": size,
-        "filter": FILTER,
-        "pillow": PIL.__version__,
-        "options": asdict(options),
-    }
+    recipe = {"source": source.identity, "size": size, **DECODER, "options": asdict(options)}
     made = load_if_valid(path)
     if made and made.recipe == recipe:
         return made
@@ -115,6 +110,11 @@ def load_if_valid(path: Path) -> Dataset | None:
         return cache.load(path)
     except DataError:
         return None
+
+
+def current(made: Dataset) -> bool:
+    """Whether a cache has the pixels that would be made now."""
+    return made.recipe | DECODER == made.recipe
 
 
 def find(name_or_path: str | Path, options: Options) -> Source:

@@ -1,12 +1,13 @@
 """The cache: all pictures of a data set at one size in one immutable HDF5 file, read by memmap.
 
-    byte 0      one line of JSON: where the pixels start, SHA-256 of the header and of the pixels
+    byte 0      one line of JSON: where the pixels start, SHA-256 of the header, fingerprint
     byte 4096   HDF5 header and small arrays: labels, splits, duplicate_of, about (JSON)
     ...         `images`, uint8 (N, S, S, 3), contiguous and last
 
 HDF5 only lays the file out, in memory. Every byte on the disk is written by plain file calls, so
 that a full disk is an OSError and not a crash in the library; and NumPy reads the rows with neither
-h5py nor its lock. The first line, in HDF5's user block, covers every other byte of the file.
+h5py nor its lock. The first line, in HDF5's user block, covers every other byte of the file: the
+fingerprint is the SHA-256 of the SHA-256 of every picture, which those who make them compute.
 """
 
 import errno
@@ -17,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +32,7 @@ from ..files import publish
 from .source import SPLITS, Job, Options, Plan
 from .workers import parallel_map
 
-FORMAT = "minisimclr cache 1"
+FORMAT = "minisimclr cache 2"
 BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
 CHUNK = 32  # pictures in a message to a worker
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
@@ -48,7 +50,7 @@ class Dataset:
     labels: np.ndarray  # int64 (N,), -1 where unknown
     class_names: tuple[str, ...]
     splits: np.ndarray  # uint8 (N,), indices into SPLITS
-    fingerprint: str  # SHA-256 of the pixels, in hex
+    fingerprint: str  # of the pixels, in hex
     path: Path
     file_names: tuple[str, ...]
     duplicate_of: np.ndarray  # int64 (N,), the first row with the same pixels: its own if new
@@ -66,7 +68,7 @@ class Dataset:
 
     def verify(self) -> None:
         """Compare the pixels with their fingerprint. Raises DataError if a bit has changed."""
-        if sha256(self.images) != self.fingerprint:
+        if sha256(b"".join(hashlib.sha256(x).digest() for x in self.images)) != self.fingerprint:
             raise DataError(f"{self.path}: pixels changed on the disk: delete it and prepare again")
 
 
@@ -99,19 +101,14 @@ def fill(
     size, total = recipe["size"], len(plan.names)
     if not total:
         raise DataError(f"{name}: no picture is left")
-    row_bytes = size * size * 3
     start = BLOCK + len(lay_out(name, plan, recipe, np.arange(total)))
-    file.truncate(start + total * row_bytes)
-    digests, bad = [b""] * total, {}
-    done, next_row = 0, None
+    file.truncate(start + total * size * size * 3)
+    digests, bad, done = [b""] * total, {}, 0
+    work = partial(make, Path(file.name), start)
     workers = min(available_cores(), total // PER_WORKER)
-    for made, pixels, failed in parallel_map(make, chunks(plan.jobs(size)), workers):
-        for i, (row, digest) in enumerate(made):
+    for made, failed in parallel_map(work, chunks(plan.jobs(size)), workers):
+        for row, digest in made:
             digests[row] = digest
-            if row != next_row:  # only if needed: a seek empties the buffer
-                file.seek(start + row * row_bytes)
-            file.write(memoryview(pixels)[i * row_bytes : (i + 1) * row_bytes])
-            next_row = row + 1
         for row, reason in failed:
             bad[row] = reason
             what = f"{name}: {plan.names[row]!r} {reason}"
@@ -124,13 +121,11 @@ def fill(
             progress(done, total)
     if bad:
         return bad
-    file.flush()
     first: dict[bytes, int] = {}
     duplicate_of = np.array([first.setdefault(d, row) for row, d in enumerate(digests)])
     header = lay_out(name, plan, recipe, duplicate_of)
-    pixels_hash = sha256(np.memmap(file, np.uint8, "r", start))
     file.seek(0)
-    file.write(first_line(start, header, pixels_hash) + header)
+    file.write(first_line(start, header, sha256(b"".join(digests))) + header)
     return {}
 
 
@@ -140,16 +135,24 @@ def chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield chunk
 
 
-def make(jobs: list[Job]) -> tuple[list[tuple[int, bytes]], bytes, list[tuple[int, str]]]:
-    """In a worker: rows with their digests, their pixels in one piece, bad rows with reasons."""
-    made, pixels, failed = [], [], []
-    for row, function, arguments in jobs:
-        try:
-            pixels.append(function(*arguments).tobytes())
-            made.append((row, hashlib.sha256(pixels[-1]).digest()))
-        except DataError as error:
-            failed.append((row, str(error)))
-    return made, b"".join(pixels), failed
+def make(
+    path: Path, start: int, jobs: list[Job]
+) -> tuple[list[tuple[int, bytes]], list[tuple[int, str]]]:
+    """In a worker: write each picture to its row of the cache; rows with digests, bad rows with
+    reasons.
+    """
+    made, failed = [], []
+    with path.open("r+b") as file:
+        for row, function, arguments in jobs:
+            try:
+                pixels = function(*arguments).tobytes()
+            except DataError as error:
+                failed.append((row, str(error)))
+                continue
+            file.seek(start + row * len(pixels))
+            file.write(pixels)
+            made.append((row, hashlib.sha256(pixels).digest()))
+    return made, failed
 
 
 def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> bytes:
@@ -183,15 +186,15 @@ def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> by
     return header.ljust(start - BLOCK, b"\0")
 
 
-def first_line(start: int, header: bytes, pixels_hash: str) -> bytes:
-    """The first BLOCK bytes; their `header` vouches for the hash of the pixels, too."""
-    header_hash = sha256(header + pixels_hash.encode())
-    line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": pixels_hash}
+def first_line(start: int, header: bytes, fingerprint: str) -> bytes:
+    """The first BLOCK bytes; their `header` vouches for the fingerprint, too."""
+    header_hash = sha256(header + fingerprint.encode())
+    line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": fingerprint}
     return json.dumps(line).encode().ljust(BLOCK - 1) + b"\n"
 
 
-def sha256(content: Any) -> str:
-    """SHA-256, in hex, of anything that lies in one piece of memory."""
+def sha256(content: bytes) -> str:
+    """SHA-256 in hex."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Shuffled batches of pictures, fetched ahead by a thread.
+"""Shuffled batches of pictures, fetched ahead by threads.
 
 The order is a pure function of (seed, step): a run can resume at any step, and `world_size`
 processes together see what one process would see.
@@ -57,8 +57,8 @@ def batches(
 
 
 def prefetch(fetch, step: int) -> Iterator[Batch]:
-    """fetch(step), fetch(step + 1), ..., computed AHEAD of time in one thread."""
-    with ThreadPoolExecutor(1, "loader") as pool:
+    """fetch(step), fetch(step + 1), ..., AHEAD of them computed before they are asked for."""
+    with ThreadPoolExecutor(AHEAD, "loader") as pool:
         waiting = deque(pool.submit(fetch, step + i) for i in range(AHEAD))
         for following in count(step + AHEAD):
             batch = waiting.popleft().result()

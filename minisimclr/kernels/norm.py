@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..backend import Array, parallel
-from ..ops.basic import relu_gradient
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from .registry import for_float32
 
@@ -52,14 +51,6 @@ def row_sum(rows: Array) -> Array:
 def per_channel(parts: list[Array], c: int) -> Array:
     """Every thread's sums (2, k*C) added up to (2, C)."""
     return np.sum(parts, axis=0).reshape(2, -1, c).sum(axis=1)
-
-
-def masked(gy: Array, y: Array | None, mask: Array, out: Array) -> Array:
-    """gy where y > 0, in `out`; gy itself without y."""
-    if y is None:
-        return gy
-    np.greater(y, 0, out=mask[: len(y)])
-    return np.multiply(gy, mask[: len(y)], out=out[: len(y)])
 
 
 @for_float32(moments)
@@ -119,57 +110,42 @@ def _scale_shift(
 @for_float32(gradient_sums)
 def _gradient_sums(
     gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     k, (gs, xs, ys) = long_rows(gy, x, y)
     c = gy.shape[-1]
     mean = np.tile(mean, k)
+    out = gs if ys is None else np.empty_like(gs)
 
     def work(start: int, stop: int) -> Array:
-        g, d = np.empty((2, BLOCK, k * c), gy.dtype)
-        mask, total = np.empty((BLOCK, k * c), bool), np.zeros((2, k * c), gy.dtype)
+        buffer, mask = np.empty((BLOCK, k * c), gy.dtype), np.empty((BLOCK, k * c), bool)
+        total = np.zeros((2, k * c), gy.dtype)
         for block in each_block(start, stop):
-            part = masked(gs[block], None if ys is None else ys[block], mask, g)
-            product = np.subtract(xs[block], mean, out=d[: len(part)])
-            product *= part
-            total[0] += row_sum(part)
+            g, n = out[block], len(gs[block])
+            if ys is not None:
+                np.multiply(gs[block], np.greater(ys[block], 0, out=mask[:n]), out=g)
+            product = np.subtract(xs[block], mean, out=buffer[:n])
+            product *= g
+            total[0] += row_sum(g)
             total[1] += row_sum(product)
         return total
 
     sum_g, sum_gd = per_channel(over_rows(work, gs), c)
-    return sum_g, sum_gd * inv_std
+    return sum_g, sum_gd * inv_std, out.reshape(gy.shape)
 
 
 @for_float32(input_gradient)
-def _input_gradient(
-    gy: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, y: Array | None
-) -> Array:
-    k, (gs, xs, ys) = long_rows(gy, x, y)
+def _input_gradient(g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array) -> Array:
+    k, (gs, xs) = long_rows(g, x)
     # gx = scale g - b x - (a - b mean): two rows of constants fewer to go through
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs)
 
     def work(start: int, stop: int) -> None:
-        buffer, mask = np.empty((BLOCK, len(b)), gy.dtype), np.empty((BLOCK, len(b)), bool)
+        buffer = np.empty((BLOCK, len(b)), g.dtype)
         for block in each_block(start, stop):
-            part = gx[block]
-            g = masked(gs[block], None if ys is None else ys[block], mask, part)
-            np.multiply(g, scale, out=part)
+            part = np.multiply(gs[block], scale, out=gx[block])
             part -= np.multiply(xs[block], b, out=buffer[: len(part)])
             part -= rest
 
     over_rows(work, gs)
-    return gx.reshape(gy.shape)
-
-
-@for_float32(relu_gradient)
-def _relu_gradient(gy: Array, y: Array) -> Array:
-    _, (gs, ys) = long_rows(gy, y)
-    g = np.empty_like(gs)
-
-    def work(start: int, stop: int) -> None:
-        mask = np.empty((BLOCK, gs.shape[1]), bool)
-        for block in each_block(start, stop):
-            masked(gs[block], ys[block], mask, g[block])
-
-    over_rows(work, gs)
-    return g.reshape(gy.shape)
+    return gx.reshape(g.shape)

@@ -1,12 +1,16 @@
-"""The optimizer's passes for NumPy: in blocks that stay in cache, on all threads."""
+"""The optimizer's passes, and sums of gradients, for NumPy: in blocks that stay in cache, on all
+threads.
+"""
 
 import numpy as np
 
 from ..backend import Array, parallel
 from ..optim import momentum_update
+from ..tensor import added
 from .registry import for_float32
 
 BLOCK = 1 << 15  # numbers: 128 KiB of each of four arrays
+SMALL = 1 << 16  # numbers not worth a second thread
 
 
 @for_float32(momentum_update)
@@ -30,3 +34,12 @@ def _momentum_update(
             w[block] -= v[block]
 
     parallel(work, len(w), BLOCK)
+
+
+@for_float32(added)
+def _added(a: Array, b: Array) -> Array:
+    if a.size < SMALL:
+        return a + b
+    total = np.empty(a.shape, a.dtype)
+    parallel(lambda i, k: np.add(a[i:k], b[i:k], out=total[i:k]), len(a))
+    return total

@@ -63,28 +63,21 @@ def scale_shift(
 @singledispatch
 def gradient_sums(
     gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
-) -> tuple[Array, Array]:
-    """Sums of g and of g x^ over the rows, each (C,); g is gy, or gy where y > 0 if y is given."""
-    gy, x = rows(gy), rows(x)
-    y = None if y is None else rows(y)
-    sum_g = xp_of(gy).zeros(gy.shape[1], gy.dtype)
-    sum_gx = xp_of(gy).zeros_like(sum_g)
-    for i in range(0, len(gy), ROWS):
-        block = slice(i, i + ROWS)
-        g = gy[block] if y is None else relu_gradient(gy[block], y[block])
-        sum_g += g.sum(axis=0)
-        sum_gx += (g * (x[block] - mean)).sum(axis=0)
-    return sum_g, sum_gx * inv_std
+) -> tuple[Array, Array, Array]:
+    """Sums of g and of g x^ over the rows, each (C,), and g: gy, where y > 0 if y is given."""
+    g = gy if y is None else relu_gradient(gy, y)
+    xp, g_rows, x_rows = xp_of(g), rows(g), rows(x)
+    sum_g, sum_gx = xp.zeros((2, g.shape[-1]), g.dtype)
+    for i in range(0, len(g_rows), ROWS):
+        part = g_rows[i : i + ROWS]  # (m, C)
+        sum_g += part.sum(axis=0)
+        sum_gx += (part * (x_rows[i : i + ROWS] - mean)).sum(axis=0)
+    return sum_g, sum_gx * inv_std, g
 
 
 @singledispatch
-def input_gradient(
-    gy: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, y: Array | None
-) -> Array:
-    """gx = scale * g - a - b * (x - mean); g is gy, or gy where y > 0 if y is given; vectors are
-    (C,)
-    """
-    g = gy if y is None else relu_gradient(gy, y)
+def input_gradient(g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array) -> Array:
+    """gx = scale * g - a - b * (x - mean); vectors are (C,)"""
     return scale * g - (a + b * (x - mean))
 
 
@@ -116,10 +109,7 @@ class BatchNorm(Function):
         return y
 
     def backward(self, gy):
-        y = self.y
-        if len(self.needs) == 4 and y is not None:  # the residual's own gradient is g: make it once
-            gy, y = relu_gradient(gy, y), None
-        sum_g, sum_gx = gradient_sums(gy, self.x, self.mean, self.inv_std, y)
+        sum_g, sum_gx, g = gradient_sums(gy, self.x, self.mean, self.inv_std, self.y)
         gx = None
         if self.needs[0]:
             scale = self.gamma * self.inv_std
@@ -128,8 +118,8 @@ class BatchNorm(Function):
             a, b = (scale * sum_g / count, scale * sum_gx * self.inv_std / count)
             if not self.training:
                 a, b = a * 0, b * 0
-            gx = input_gradient(gy, self.x, self.mean, scale, a, b, y)
-        return (gx, sum_gx, sum_g, gy)[: len(self.needs)]
+            gx = input_gradient(g, self.x, self.mean, scale, a, b)
+        return (gx, sum_gx, sum_g, g)[: len(self.needs)]
 
 
 def batch_norm(

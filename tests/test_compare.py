@@ -1,0 +1,273 @@
+"""The comparison: rows with their controls, made once, never lost; the curve; fine-tuning."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minisimclr as ms
+from minisimclr import baseline, compare, embed, finetune, weights
+from minisimclr.compare import Comparison, made_before, markdown, some_of_each
+from minisimclr.errors import DataError, DivergedError
+from minisimclr.finetune import Classifier, Recipe, fit
+from minisimclr.optim import LARS
+from minisimclr.probe import labelled_and_test
+from minisimclr.simclr import Model
+from minisimclr.tensor import Tensor
+from minisimclr.train import pretrain
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    config = ms.TrainConfig(
+        data=str(pictures), width=8, image_size=16, batch_size=32, epochs=1, threads=1
+    )
+    return pretrain(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def dataset(run):
+    return embed.opened(run, None)
+
+
+class Colours:
+    """Images whose class is their colour; the last 30 are to test with."""
+
+    name, class_names = "colours", ("red", "green", "blue")
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.labels = np.arange(90) % 3
+        self.images = rng.integers(0, 120, (90, 20, 20, 3)).astype(np.uint8)
+        self.images[np.arange(90), ..., self.labels] += 100
+
+    def split(self, name):
+        return {"labelled": np.arange(60), "test": np.arange(60, 90)}[name]
+
+
+@pytest.fixture
+def model():
+    return Model.build("resnet_small", "small", 8, seed=0)
+
+
+def nothing(*values):
+    pass
+
+
+def test_the_classifier_starts_undecided_and_lars_does_not_hold_it(model):
+    classifier = Classifier(model, 3)
+    x = Tensor(np.random.default_rng(0).random((4, 16, 16, 3), np.float32))
+    assert (classifier.train()(x).data == 0).all()
+    names = dict(classifier.named_parameters())
+    optimizer = LARS(names.items(), 0.1)
+    loss = classifier(x).sum()
+    loss.backward()
+    optimizer.step()
+    assert "output.weight" not in optimizer.trust and "encoder.conv1.weight" in optimizer.trust
+    assert names["output.weight"].grad is not None
+    assert names["head.linear1.weight"].grad is not None
+    assert names["head.linear2.weight"].grad is None  # the head ends with its first layer
+
+
+def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkeypatch):
+    before = {name: p.data.copy() for name, p in model.named_parameters()}
+    peaks, seen = [], []
+
+    class Watched(LARS):
+        def __init__(self, named, lr, **options):
+            peaks.append(lr)
+            assert options == {"weight_decay": 0.0}
+            super().__init__(named, lr, **options)
+
+        def step(self):
+            seen.append(self.lr)
+            super().step()
+
+    monkeypatch.setattr(finetune, "LARS", Watched)
+    colours = Colours()
+    train, test = labelled_and_test(colours)
+    recipe = Recipe(40, 16, "cpu", 16)
+    classifier = fit(model, colours, train, recipe, 0, nothing)
+    assert peaks == [pytest.approx(16 * 0.005 * 60**0.5)]
+    assert seen[0] == peaks[0] and len(seen) == 40 and seen == sorted(seen, reverse=True)
+    ranked = finetune.ranked(classifier, colours, test, recipe)
+    assert ranked.shape == (30, 3) and (ranked[:, 0] == colours.labels[test]).mean() > 0.9
+    assert all((p.data == before[name]).all() for name, p in model.named_parameters())
+    with np.errstate(all="ignore"):
+        assert fit(model, colours, train, recipe._replace(factor=1e30), 0, nothing) is None
+
+
+def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypatch):
+    colours = Colours()
+    train, test = split = labelled_and_test(colours)
+    calls, diverging = [], {64}
+
+    def fake(model, dataset, rows, recipe, seed, progress):
+        calls.append((recipe.factor, rows))
+        return None if recipe.factor in diverging else recipe.factor
+
+    def ranked(classifier, dataset, rows, recipe):
+        wrong = {1: 9, 4: 6, 16: 0}[classifier]  # of the first rows
+        first = dataset.labels[rows].copy()
+        first[:wrong] = (first[:wrong] + 1) % 3
+        return np.stack([first, (first + 1) % 3, (first + 2) % 3], axis=1)
+
+    monkeypatch.setattr(finetune, "fit", fake)
+    monkeypatch.setattr(finetune, "ranked", ranked)
+    choose = lambda: finetune.tuned(  # noqa: E731
+        "name", model, colours, split, Recipe(1, 16, "cpu"), 0, nothing
+    )
+    found = choose()
+    assert [factor for factor, _ in calls] == [1, 4, 16, 64, 16]
+    assert (found["factor"], found["top1"], found["warning"]) == (16, 1.0, "")
+    assert found["trials"][3] == {"factor": 64, "validation": 0.0}
+    assert all(not np.isin(test, rows).any() for _, rows in calls)
+    assert all(len(rows) == 48 for _, rows in calls[:4]) and len(calls[4][1]) == len(train)
+    diverging.update((1, 16))
+    assert choose()["factor"] == 4
+    diverging.add(4)
+    with pytest.raises(DivergedError, match="name: training diverged even at 1 times"):
+        choose()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 9))
+def test_some_of_each_takes_from_every_class(labels, count, seed):
+    labels = np.array(labels)
+    chosen = some_of_each(labels, count, seed)
+    sizes = np.bincount(labels)
+    assert (np.bincount(labels[chosen], minlength=len(sizes)) == np.minimum(sizes, count)).all()
+    assert len(set(chosen)) == len(chosen)
+    assert set(some_of_each(labels, max(1, count - 1), seed)) <= set(chosen)
+
+
+def test_draws_of_labels_differ():
+    labels = np.repeat([0, 1], 20)
+    assert len({tuple(some_of_each(labels, 2, seed)) for seed in range(5)}) > 3
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """InceptionV3 features that take no time, and a count of what is made."""
+    made = []
+
+    def inception(dataset, file, block, device, notify):
+        made.append(file)
+        return lambda rows: dataset.images[rows].mean((1, 2)).astype("f4")
+
+    monkeypatch.setattr(baseline, "inception", inception)
+    monkeypatch.setattr(compare, "BUDGETS", (1, None))
+    return made
+
+
+def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, cheap, tmp_path):
+    (tmp_path / "w.h5").write_bytes(b"weights")
+    options = {"trials": 1, "epochs": 1}
+    results = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = {(row["system"], row["method"]): row for row in results["rows"]}
+    assert [method for _, method in rows] == [
+        "dense", "linear", "dense", "linear", "linear", "knn", "random", "pixels", "finetune",
+        "supervised",
+    ]  # fmt: skip
+    assert rows["SimCLRv2 ResNet-50", "linear"]["status"] == "not run"
+    assert "top1" not in rows["SimCLRv2 ResNet-50", "linear"]
+    for (system, _), row in rows.items():
+        assert row["imagenet_weights"] == (system in ("InceptionV3 mixed8", "SimCLRv2 ResNet-50"))
+        if row["status"] == "measured":
+            assert row["ci95"][0] <= row["top1"] <= row["ci95"][1]
+            assert (row["labels"], row["test"]) == tuple(map(len, labelled_and_test(dataset)))
+    probed = embed.probe_run(run, dataset)
+    simclr = rows["SimCLR resnet_small", "linear"]
+    assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
+    assert rows["SimCLR resnet_small", "knn"]["top1"] == probed["knn"]
+    assert rows["raw pixels", "pixels"]["top1"] == probed["controls"]["pixels"]
+    assert [(p["system"], p["per_class"], len(p["top1"])) for p in results["curve"]] == [
+        (name, *point)
+        for name in ("SimCLR resnet_small", "resnet_small, random weights", "InceptionV3 mixed8")
+        for point in ((1, 5), ("all", 1))
+    ]
+    everything = [p for p in results["curve"] if p["per_class"] == "all"]
+    assert everything[0]["top1"] == [probed["top1"]]
+    assert everything[0]["labels"] == len(dataset.split("labelled"))
+
+    count = len(cheap)
+    assert Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path) == results
+    assert len(cheap) == count
+    (tmp_path / "w.h5").write_bytes(b"other weights")
+    again = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
+    assert len(cheap) > count and again["rows"][2:] == results["rows"][2:]
+
+
+def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "probe_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Comparison(run, dataset, trials=1, epochs=1).make(tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["status"] for row in kept][:5] == ["not run"] * 2 + ["measured"] + ["not run"] * 2
+    count = len(cheap)
+    results = Comparison(run, dataset, trials=1, epochs=1).make(tmp_path)
+    assert len(cheap) == count and results["rows"][2] == kept[2]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "curve": []}'])
+def test_another_results_json_is_not_touched(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError, match=r"results\.json: not results of `minisimclr compare`"):
+        made_before(tmp_path / "results.json")
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_markdown_shows_figures_missing_ones_and_the_curve():
+    about = {"pretraining": "none", "pixels": "16 px", "status": "measured", "test": 100}
+    one = about | {"system": "A", "method": "linear", "top1": 0.123, "top5": 0.4}
+    one |= {"ci95": [0.1, 0.15], "labels": 1716, "seconds": 5400, "pretraining_seconds": 60}
+    knn = {k: v for k, v in one.items() if k not in ("top5", "pretraining_seconds")}
+    waiting = about | {"system": "B", "method": "dense", "status": "not run"}
+    points = [{"system": "A", "per_class": n, "top1": [0.1, 0.2]} for n in (1, 2)]
+    points.append({"system": "A", "per_class": "all", "top1": [0.3]})
+    text = markdown({"rows": [one, knn | {"seconds": 89}, waiting], "curve": points, "classes": 4})
+    lines = text.splitlines()
+    assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
+    assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")
+    assert "| not run |" in lines[4] and lines[5].startswith("| chance |") and "25.0%" in lines[5]
+    assert lines[-1] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"
+    assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
+    from minisimclr.cli import main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        return exit.value.code, *capsys.readouterr()
+
+    code, out, _ = call("probe", run.path, "--finetune", "--epochs", 1)
+    assert code == 0 and "SimCLR, fine-tuned" in out and "supervised from scratch" in out
+    stored = json.loads((run.path / "finetune.json").read_text())
+    assert stored["controls"]["scratch"] == stored["rows"]["supervised from scratch"]["top1"]
+    code, out, _ = call("probe", run.path, "--data", pictures, "--json")
+    assert code == 0 and json.loads(out)["classes"] == 3
+
+    file = tmp_path / "encoder.safetensors"
+    weights.save(run.model.encoder, file, weights.Preprocessing(16))
+    code, out, _ = call("probe", file, "--data", pictures, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and list(rows) == [file.name, "random encoder", "raw pixels"]
+    code, out, _ = call("probe", file, "--data", pictures)
+    assert "ImageNet" in out
+    code, _, err = call("probe", file, "--finetune")
+    assert code == 2 and "--finetune goes with a run folder" in err
+    code, _, err = call("probe", tmp_path / "nowhere")
+    assert code == 3 and "nowhere" in err and len(err.splitlines()) == 1
+
+    monkeypatch.setattr(Comparison, "make", lambda self, out: {"rows": [], "curve": [],
+                                                               "classes": self.epochs})  # fmt: skip
+    code, out, _ = call("compare", run.path, "--epochs", 5, "--out", tmp_path / "results")
+    assert code == 0 and "| chance |  | none |  | 0 | 20.0% |" in out
