@@ -131,8 +131,8 @@ def kernels(sizes: Sizes) -> list[dict]:
         cases = {
             norm.moments: ([(x[i],) for i in range(TURNS)], 1),
             norm.scale_shift: ([(x[i], *c[:3], g[i], True) for i in range(TURNS)], 3),
-            norm.gradient_sums: ([(g[i], x[i], *c[:2], y[i]) for i in range(TURNS)], 3),
-            norm.input_gradient: ([(g[i], x[i], *c, y[i]) for i in range(TURNS)], 4),
+            norm.gradient_sums: ([(g[i], x[i], *c[:2], y[i]) for i in range(TURNS)], 4),
+            norm.input_gradient: ([(g[i], x[i], *c) for i in range(TURNS)], 3),
         }
         for f, (inputs, passes) in cases.items():
             rows.append(row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes))

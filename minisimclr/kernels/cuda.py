@@ -80,22 +80,23 @@ def apply(x: Array, *args: Any) -> Array:
 
 def cuda_moments(x):
     (wide, _), shape = tiles(x)
-    part, (mean, m2) = tile_sums(x, None, None, None), cupy().empty((2, shape[1]), np.float32)
+    part, (mean, m2) = tile_sums(x, *[None] * 4), cupy().empty((2, shape[1]), np.float32)
     launch("norm", "merge_moments", (wide,), (CHANNELS, LANES), part, mean, m2, *shape)
     return mean, m2
 
 
 def cuda_scale_shift(x, mean, scale, shift, residual, relu):
-    return apply(x, mean, scale, shift, residual, None, None, int(relu))
+    return apply(x, mean, scale, shift, residual, None, int(relu))
 
 
 def cuda_gradient_sums(gy, x, mean, inv_std, y):
-    sum_g, sum_gd = tile_sums(x, gy, y, mean).sum(axis=0)
-    return sum_g, sum_gd * inv_std
+    g = gy if y is None else cupy().empty(gy.shape, np.float32)
+    sum_g, sum_gd = tile_sums(x, gy, y, None if y is None else g, mean).sum(axis=0)
+    return sum_g, sum_gd * inv_std, g
 
 
-def cuda_input_gradient(gy, x, mean, scale, a, b, y):
-    return apply(x, mean, -b, -a, gy, scale, y, 0)
+def cuda_input_gradient(g, x, mean, scale, a, b):
+    return apply(x, mean, -b, -a, g, scale, 0)
 
 
 def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:

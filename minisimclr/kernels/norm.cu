@@ -18,8 +18,8 @@ __device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
 }
 
 // Per tile and channel, part (tiles, 2, channels): mean and M2 of x if gy is null, else the sums of
-// g and g (x - mean), g being gy or, with y, gy where y > 0.
-extern "C" __global__ void tile_sums(const float* x, const float* gy, const float* y,
+// g and g (x - mean). g is gy or, with y, gy where y > 0, which is written down.
+extern "C" __global__ void tile_sums(const float* x, const float* gy, const float* y, float* g_out,
                                      const float* mean, float* part,
                                      long long rows, int channels, int tile) {
     __shared__ float lanes[2][8][32];
@@ -28,7 +28,8 @@ extern "C" __global__ void tile_sums(const float* x, const float* gy, const floa
     const float near = !inside ? 0 : gy ? mean[w.c] : x[w.top * channels + w.c];
     float sums[2] = {0, 0};
     for (; w.i < w.end; w.i += w.step) {
-        const float d = x[w.i] - near, g = !gy ? d : y && !(y[w.i] > 0) ? 0 : gy[w.i];
+        const float d = x[w.i] - near, g = !gy ? d : y ? gy[w.i] * (y[w.i] > 0) : gy[w.i];
+        if (y) g_out[w.i] = g;
         sums[0] += g;
         sums[1] += g * d;
     }
@@ -62,13 +63,13 @@ extern "C" __global__ void merge_moments(const float* part, float* mean, float* 
     m2[c] = all.m2;
 }
 
-// out = a (x - mean) + b + q g; without q it is 1, without g 0, and with y so is g where y <= 0.
+// out = a (x - mean) + b + q g; g may be absent, and q, which then is 1.
 extern "C" __global__ void apply(const float* x, const float* mean, const float* a, const float* b,
-                                 const float* g, const float* q, const float* y, int relu,
+                                 const float* g, const float* q, int relu,
                                  float* out, long long rows, int channels, int tile) {
     for (Walk w(rows, channels, tile); w.i < w.end; w.i += w.step) {
         float v = a[w.c] * (x[w.i] - mean[w.c]) + b[w.c];
-        if (g && !(y && !(y[w.i] > 0))) v += q ? q[w.c] * g[w.i] : g[w.i];
+        if (g) v += q ? q[w.c] * g[w.i] : g[w.i];
         out[w.i] = relu && v < 0 ? 0 : v;
     }
 }
