@@ -9,14 +9,13 @@ machine does meets both; the ratio (ours / PyTorch's, lower is better) is that o
 PyTorch runs float32 in channels_last. Memory is the peak resident set above that after import.
 
 On a GPU steps are larger and take CUDA events' time, memory is what the allocator holds, and one
-process follows the other, since two may not fit. There PyTorch also runs with TF32, with bfloat16
-(autocast), compiled, and as a CUDA graph; cuDNN tries its algorithms first in each case. Ours is
-float32 throughout: the first ratio is the like-for-like one.
+process follows the other, since two may not fit. There both also run with TF32, and PyTorch with
+bfloat16 (autocast), compiled, and as a CUDA graph; cuDNN tries its algorithms first in each case.
+Ratios are those of our step, with TF32 beside TF32 and float32 beside all else.
 """
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -40,7 +39,15 @@ GPU_CASES = {
 }
 SIDES = {
     "cpu": ("ours", "torch"),
-    "cuda": ("ours", "torch", "torch-tf32", "torch-bf16", "torch-compile", "torch-graph"),
+    "cuda": (
+        "ours",
+        "torch",
+        "ours-tf32",
+        "torch-tf32",
+        "torch-bf16",
+        "torch-compile",
+        "torch-graph",
+    ),
 }
 LEAST, PATIENCE = 10, 20  # rounds on a GPU, and seconds after which those are enough
 BATCHES = 3  # taken in turn on a GPU, so that none stays in its cache
@@ -101,8 +108,9 @@ def our_step(case: str, threads: int, device: str, kind: str):
 
     def step() -> None:
         optimizer.zero_grad()
-        z = model.head(model.encoder(Tensor(next(batches))))
-        nt_xent(z[:n], z[n:], 0.5).backward()
+        with backend.precision(kind or "fp32", where):
+            z = model.head(model.encoder(Tensor(next(batches))))
+            nt_xent(z[:n], z[n:], 0.5).backward()
         optimizer.step()
 
     if device == "cpu":
@@ -264,9 +272,11 @@ def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> 
                     answers.append(ask(process))
                 row["seconds"] = statistics.median(taken for taken, _ in answers)
                 row["rounds"], row["mib"] = len(answers), answers[-1][1]
-                if side == "ours":
-                    ours[case] = row["seconds"]
-                row["ours_over_this"] = ours.get(case, math.nan) / row["seconds"]
+                library, _, kind = side.partition("-")
+                if library == "ours":
+                    ours[case, kind] = row["seconds"]
+                if like := ours.get((case, kind), ours.get((case, ""))):
+                    row["ours_over_this"] = like / row["seconds"]
             except (RuntimeError, ValueError, OSError) as error:
                 row["failed"] = str(error) or type(error).__name__
             finally:

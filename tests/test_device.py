@@ -338,6 +338,9 @@ def test_a_run_is_the_same_on_the_device_and_never_waits(config, cupy, drawn, tm
     drawn.clear()
     on_host = pretrain(replace(config, device="cpu"), tmp_path / "host")
     assert on_device.step == on_host.step == waited
+    environment = [json.loads((r.path / "env.json").read_text()) for r in (on_device, on_host)]
+    assert environment[0]["device"].startswith("cuda:0 (Fake, ")
+    assert environment[1]["device"] == "cpu (asked for)"
     for a, b in zip(lines(on_device), lines(on_host), strict=True):
         assert a.keys() == b.keys()
         assert a["step"] == b["step"] and a["lr"] == b["lr"]
