@@ -113,7 +113,6 @@ def choose_device(name: str) -> tuple[str, str]:
     except ConfigError as error:
         if name != "auto":
             raise
-        # Who has a GPU should know why it idles, and what to do; who has none need not.
         return "cpu", str(error) if cuda_driver() else "no NVIDIA driver"
 
 
@@ -126,7 +125,9 @@ def try_gpu(index: int) -> str:
 
     Raises ConfigError that says what is missing and the line to type.
     """
-    part = "a CUDA device"
+    if not cuda_driver():
+        raise ConfigError("there is no NVIDIA driver for CUDA on this machine: use --device cpu")
+    part = "finding a CUDA device"
     try:
         xp = cupy()
         if index >= (count := xp.cuda.runtime.getDeviceCount()):
@@ -145,9 +146,8 @@ def try_gpu(index: int) -> str:
         raise
     except Exception as error:  # those of CuPy and of each library it loads have no common base
         said = (str(error) or type(error).__name__).splitlines()[0]
-        parts = f"pip install 'cupy-cuda{cuda_driver() // 1000 or 12}x[ctk]'"
-        what = parts if cuda_driver() else "install NVIDIA's driver"
-        raise ConfigError(f"CuPy has no use of {part}: {said}; {what}") from error
+        line = f"pip install 'cupy-cuda{cuda_driver() // 1000}x[ctk]'"
+        raise ConfigError(f"CuPy failed at {part}: {said}; {line}") from error
     driver = cuda_driver()
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 

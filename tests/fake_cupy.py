@@ -310,6 +310,7 @@ def install(monkeypatch, launcher=None):
     cupy, cupyx = build(launcher)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupyx", cupyx)
+    monkeypatch.setattr(backend, "cuda_driver", lambda: 13000)
     backend.cupy.cache_clear()
     backend.try_gpu.cache_clear()
     return cupy

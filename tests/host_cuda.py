@@ -8,6 +8,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ settings = SimpleNamespace(order=0, ignored_line=0, sanitize=False, plant=("", "
 
 
 def available():
-    return shutil.which("g++") is not None
+    return sys.platform == "linux" and shutil.which("g++") is not None  # sections as in ELF
 
 
 @cache

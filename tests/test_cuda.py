@@ -32,7 +32,7 @@ from minisimclr.train import pretrain
 FILES = sorted(Path(cuda.__file__).parent.glob("*.cu"))
 ORDERS = 0, 1, 2
 ROOT = Path(__file__).parents[1]
-NO_COMPILER = "g++ is not installed"
+NO_COMPILER = "needs g++ on Linux"
 needs_compiler = pytest.mark.skipif(not host_cuda.available(), reason=NO_COMPILER)
 
 

@@ -488,7 +488,7 @@ def test_a_broken_part_is_named_with_the_line_to_type(part, cupy, monkeypatch):
     assert doctor.gpu() == (False, str(error.value))
 
 
-@pytest.mark.parametrize("version, extra", [(12080, "cuda12"), (13010, "cuda13"), (0, "cuda12")])
+@pytest.mark.parametrize("version, extra", [(12080, "cuda12"), (13010, "cuda13")])
 def test_without_cupy_the_right_extra_is_named(version, extra, cupy, monkeypatch):
     driver(monkeypatch, version)
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -496,5 +496,13 @@ def test_without_cupy_the_right_extra_is_named(version, extra, cupy, monkeypatch
         backend.choose_device("cuda:0")
     device, reason = backend.choose_device("auto")
     assert device == "cpu"
-    assert (extra in reason) if version else reason == "no NVIDIA driver"
+    assert extra in reason
     assert doctor.gpu()[0]
+
+
+def test_without_a_driver_nothing_else_is_asked(cupy, monkeypatch):
+    driver(monkeypatch, 0)
+    assert backend.choose_device("auto") == ("cpu", "no NVIDIA driver")
+    with pytest.raises(ConfigError, match="no NVIDIA driver for CUDA"):
+        backend.choose_device("cuda:0")
+    assert doctor.gpu() == (True, "none: there is no NVIDIA driver")
