@@ -27,7 +27,7 @@ from .run import Run
 BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
-IMAGENET = "ImageNet, which holds these test photos"
+IMAGENET = "ImageNet, which holds Stanford Dogs, test photos too"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning")
 Row = dict[str, Any]
 
@@ -57,7 +57,8 @@ def row(system: str, method: str, pretraining: str, pixels: str, command: str) -
 class Comparison:
     """What is compared: a run, and perhaps weights of InceptionV3 and a SimCLRv2 checkpoint.
 
-    trials: of the search for the dense classifier; epochs: of fine-tuning.
+    trials: of the search for the dense classifier; epochs: of fine-tuning; view: side of the run's
+    test views in px (None: as in training).
     """
 
     run: Run
@@ -66,6 +67,7 @@ class Comparison:
     simclrv2: Path | None = None
     trials: int = 20
     epochs: int = 60
+    view: int | None = None
     notify: Notify = lambda event, values: None
 
     def __post_init__(self) -> None:
@@ -75,8 +77,8 @@ class Comparison:
         c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
         images = f"{len(self.dataset.split('pretrain')):,} images without labels"
         self.network, self.own = c.encoder, f"{images}, {c.epochs} epochs"
-        self.view = f"{c.image_size} px of {self.side}"
-        self.depends = [self.dataset.fingerprint, file_sha256(newest)]
+        self.pixels = f"{self.view or c.image_size} px of {self.side}"
+        self.depends = [self.dataset.fingerprint, file_sha256(newest), self.view]
         steps = (self.run.path / "timings.jsonl").read_text().splitlines()
         self.trained = {"pretraining_seconds": sum(json.loads(line)["seconds"] for line in steps)}
 
@@ -88,11 +90,8 @@ class Comparison:
         path = out / "results.json"
         done = made_before(path)
         out.mkdir(parents=True, exist_ok=True)
-        steps = (
-            self.on_inception, self.on_random_inception, self.on_simclrv2, self.probed,
-            self.finetuned, self.curve,
-        )  # fmt: skip
-        parts = [step() for step in steps]
+        parts = [self.on_inception(), self.on_simclrv2(), self.probed(), self.finetuned()]
+        parts += [self.on_random_inception(), self.curve()]
         for part in parts:
             if part.depends and part.key not in done:
                 begin = time.perf_counter()
@@ -165,14 +164,16 @@ class Comparison:
     def probed(self) -> Part:
         """The linear and the kNN probe of the run, with its controls."""
         rows = [
-            row(f"SimCLR {self.network}", "linear", self.own, self.view, "probe RUN"),
-            row(f"SimCLR {self.network}", "knn", self.own, self.view, "probe RUN"),
-            row(f"{self.network}, random weights", "random", "none", self.view, "probe RUN"),
+            row(f"SimCLR {self.network}", "linear", self.own, self.pixels, "probe RUN"),
+            row(f"SimCLR {self.network}", "knn", self.own, self.pixels, "probe RUN"),
+            row(f"{self.network}, random weights", "random", "none", self.pixels, "probe RUN"),
             row("raw pixels", "pixels", "none", "16 px", "probe RUN"),
         ]
 
         def make() -> list[Row]:
-            linear, *controls = embed.probe_run(self.run, self.dataset)["rows"].values()
+            linear, *controls = embed.probe_run(self.run, self.dataset, view=self.view)[
+                "rows"
+            ].values()
             knn = {"top1": linear["knn"], "ci95": wilson_interval(linear["knn"], len(self.test))}
             simclr = [self.figures(each) | self.trained for each in (linear, knn)]
             return [*simclr, *map(self.figures, controls)]
@@ -183,12 +184,14 @@ class Comparison:
         """The run's whole network trained with the labels, and the same one from scratch."""
         command = f"probe RUN --finetune --epochs {self.epochs}"
         rows = [
-            row(f"SimCLR {self.network}", "finetune", self.own, self.view, command),
-            row(f"{self.network} from scratch", "supervised", "none", self.view, command),
+            row(f"SimCLR {self.network}", "finetune", self.own, self.pixels, command),
+            row(f"{self.network} from scratch", "supervised", "none", self.pixels, command),
         ]
 
         def make() -> list[Row]:
-            made = finetune(self.run, self.dataset, epochs=self.epochs, notify=self.notify)
+            made = finetune(
+                self.run, self.dataset, epochs=self.epochs, view=self.view, notify=self.notify
+            )
             simclr, scratch = map(self.figures, made["rows"].values())
             return [simclr | self.trained, scratch]
 
@@ -201,8 +204,8 @@ class Comparison:
         rows = [{"system": name, "per_class": n or "all"} for name in names for n in BUDGETS]
 
         def make() -> list[Row]:
-            models = self.run.model, embed.control(self.run, self.dataset)
-            extracts = [embed.extractor(self.run, model, self.dataset) for model in models]
+            models = self.run.model, embed.control(self.run, self.dataset, self.view)
+            extracts = [embed.extractor(self.run, m, self.dataset, self.view) for m in models]
             extracts += [self.features(self.inception)] if self.inception else []
             made: list[Row] = []
             for extract in extracts:

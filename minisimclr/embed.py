@@ -42,11 +42,16 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     return open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
 
 
-def extractor(run: Run, model: Model, dataset: Dataset) -> Extract:
-    """Features h (n, D) of rows of a data set by a model of `run`, each in its centre view."""
+def extractor(run: Run, model: Model, dataset: Dataset, view: int | None = None) -> Extract:
+    """Features h (n, D) of rows of a data set by a model of `run`, each in its centre view.
+
+    view: the side of that view in px (None: as in training). Random crops show things larger than
+    a centre view of the same side does, and a somewhat larger one makes up for that (Touvron et al.
+    2019, arXiv:1906.06423).
+    """
     device, _ = choose_device(run.config.device)
     model.encoder.to(device)
-    size = run.config.image_size
+    size = view or run.config.image_size
 
     def encode(views: Array) -> Array:
         return model.encode(to_device(views, device))
@@ -54,21 +59,22 @@ def extractor(run: Run, model: Model, dataset: Dataset) -> Extract:
     return lambda rows: features(encode, dataset.images, rows, size)
 
 
-def control(run: Run, dataset: Dataset) -> Model:
+def control(run: Run, dataset: Dataset, view: int | None = None) -> Model:
     """The run's network as it was before step 0, with batch norm statistics of the data."""
     fresh = new_run(run.path, run.config).model
     sample = dataset.images[dataset.split("pretrain")[:CALIBRATED]]
-    calibrate(fresh.encoder, center_view(sample, run.config.image_size))
+    calibrate(fresh.encoder, center_view(sample, view or run.config.image_size))
     return fresh
 
 
 def probe_run(
-    run: Run, dataset: Dataset, labels: int | None = None, seed: int = 0
+    run: Run, dataset: Dataset, labels: int | None = None, view: int | None = None
 ) -> dict[str, Any]:
-    """What the encoder of a run has learned, beside its controls (see probe.probe)."""
+    """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
     set_threads(run.config.threads or threads())
-    trained, fresh = (extractor(run, m, dataset) for m in (run.model, control(run, dataset)))
-    return probe(dataset, "SimCLR", trained, fresh, labels, seed)
+    models = run.model, control(run, dataset, view)
+    trained, fresh = (extractor(run, model, dataset, view) for model in models)
+    return probe(dataset, "SimCLR", trained, fresh, labels)
 
 
 def published(

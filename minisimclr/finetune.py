@@ -3,8 +3,8 @@
 As SimCLRv2 does it (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
 starts at zero behind the first layer of the projection head, LARS without weight decay at a rate of
 0.005 sqrt(B), random crops and flips. That rate is for weights that know something already; so it
-is multiplied by a factor chosen on a fifth of the labelled images, and the control from scratch,
-which needs another one, gets the same choice.
+is multiplied by a factor chosen, in shorter trainings, on a fifth of the labelled images, and the
+control from scratch, which needs another one, gets the same choice.
 """
 
 from copy import deepcopy
@@ -31,6 +31,7 @@ from .tensor import Tensor, no_grad
 BATCH = 64  # images in a step
 FACTORS = (1, 4, 16, 64)  # of the authors' rate
 TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
+SHORTER = 3  # times shorter than the last training are those that choose the factor
 STREAM = 3  # of random views; pre-training and monitoring have 1 and 2
 
 
@@ -48,10 +49,13 @@ class Classifier(Module):
 
 
 class Recipe(NamedTuple):
-    """How to train: passes over the images, views of size x size px, times the authors' rate."""
+    """How to train: passes over the images, side of the views in training and in testing (px),
+    device, and times the authors' rate.
+    """
 
     epochs: int
     size: int
+    view: int
     device: str
     factor: float = 1
 
@@ -90,7 +94,7 @@ def ranked(
         with no_grad():
             return to_host(classifier(Tensor(to_device(views, recipe.device))).data)
 
-    return np.argsort(-features(logits, dataset.images, rows, recipe.size), axis=1, kind="stable")
+    return np.argsort(-features(logits, dataset.images, rows, recipe.view), axis=1, kind="stable")
 
 
 def tuned(
@@ -121,7 +125,7 @@ def tuned(
 
     trials = []
     for factor in FACTORS:
-        trial = recipe._replace(factor=factor)
+        trial = recipe._replace(factor=factor, epochs=-(-recipe.epochs // SHORTER))
         score = 0.0  # of a rate at which training diverges
         if classifier := fitted(inside, trial):
             score = float((ranked(classifier, dataset, outside, trial)[:, 0] == y[outside]).mean())
@@ -141,17 +145,20 @@ def finetune(
     dataset: Dataset,
     labels: int | None = None,
     epochs: int = 60,
+    view: int | None = None,
     seed: int = 0,
     notify: Notify = lambda event, values: None,
 ) -> dict[str, Any]:
     """Accuracy of a run's network trained on with labels, beside the same one from scratch.
 
-    In the form of probe.probe. Raises DataError, DivergedError.
+    In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
+    DataError, DivergedError.
     """
     set_threads(run.config.threads or threads())
     device, _ = choose_device(run.config.device)
     split = labelled_and_test(dataset, labels, seed)
-    recipe = Recipe(epochs, run.config.image_size, device)
+    size = run.config.image_size
+    recipe = Recipe(epochs, size, view or size, device)
     systems = {TUNED: run.model, SCRATCH: new_run(run.path, run.config).model}
     rows = {
         name: tuned(name, model, dataset, split, recipe, seed, notify)

@@ -88,7 +88,7 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
     monkeypatch.setattr(finetune, "LARS", Watched)
     colours = Colours()
     train, test = labelled_and_test(colours)
-    recipe = Recipe(40, 16, "cpu", 16)
+    recipe = Recipe(40, 16, 16, "cpu", 16)
     classifier = fit(model, colours, train, recipe, 0, nothing)
     assert peaks == [pytest.approx(16 * 0.005 * 60**0.5)]
     assert seen[0] == peaks[0] and len(seen) == 40 and seen == sorted(seen, reverse=True)
@@ -105,7 +105,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     calls, diverging = [], {64}
 
     def fake(model, dataset, rows, recipe, seed, progress):
-        calls.append((recipe.factor, rows))
+        calls.append((recipe.factor, recipe.epochs, rows))
         return None if recipe.factor in diverging else recipe.factor
 
     def ranked(classifier, dataset, rows, recipe):
@@ -117,14 +117,14 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     monkeypatch.setattr(finetune, "fit", fake)
     monkeypatch.setattr(finetune, "ranked", ranked)
     choose = lambda: finetune.tuned(  # noqa: E731
-        "name", model, colours, split, Recipe(1, 16, "cpu"), 0, nothing
+        "name", model, colours, split, Recipe(7, 16, 16, "cpu"), 0, nothing
     )
     found = choose()
-    assert [factor for factor, _ in calls] == [1, 4, 16, 64, 16]
+    assert [call[:2] for call in calls] == [(1, 3), (4, 3), (16, 3), (64, 3), (16, 7)]
     assert (found["factor"], found["top1"], found["warning"]) == (16, 1.0, "")
     assert found["trials"][3] == {"factor": 64, "validation": 0.0}
-    assert all(not np.isin(test, rows).any() for _, rows in calls)
-    assert all(len(rows) == 48 for _, rows in calls[:4]) and len(calls[4][1]) == len(train)
+    assert all(not np.isin(test, rows).any() for *_, rows in calls)
+    assert [len(rows) for *_, rows in calls] == [48, 48, 48, 48, len(train)]
     diverging.update((1, 16))
     assert choose()["factor"] == 4
     diverging.add(4)
@@ -168,9 +168,9 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     assert json.loads((tmp_path / "results.json").read_text()) == results
     rows = {(row["system"], row["method"]): row for row in results["rows"]}
     assert [method for _, method in rows] == [
-        "dense", "linear", "dense", "linear", "linear", "knn", "random", "pixels", "finetune",
-        "supervised",
-    ]  # fmt: skip
+        *("dense", "linear", "linear"),
+        *("linear", "knn", "random", "pixels", "finetune", "supervised", "dense"),
+    ]
     assert rows["SimCLRv2 ResNet-50", "linear"]["status"] == "not run"
     assert "top1" not in rows["SimCLRv2 ResNet-50", "linear"]
     for (system, _), row in rows.items():
@@ -204,15 +204,18 @@ def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_pa
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
+    file = tmp_path / "w.h5"
+    file.write_bytes(b"weights")
+
     with monkeypatch.context() as patch:
         patch.setattr(embed, "probe_run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            Comparison(run, dataset, trials=1, epochs=1).make(tmp_path)
+            Comparison(run, dataset, file, trials=1, epochs=1).make(tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["status"] for row in kept][:5] == ["not run"] * 2 + ["measured"] + ["not run"] * 2
+    assert [row["status"] for row in kept] == ["measured"] * 2 + ["not run"] * 8
     count = len(cheap)
-    results = Comparison(run, dataset, trials=1, epochs=1).make(tmp_path)
-    assert len(cheap) == count and results["rows"][2] == kept[2]
+    results = Comparison(run, dataset, file, trials=1, epochs=1).make(tmp_path)
+    assert len(cheap) == count + 2 and results["rows"][:2] == kept[:2]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "curve": []}'])
@@ -263,7 +266,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     code, out, _ = call("probe", file, "--data", pictures)
     assert "ImageNet" in out
     code, _, err = call("probe", file, "--finetune")
-    assert code == 2 and "--finetune goes with a run folder" in err
+    assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")
     assert code == 3 and "nowhere" in err and len(err.splitlines()) == 1
 

@@ -16,6 +16,7 @@ from minisimclr.probe import (
     alignment,
     effective_rank,
     features,
+    folds,
     knn_score,
     measure,
     probe,
@@ -269,24 +270,31 @@ def test_stratified_shares_are_exact_where_they_can_be():
             stratified(labels, count)
 
 
-def test_select_c_is_a_search_on_a_held_out_fifth(monkeypatch):
-    X, y = clusters(200, 20, 5, spread=0.7)
+def test_folds_share_every_class_out():
+    labels = np.random.default_rng(0).permutation(np.repeat([3, 5, 9], [23, 2, 40]))
+    fold = folds(labels, seed=1)
+    assert set(fold) == set(range(5))
+    for label, most in ((3, 5), (5, 1), (9, 8)):
+        assert np.bincount(fold[labels == label]).max() == most
+    assert (fold != folds(labels, seed=2)).any()
+
+
+def test_select_c_is_cross_validation(monkeypatch):
+    X, y = clusters(200, 20, 5, spread=0.9)
     grid = [1e-4, 1e-2, 1e-1, 1.0, 1e2]
-    held_out = np.setdiff1d(np.arange(200), stratified(y, 160, 7))
-    fit = np.setdiff1d(np.arange(200), held_out)
-    assert (np.bincount(y[held_out]) == 8).all()
-    mean, deviation = X[fit].mean(0), X[fit].std(0)
-    Z = (X - mean) / deviation
-    scores = [tight(C).fit(Z[fit], y[fit]).score(Z[held_out], y[held_out]) for C in grid]
-    best = [C for C, score in zip(grid, scores, strict=True) if score == max(scores)]
-    assert len(set(scores)) > 2
+    fold, right = folds(y, 7), np.zeros(len(grid))
+    for k in range(5):
+        fit, rest = fold != k, fold == k
+        Z = (X - X[fit].mean(0)) / X[fit].std(0)  # what is held out stays out of the mean
+        fits = [tight(C).fit(Z[fit], y[fit]) for C in grid]
+        right += [(each.predict(Z[rest]) == y[rest]).sum() for each in fits]
+    best = [C for C, score in zip(grid, right, strict=True) if score == max(right)]
+    assert len(set(right)) > 3 and len(best) == 1
     seen = []
     module = sys.modules[select_c.__module__]
     monkeypatch.setattr(module, "standardize", lambda *a: seen.append(a) or standardize(*a))
-    C, warning = select_c(X, y, grid[::-1], seed=7)
-    assert [len(part) for part in seen[0]] == [160, 40]  # what is held out stays out of the mean
-    assert best[len(best) // 2] == C
-    assert warning == ""
+    assert select_c(X, y, grid[::-1], seed=7) == (best[0], "")
+    assert [[len(part) for part in parts] for parts in seen] == [[160, 40]] * 5
 
 
 def test_select_c_warns_at_both_edges_of_its_grid():

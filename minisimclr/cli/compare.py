@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from .display import Display
-from .options import json_option, write_json
+from .options import VIEW, json_option, write_json
 
 FILE = click.Path(path_type=Path)
 
@@ -17,11 +17,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--data", help="A data set other than the run's: a name or a path.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Of the dense layers' search.")
 @click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@VIEW
 @click.option("--out", type=FILE, default="results", help="Folder of results.json.")
 @json_option
 def compare(
     run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
-    epochs: int, out: Path, json_file: str | None,
+    epochs: int, view: int | None, out: Path, json_file: str | None,
 ) -> None:  # fmt: skip
     """Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 on the same images and labels, with controls.
 
@@ -36,7 +37,7 @@ def compare(
     with Display() as display:
         dataset = embed.opened(loaded, data, display.on_prepare)
         results = library.Comparison(
-            loaded, dataset, inception, simclrv2, trials, epochs, display.notify
+            loaded, dataset, inception, simclrv2, trials, epochs, view, display.notify
         ).make(out)
     if not write_json(json_file, results):
         click.echo(library.markdown(results))

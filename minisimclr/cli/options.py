@@ -10,6 +10,13 @@ import click
 
 from ..errors import ConfigError
 
+VIEW = click.option(
+    "--view",
+    type=click.IntRange(8),
+    metavar="S",
+    help="Side of a RUN's test views, in px.  [default: as in training]",
+)
+
 
 class Duration(click.ParamType):
     """Seconds from 90, 90s, 10m, 2h or 1h30m."""

@@ -7,7 +7,7 @@ import click
 
 from ..errors import ConfigError
 from .display import Display
-from .options import json_option, write_json
+from .options import VIEW, json_option, write_json
 
 
 @click.command()
@@ -16,11 +16,12 @@ from .options import json_option, write_json
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
 @click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@VIEW
 @click.option("--block", help="Of InceptionV3 WEIGHTS: whose output to use, such as mixed8.")
 @click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for WEIGHTS.")
 @json_option
 def probe(
-    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int,
+    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int, view: int | None,
     block: str | None, device: str, json_file: str | None,
 ) -> None:  # fmt: skip
     """Fit a linear classifier to the frozen features of a RUN, or of published WEIGHTS, and test
@@ -30,9 +31,9 @@ def probe(
 
     if path.is_dir():
         run = embed.open_trained(path)
-        return show_probe(run, data, labels, epochs if finetune else None, json_file)
-    if finetune:
-        raise ConfigError("--finetune goes with a run folder")
+        return show_probe(run, data, labels, epochs if finetune else None, view, json_file)
+    if finetune or view:
+        raise ConfigError("--finetune and --view go with a run folder")
     from ..backend import choose_device
     from ..data import open_dataset
     from ..probe import table
@@ -50,10 +51,10 @@ def probe(
 
 def show_probe(
     run: Any, data: str | None = None, labels: int | None = None, epochs: int | None = None,
-    json_file: str | None = None,
+    view: int | None = None, json_file: str | None = None,
 ) -> None:  # fmt: skip
     """Probe a run, or fine-tune it for some epochs; print the table (or JSON), and write probe.json
-    or finetune.json into its folder unless data or labels were chosen.
+    or finetune.json into its folder unless data, labels or view were chosen.
     """
     from .. import embed, finetune
     from ..probe import table
@@ -61,10 +62,10 @@ def show_probe(
     with Display() as display:
         dataset = embed.opened(run, data, display.on_prepare)
         if epochs is None:
-            result = embed.probe_run(run, dataset, labels)
+            result = embed.probe_run(run, dataset, labels, view)
         else:
-            result = finetune.finetune(run, dataset, labels, epochs, notify=display.notify)
-    if data is None and labels is None:
+            result = finetune.finetune(run, dataset, labels, epochs, view, notify=display.notify)
+    if data is None and labels is None and view is None:
         name = "probe.json" if epochs is None else "finetune.json"
         write_json(str(run.path / name), result)
     if not write_json(json_file, result):

@@ -1,9 +1,10 @@
 """What did an encoder learn? Freeze it, fit a linear classifier to its features, and compare.
 
 The SimCLR paper's protocol for small data sets (Chen et al. 2020, appendix B.8): features of one
-fixed view an image, L2-regularised multinomial logistic regression by L-BFGS, the penalty chosen
-on a part of the labelled images. Test images are looked at once, and the result stands beside its
-controls: chance, raw pixels, a random encoder. Last come three statistics to monitor training by.
+fixed view an image, L2-regularised multinomial logistic regression by L-BFGS, the penalty chosen by
+cross-validation on the labelled images. Test images are looked at once, and the result stands
+beside its controls: chance, raw pixels, a random encoder. Last come three statistics to monitor
+training by.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> fea
 Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
 # The best C for published SimCLR features differs by six decades between data sets; raw pixels and
 # random encoders do best at the low end.
-C_GRID = tuple(10.0 ** (k / 2) for k in range(-10, 11))
+C_GRID = tuple(10.0**k for k in range(-5, 6))
+FOLDS = 5
 
 
 def standardize(X: Array, *others: Array) -> list[Array]:
@@ -55,20 +57,35 @@ def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return fit, np.setdiff1d(np.arange(len(labels)), fit)
 
 
+def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The fold 0 ... 4 of each label (N,): those of a class go to as many folds as there can be."""
+    order = np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
+    fold = np.empty(len(labels), np.int64)
+    fold[order] = np.arange(len(labels)) % FOLDS
+    return fold
+
+
 def select_c(
     X: Array, y: Array, grid: Sequence[float] = C_GRID, seed: int = 0
 ) -> tuple[float, str]:
-    """The C whose fit to four fifths of X does best on the rest (among equals the middle one).
+    """The C that does best in five-fold cross-validation (among equals the middle one).
 
-    Also a warning, or "". Each fit starts from that with the C before.
+    Also a warning, or "". Each fit starts from that with the C before. One part held out would not
+    do: a fifth of 1,716 labels tells an accuracy of 12 % to within 2 %.
     """
-    fit, rest = holdout(y, seed)
-    if not len(rest):
+    xp, grid = xp_of(X), sorted(grid)
+    if len(np.unique(y)) == len(y):
         return 1.0, "too few labelled images to choose C: it was set to 1"
-    fit_X, rest_X = standardize(*(X[xp_of(X).asarray(rows)] for rows in (fit, rest)))
-    problem, grid = Problem(fit_X, y[fit]), sorted(grid)
-    scores = [LogisticRegression(C).solve(problem).score(rest_X, y[rest]) for C in grid]
-    best = np.flatnonzero(np.equal(scores, max(scores)))
+    fold, right = folds(y, seed), np.zeros(len(grid))
+    for k in range(FOLDS):
+        fit, rest = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if len(np.unique(y[fit])) < 2 or not len(rest):
+            continue
+        fit_X, rest_X = standardize(X[xp.asarray(fit)], X[xp.asarray(rest)])
+        problem = Problem(fit_X, y[fit])
+        fits = (LogisticRegression(C).solve(problem) for C in grid)
+        right += [len(rest) * each.score(rest_X, y[rest]) for each in fits]
+    best = np.flatnonzero(right == right.max())
     C = grid[best[len(best) // 2]]
     edge = f"the best C, {C:g}, is at the edge of those tried: a better one may lie beyond"
     return C, edge if C in (grid[0], grid[-1]) else ""
