@@ -20,10 +20,16 @@ import host_cuda
 import numpy as np
 import pytest
 from host_cuda import HostModule, settings
-from test_device import config, host, same_training, steps  # noqa: F401
+from test_device import (
+    host,
+    same_training,
+    steps,
+    test_stopped_and_resumed_on_the_device,  # noqa: F401
+)
 from test_kernels import SAMPLES, distance, exact
 
 from minisimclr import augment, backend, optim
+from minisimclr.config import TrainConfig
 from minisimclr.kernels import cuda
 from minisimclr.ops import norm
 from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
@@ -290,7 +296,18 @@ def test_a_training_step_waits_for_nothing(kind, cupy):
     same_training(ours, steps("cpu", np, optimizer=kind))
 
 
-def test_a_run_waits_for_nothing_within_an_epoch(config, cupy, tmp_path):  # noqa: F811
+@pytest.fixture
+def config(pictures, monkeypatch):
+    """A small run, in few blocks: emulated threads take their time."""
+    monkeypatch.setattr(cuda, "BLOCKS", 2)
+    monkeypatch.setattr(cuda, "SHARES", 1)
+    return TrainConfig(
+        data=str(pictures), width=4, image_size=12, batch_size=24, epochs=2, optimizer="lars",
+        threads=1, device="cuda:0",
+    )  # fmt: skip
+
+
+def test_a_run_waits_for_nothing_within_an_epoch(cupy, config, tmp_path):
     within, counter = [], cupy.counter
 
     def note(event, values):
@@ -300,7 +317,7 @@ def test_a_run_waits_for_nothing_within_an_epoch(config, cupy, tmp_path):  # noq
             within.append(counter.syncs.copy())
             counter.syncs.clear()
 
-    few = replace(config, epochs=1, batch_size=24, optimizer="lars")
+    few = replace(config, epochs=1)
     run = pretrain(few, tmp_path / "run", notify=note)
     assert within[:-1] == [[]] * (run.step - 1) and run.step > 2
     assert counter.waits == run.step

@@ -368,7 +368,7 @@ def test_the_loop_reads_a_step_while_the_next_one_runs(config, cupy, monkeypatch
     assert [line["step"] for line in lines(run)] == list(range(1, run.step + 1))
 
 
-def test_stopped_and_resumed_on_the_device(config, cupy, tmp_path):
+def test_stopped_and_resumed_on_the_device(cupy, config, tmp_path):
     def stop(event, values):
         if event == "step" and values["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
