@@ -307,6 +307,18 @@ def config(pictures, monkeypatch):
     )  # fmt: skip
 
 
+def test_parameters_that_a_kernel_would_misread_are_refused(cupy):
+    good, gap = (Parameter(cupy.asarray(np.ones((4, 3), np.float32))) for _ in range(2))
+    double = Parameter(gap.data.astype(np.float64))
+    gap.data = gap.data.T
+    for wrong in (gap, double):
+        optimizer = optim.SGD([("good", good), ("wrong", wrong)], 0.1)
+        for p in (good, wrong):
+            p.grad = cupy.ones_like(p.data)
+        with pytest.raises(ValueError, match="wrong: not in one piece of float32"):
+            optimizer.step()
+
+
 def test_a_run_waits_for_nothing_within_an_epoch(cupy, config, tmp_path):
     within, counter = [], cupy.counter
 

@@ -30,7 +30,6 @@ SHARES = 64  # blocks that share the numbers of one parameter
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
-
 NORM: Any = moments, scale_shift, gradient_sums, input_gradient
 OTHERS: Any = square_of_all, update_all, apply_views
 
@@ -104,7 +103,10 @@ def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:
     rows, gradients = [], []
     for name, p in optimizer.moving():
         g = cupy().ascontiguousarray(p.grad)
-        where = (a.data.ptr for a in (p.data, g, optimizer.velocity[name]))
+        arrays = p.data, g, optimizer.velocity[name]
+        if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in arrays):
+            raise ValueError(f"{name}: not in one piece of float32, like the first parameter")
+        where = (a.data.ptr for a in arrays)
         eeta = getattr(optimizer, "eeta", 0.0) if p.kind == WEIGHT else 0.0
         rates = (0.0, 0.0) if plain else (optimizer.decay_of(p), eeta)
         rows.append((*where, g.size, *rates))
