@@ -167,12 +167,16 @@ def precision(name: str, device: str) -> Iterator[None]:
     xp, index = cupy(), int(device.removeprefix("cuda:"))
     if int(xp.cuda.Device(index).compute_capability) < 80:
         raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
-    core, types = xp._core, xp._core._routines_linalg  # CuPy's own switch is read only once
-    core.set_compute_type(np.float32, types.COMPUTE_TYPE_TF32)
+    try:  # not public; what is, CUPY_TF32 in the environment, is read only once
+        switch, types = xp._core.set_compute_type, xp._core._routines_linalg
+        tf32, default = types.COMPUTE_TYPE_TF32, types.COMPUTE_TYPE_DEFAULT
+    except AttributeError as error:
+        raise ConfigError(f"precision {name}: CuPy {xp.__version__} has no such switch") from error
+    switch(np.float32, tf32)
     try:
         yield
     finally:
-        core.set_compute_type(np.float32, types.COMPUTE_TYPE_DEFAULT)
+        switch(np.float32, default)
 
 
 def synchronize(device: str) -> None:

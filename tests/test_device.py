@@ -7,6 +7,7 @@ stand-in, a loud one is counted: nothing in a training step may wait for the dev
 import importlib
 import importlib.util
 import json
+import operator
 import os
 import pkgutil
 import signal
@@ -105,6 +106,9 @@ def test_the_stand_in_offers_what_cupy_offers():
     assert all(hasattr(real, name) for text in names for name in text.split())
     assert all(hasattr(real.ndarray, name) for name in fake_cupy.METHODS.split())
     assert all(hasattr(real.linalg, name) for name in fake_cupy.LINALG.split())
+    for path in fake_cupy.PLACES.split():
+        operator.attrgetter(path)(real)
+    assert importlib.import_module("cupyx").empty_pinned
 
 
 # Operations.
@@ -424,6 +428,10 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
             super().__init__(index)
             self.compute_capability = "75"
 
+    with monkeypatch.context() as patch:
+        patch.delattr(cupy._core, "_routines_linalg")
+        with pytest.raises(ConfigError, match=r"precision tf32: CuPy 14\.0\.fake has no such"):
+            pretrain(tf32, tmp_path / "run")
     monkeypatch.setattr(cupy.cuda, "Device", Old)
     with pytest.raises(ConfigError, match="compute capability 8"):
         pretrain(tf32, tmp_path / "run")
