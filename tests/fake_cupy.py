@@ -28,7 +28,8 @@ LINALG = "cholesky eigh eigvalsh norm qr slogdet solve svd"
 TYPES = "bool_ float16 float32 float64 int8 int16 int32 int64 intp uint8 uint16 uint32 uint64"
 WAITING_FUNCTIONS = "argwhere flatnonzero histogram nonzero unique"  # bincount, too
 BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lt le eq ne gt ge"
-PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchronize cuda.Stream.record
+PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchronize
+cuda.Stream.record
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
 cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
 _core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.COMPUTE_TYPE_DEFAULT"""
