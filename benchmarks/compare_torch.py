@@ -1,20 +1,29 @@
 """Step times and memory of minisimclr and PyTorch, side by side.
 
     python benchmarks/compare_torch.py [--rounds 7] [--threads 2] [--case NAME ...]
+    python benchmarks/compare_torch.py --device cuda [--json FILE]
 
 One step is forward, NT-Xent, backward and SGD with momentum on views that are already there. Each
 side runs in a process of its own, and the two take turns step by step, so that whatever else the
 machine does meets both; the ratio (ours / PyTorch's, lower is better) is that of the median times.
 PyTorch runs float32 in channels_last. Memory is the peak resident set above that after import.
+
+On a GPU steps are larger and take CUDA events' time, memory is what the allocator holds, and one
+process follows the other, since two may not fit. There both also run with TF32, and PyTorch with
+bfloat16 (autocast), compiled, and as a CUDA graph; cuDNN tries its algorithms first in each case.
+Ratios are those of our step, with TF32 beside TF32 and float32 beside all else.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from itertools import cycle
+from pathlib import Path
 
 # name: encoder, stem, side of a view in px, images in a batch
 CASES = {
@@ -23,9 +32,60 @@ CASES = {
     "resnet50-imagenet": ("resnet50", "imagenet", 96, 16),
     "default": ("resnet_small", "small", 32, 128),
 }
+GPU_CASES = {
+    "resnet18-cifar": ("resnet18", "cifar", 32, 512),
+    "resnet18-cifar-64": ("resnet18", "cifar", 32, 64),
+    "resnet50-imagenet": ("resnet50", "imagenet", 224, 256),
+}
+SIDES = {
+    "cpu": ("ours", "torch"),
+    "cuda": (
+        "ours",
+        "torch",
+        "ours-tf32",
+        "torch-tf32",
+        "torch-bf16",
+        "torch-compile",
+        "torch-graph",
+    ),
+}
+LEAST, PATIENCE = 10, 20  # rounds on a GPU, and seconds after which those are enough
+BATCHES = 3  # taken in turn on a GPU, so that none stays in its cache
 
 
-def our_step(case: str, threads: int):
+def sizes(case: str, device: str) -> tuple[str, str, int, int]:
+    return (CASES if device == "cpu" else GPU_CASES)[case]
+
+
+class Clock:
+    """Seconds of a step, to its end on the device; events is a library's maker of CUDA events."""
+
+    def __init__(self, events=None):
+        self.pair = events and (events(), events())
+
+    def time(self, step) -> float:
+        begin = time.perf_counter()
+        if self.pair:
+            self.pair[0].record()
+        step()
+        if not self.pair:
+            return time.perf_counter() - begin
+        start, stop = self.pair
+        stop.record()
+        stop.synchronize()
+        if hasattr(start, "elapsed_time"):  # PyTorch's
+            return start.elapsed_time(stop) / 1e3
+        import cupy
+
+        return cupy.cuda.get_elapsed_time(start, stop) / 1e3
+
+
+def resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def our_step(case: str, threads: int, device: str, kind: str):
+    """A step, what times it, and the peak memory so far."""
     import numpy as np
 
     from minisimclr import backend
@@ -35,30 +95,38 @@ def our_step(case: str, threads: int):
     from minisimclr.tensor import Tensor
 
     backend.set_threads(threads)
-    encoder, stem, size, n = CASES[case]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoder, stem, size, n = sizes(case, device)
+    before = resident()
+    where = "cpu" if device == "cpu" else "cuda:0"
     model = Model.build(encoder, stem, 0, seed=0)
+    for _, module in model.parts():
+        module.to(where)
     optimizer = SGD(model.named_parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    views = np.random.default_rng(0).random((2 * n, size, size, 3), np.float32)
+    rng, shape = np.random.default_rng(0), (2 * n, size, size, 3)
+    count = 1 if device == "cpu" else BATCHES
+    batches = cycle([backend.to_device(rng.random(shape, np.float32), where) for _ in range(count)])
 
     def step() -> None:
         optimizer.zero_grad()
-        z = model.head(model.encoder(Tensor(views)))
-        nt_xent(z[:n], z[n:], 0.5).backward()
+        with backend.precision(kind or "fp32", where):
+            z = model.head(model.encoder(Tensor(next(batches))))
+            nt_xent(z[:n], z[n:], 0.5).backward()
         optimizer.step()
 
-    return step, before
+    if device == "cpu":
+        return step, Clock(), lambda: resident() - before
+    return step, Clock(backend.cupy().cuda.Event), lambda: backend.peak_memory(where)
 
 
-def torch_step(case: str, threads: int):
+def torch_step(case: str, threads: int, device: str, kind: str):
     import torch
     import torch.nn.functional as F
     from torch import nn
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    encoder, stem, size, n = CASES[case]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoder, stem, size, n = sizes(case, device)
+    before = resident()
 
     def conv_norm(c: int, o: int, k: int, stride: int = 1, *more: nn.Module) -> nn.Sequential:
         conv = nn.Conv2d(c, o, k, stride, k // 2, bias=False)
@@ -98,53 +166,141 @@ def torch_step(case: str, threads: int):
         nn.BatchNorm1d(128),
     )
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, foreach=True)
-    views = torch.rand(2 * n, 3, size, size).contiguous(memory_format=torch.channels_last)
-    partners = (torch.arange(2 * n) + n) % (2 * n)
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        z = F.normalize(model(views))
+    def batch():
+        views = torch.rand(2 * n, 3, size, size, device=device)
+        return views.contiguous(memory_format=torch.channels_last)
+
+    partners = (torch.arange(2 * n, device=device) + n) % (2 * n)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = kind == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    forward = torch.compile(model) if kind == "compile" else model
+
+    def work(views) -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=kind == "bf16"):
+            z = forward(views)
+        z = F.normalize(z.float())
         logits = (z @ z.T / 0.5).fill_diagonal_(float("-inf"))
         F.cross_entropy(logits, partners).backward()
         optimizer.step()
 
-    return step, before
+    batches = cycle([batch() for _ in range(1 if device == "cpu" else BATCHES)])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        work(next(batches))
+
+    if device == "cpu":
+        return step, Clock(), lambda: resident() - before
+    if kind == "graph":
+        step = captured(torch, step, work, next(batches), batches, optimizer)
+    events = lambda: torch.cuda.Event(enable_timing=True)  # noqa: E731
+    return step, Clock(events), torch.cuda.max_memory_reserved
 
 
-def worker(side: str, case: str, threads: int) -> None:
+def captured(torch, step, work, still, batches, optimizer):
+    """The step as a CUDA graph, replayed on copies of the batches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        work(still)  # its gradients are new arrays, written anew by every replay
+
+    def replay() -> None:
+        still.copy_(next(batches))
+        graph.replay()
+
+    return replay
+
+
+def worker(side: str, case: str, threads: int, device: str) -> None:
     """Two steps to warm up; then one step, and a line "seconds bytes", for every line read."""
-    step, before = (our_step if side == "ours" else torch_step)(case, threads)
-    step(), step()
+    library, _, kind = side.partition("-")
+    make = our_step if library == "ours" else torch_step
+    step, clock, memory = make(case, threads, device, kind)
+    clock.time(step), clock.time(step)
     print("ready", flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(seconds, peak * 1024, flush=True)
+        print(clock.time(step), memory(), flush=True)
+
+
+def start(side: str, case: str, threads: int, device: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--worker", side, case, "--threads", str(threads)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, "--device", device], stdin=pipe, stdout=pipe, text=True)
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.communicate()  # at the end of its input it ends
+
+
+def ask(process: subprocess.Popen) -> tuple[float, float]:
+    """Seconds of a step and MiB held, by a worker."""
+    process.stdin.write("step\n")
+    process.stdin.flush()
+    taken, held = process.stdout.readline().split()
+    return float(taken), int(held) / 2**20
+
+
+def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> None:
+    """All sides of all cases on a GPU, each in a process of its own; one that fails says so.
+
+    The like-for-like sides come first, and rows are written as they come: a run may be cut short.
+    """
+    rows: list[dict] = []
+    ours = {}
+    for side in SIDES["cuda"]:
+        for case in cases:
+            process = start(side, case, threads, "cuda")
+            row = {"case": case, "side": side}
+            try:
+                if process.stdout.readline() != "ready\n":
+                    raise RuntimeError("its process ended: see above")
+                answers, begin = [], time.monotonic()
+                while len(answers) < rounds and (
+                    len(answers) < LEAST or time.monotonic() - begin < PATIENCE
+                ):
+                    answers.append(ask(process))
+                row["seconds"] = statistics.median(taken for taken, _ in answers)
+                row["rounds"], row["mib"] = len(answers), answers[-1][1]
+                library, _, kind = side.partition("-")
+                if library == "ours":
+                    ours[case, kind] = row["seconds"]
+                if like := ours.get((case, kind), ours.get((case, ""))):
+                    row["ours_over_this"] = like / row["seconds"]
+            except (RuntimeError, ValueError, OSError) as error:
+                row["failed"] = str(error) or type(error).__name__
+            finally:
+                if "failed" in row:
+                    process.kill()
+                stop(process)
+            rows.append(row)
+            figures = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+            print(f"{case:18} {side:14} {row.get('failed', figures)}", flush=True)
+            if out:
+                Path(out).write_text(json.dumps(rows))
 
 
 def compare(case: str, rounds: int, threads: int) -> None:
-    sides = {}
-    for side in ("ours", "torch"):
-        command = [sys.executable, __file__, "--worker", side, case, "--threads", str(threads)]
-        pipe = subprocess.PIPE
-        sides[side] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    sides = {side: start(side, case, threads, "cpu") for side in SIDES["cpu"]}
     for process in sides.values():
         assert process.stdout.readline() == "ready\n", "a worker did not start: see above"
     seconds, peak = {side: [] for side in sides}, {}
     for _ in range(rounds):
         for side, process in sides.items():
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            taken, held = process.stdout.readline().split()
-            seconds[side].append(float(taken))
-            peak[side] = int(held) / 2**20
+            taken, peak[side] = ask(process)
+            seconds[side].append(taken)
     for process in sides.values():
-        process.stdin.close()
-        process.wait()
+        stop(process)
     ours, torchs = (statistics.median(seconds[side]) for side in sides)
     pairs = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
     print(
@@ -157,17 +313,25 @@ def compare(case: str, rounds: int, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: 7, on a GPU 50")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--device", choices=SIDES, default="cpu")
+    parser.add_argument("--json", help="file for the rows of a GPU")
+    parser.add_argument("--case", nargs="*", metavar="NAME")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        return worker(*a.worker, a.threads)
+        return worker(*a.worker, a.threads, a.device)
+    known = CASES if a.device == "cpu" else GPU_CASES
+    if unknown := set(a.case or ()) - known.keys():
+        parser.error(f"no case {', '.join(unknown)} on {a.device}: use {', '.join(known)}")
+    if a.device == "cuda":
+        return one_by_one(a.case or list(known), a.rounds or 50, a.threads, a.json)
+    a.rounds = a.rounds or 7
     print(f"{a.threads} threads, {a.rounds} rounds, load before {os.getloadavg()[0]:.1f}")
     print("                        ms/step           ratio   (range)      MiB peak        ratio")
     print("                     ours     torch                        ours     torch")
-    for case in a.case:
+    for case in a.case or known:
         compare(case, a.rounds, a.threads)
 
 

@@ -30,15 +30,33 @@ def xp_of(array: Array) -> Any:
 
 
 @cache
+def cuda_driver() -> int:
+    """The newest CUDA that this machine's NVIDIA driver supports (12.4 is 12040); 0: no driver."""
+    version = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
+#: Called with CuPy as soon as it is used for the first time.
+on_cupy: list[Callable[[Any], None]] = []
+
+
+@cache
 def cupy() -> Any:
     """CuPy, or a ConfigError that names the extra to install."""
     try:
         import cupy
     except ImportError as error:
+        newest = "[cuda13]" if cuda_driver() >= 13000 else "[cuda12]"
         raise ConfigError(
-            "CuPy is not installed: pip install 'minisimclr[cuda12]' (or [cuda13]), "
-            "or use --device cpu"
+            f"CuPy is not installed: pip install 'minisimclr{newest}', or use --device cpu"
         ) from error
+    for act in on_cupy:
+        act(cupy)
     return cupy
 
 
@@ -55,6 +73,28 @@ def to_device(array: np.ndarray, device: str) -> Array:
         return cupy().asarray(array)
 
 
+def later(numbers: Array) -> Callable[[], list[float]]:
+    """Ask for `numbers` (n,) now; the function returned gives them on the host.
+
+    It waits for what the GPU had been asked to do by now, not for what it was asked since. So a
+    loop that reads one step's numbers after it has asked for the next one never lets it idle.
+    """
+    if xp_of(numbers) is np:
+        return numbers.tolist
+    import cupyx
+
+    host = cupyx.empty_pinned(numbers.shape, numbers.dtype)
+    stream = cupy().cuda.get_current_stream()
+    numbers.get(stream=stream, out=host, blocking=False)
+    copied = stream.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
 def choose_device(name: str) -> tuple[str, str]:
     """Resolve "auto", "cpu" or "cuda:N" to (device, the reason for it, in words).
 
@@ -67,17 +107,76 @@ def choose_device(name: str) -> tuple[str, str]:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda:0, cuda:1, ...")
     index = 0 if name == "auto" else int(name[5:])
     try:
-        count = cupy().cuda.runtime.getDeviceCount()
-        if index >= count:
-            raise ConfigError(f"no device {name}: this machine has {count} CUDA device(s)")
-        return f"cuda:{index}", f"{count} CUDA device(s) found"
+        reason = try_gpu(index)
+        cupy().cuda.Device(index).use()  # where new arrays of this thread will be
+        return f"cuda:{index}", reason
     except ConfigError as error:
-        reason = error
-    except Exception as error:  # CuPy's own driver errors, which have no common base
-        reason = ConfigError(f"no usable CUDA device: {error}")
-    if name == "auto":
-        return "cpu", str(reason).partition(":")[0]
-    raise reason
+        if name != "auto":
+            raise
+        return "cpu", str(error) if cuda_driver() else "no NVIDIA driver"
+
+
+TWICE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
+
+
+@cache
+def try_gpu(index: int) -> str:
+    """Name and driver of a GPU on which a kernel, a matrix product and eigenvalues were tried.
+
+    Raises ConfigError that says what is missing and the line to type.
+    """
+    if not cuda_driver():
+        raise ConfigError("there is no NVIDIA driver for CUDA on this machine: use --device cpu")
+    part = "finding a CUDA device"
+    try:
+        xp = cupy()
+        if index >= (count := xp.cuda.runtime.getDeviceCount()):
+            raise ConfigError(f"no device cuda:{index}: this machine has {count} CUDA device(s)")
+        with xp.cuda.Device(index):
+            part = "a kernel (NVRTC and CUDA's headers)"
+            x = xp.ones((2, 2), np.float32)
+            twice = xp.RawModule(code=TWICE).get_function("twice")
+            twice((1,), (4,), (x,))
+            part = "a matrix product (cuBLAS)"
+            x = x @ x
+            part = "eigenvalues (cuSOLVER)"
+            xp.linalg.eigvalsh(x).get()
+        name = xp.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    except ConfigError:
+        raise
+    except Exception as error:  # those of CuPy and of each library it loads have no common base
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        line = f"pip install 'cupy-cuda{cuda_driver() // 1000}x[ctk]'"
+        raise ConfigError(f"CuPy failed at {part}: {said}; {line}") from error
+    driver = cuda_driver()
+    return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
+
+
+@contextmanager
+def precision(name: str, device: str) -> Iterator[None]:
+    """Within the block, matrix products of float32 on a GPU round what they multiply to TF32's 10
+    bits of mantissa ("tf32"; sums stay in float32), or do not ("fp32").
+
+    Raises ConfigError for TF32 where there is none: on a CPU, and on GPUs before Ampere.
+    """
+    if name == "fp32":
+        yield
+        return
+    if device == "cpu":
+        raise ConfigError(f"precision {name} needs a GPU: on a CPU, use fp32")
+    xp, index = cupy(), int(device.removeprefix("cuda:"))
+    if int(xp.cuda.Device(index).compute_capability) < 80:
+        raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
+    try:  # not public; what is, CUPY_TF32 in the environment, is read only once
+        switch, types = xp._core.set_compute_type, xp._core._routines_linalg
+        tf32, default = types.COMPUTE_TYPE_TF32, types.COMPUTE_TYPE_DEFAULT
+    except AttributeError as error:
+        raise ConfigError(f"precision {name}: CuPy {xp.__version__} has no such switch") from error
+    switch(np.float32, tf32)
+    try:
+        yield
+    finally:
+        switch(np.float32, default)
 
 
 def synchronize(device: str) -> None:

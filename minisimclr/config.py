@@ -51,6 +51,9 @@ class TrainConfig:
     seed: int = setting(0, "seed of weights, order and views", 0)
     threads: int = setting(0, "CPU threads; 0: as many as there are cores", 0)
     device: str = setting("auto", "auto, cpu, or cuda:0, cuda:1, ...")
+    precision: str = setting(
+        "fp32", "of matrix products; tf32: faster, on a GPU only", choices=("fp32", "tf32")
+    )
 
     def __post_init__(self) -> None:
         problems = [

@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import augment, profile
-from .backend import available_cores, choose_device, threads, to_device
+from .backend import available_cores, choose_device, cuda_driver, threads, to_device, try_gpu
 from .data import cache_folder, toydogs
+from .errors import ConfigError
 from .ops.loss import nt_xent
 from .optim import SGD
 from .simclr import Model, chance_loss, training_step
 from .tensor import Tensor, gradcheck
 
-NEEDED, OPTIONAL = ("numpy", "pillow", "h5py", "click"), ("matplotlib", "safetensors", "mpi4py")
+NEEDED, OPTIONAL = (
+    ("numpy", "pillow", "h5py", "click"),
+    ("matplotlib", "safetensors", "mpi4py", "cupy-cuda12x", "cupy-cuda13x"),
+)
 STEPS = 25
 
 
@@ -31,7 +35,7 @@ class Check(NamedTuple):
 def examine() -> list[Check]:
     """All checks, in the order in which to read them; some seconds."""
     checks = []
-    for check in (versions, optional, blas, device, disk, speed, gradients, learning):
+    for check in (versions, optional, blas, device, gpu, disk, speed, gradients, learning):
         try:
             ok, found = check()
         except Exception as error:  # whatever is broken here is what the doctor is asked for
@@ -66,6 +70,16 @@ def blas() -> tuple[bool, str]:
 def device() -> tuple[bool, str]:
     name, reason = choose_device("auto")
     return True, f"{name} ({reason}), {available_cores()} cores, {platform.machine()}"
+
+
+def gpu() -> tuple[bool, str]:
+    """A kernel, a product and eigenvalues on it; wrong only where there is a driver to run them."""
+    if not cuda_driver():
+        return True, "none: there is no NVIDIA driver"
+    try:
+        return True, f"a kernel, a matrix product and eigenvalues ran on {try_gpu(0)}"
+    except ConfigError as error:
+        return "not installed" in str(error), str(error)
 
 
 def disk() -> tuple[bool, str]:

@@ -78,7 +78,7 @@ def fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.lr = warmup_cosine(step, peak, 0, total)
-        if not np.isfinite(float(loss)) or not np.isfinite(optimizer.gradient_norm()):
+        if not np.isfinite(float(loss) + float(optimizer.gradient_square())):
             return None
         optimizer.step()
         progress(step + 1, total)

@@ -6,6 +6,7 @@ not by their name, and neither decayed nor adapted.
 
 from collections.abc import Iterable
 from functools import singledispatch
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,21 @@ def trust_ratio(w: Array, g: Array, decay: float, eeta: float) -> float:
     return xp.where((w_norm > 0) & (g_norm > 0), eeta * w_norm / xp.maximum(g_norm, 1e-38), 1.0)
 
 
+@singledispatch
+def update_all(w: Array, optimizer: "SGD", ok: Any) -> None:
+    """One step of every parameter that has a gradient, if `ok`; w is one of them."""
+    if ok:
+        for name, p in optimizer.moving():
+            optimizer._update(name, p, optimizer.decay_of(p))
+
+
+@singledispatch
+def square_of_all(w: Array, optimizer: "SGD") -> Array:
+    """Sum of the squares of all gradients; w is one of the parameters."""
+    gradients: list[Array] = [p.grad for _, p in optimizer.moving()]
+    return sum(g.ravel() @ g.ravel() for g in gradients)
+
+
 class SGD:
     """Stochastic gradient descent with momentum and weight decay:
 
@@ -49,21 +65,25 @@ class SGD:
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 
-    def step(self) -> None:
-        """Move every parameter that has a gradient."""
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                self._update(name, p, self.weight_decay if p.kind == WEIGHT else 0.0)
+    def step(self, ok: Any = True) -> None:
+        """Move every parameter that has a gradient, if `ok`: a number, perhaps on the device."""
+        if moving := self.moving():
+            update_all(moving[0][1].data, self, ok)
+
+    def moving(self) -> list[tuple[str, Parameter]]:
+        return [(name, p) for name, p in self.parameters.items() if p.grad is not None]
+
+    def decay_of(self, p: Parameter) -> float:
+        return self.weight_decay if p.kind == WEIGHT else 0.0
 
     def _update(self, name: str, p: Parameter, decay: float) -> None:
         momentum_update(p.data, p.grad, self.velocity[name], self.lr, self.momentum, decay)
 
-    def gradient_norm(self) -> float:
-        """Length of all gradients as one vector: not finite as soon as one number in them is
-        not.
+    def gradient_square(self) -> Array:
+        """Squared length of all gradients as one vector, on their device: not finite as soon as
+        one number in them is not.
         """
-        gradients = [p.grad.ravel() for p in self.parameters.values() if p.grad is not None]
-        return float(sum(g @ g for g in gradients)) ** 0.5
+        return square_of_all(self.moving()[0][1].data, self)
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

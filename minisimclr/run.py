@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import checkpoint
-from .backend import threads
+from .backend import choose_device, threads
 from .config import TrainConfig
 from .errors import DataError, OutputError
 from .files import write_bytes
@@ -115,6 +115,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": config.threads or threads(),
+        "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     try:

@@ -5,11 +5,11 @@ loss asks each view to find its partner among the 2N - 1 others.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite, log
-from typing import NamedTuple
 
 from . import augment
-from .backend import Array, xp_of
+from .backend import Array, later, xp_of
 from .nn import ENCODERS, Module, ProjectionHead, ResNet
 from .ops.loss import contrastive_accuracy, nt_xent
 from .optim import SGD
@@ -61,16 +61,28 @@ def chance_loss(n: int) -> float:
     return log(2 * n - 1)
 
 
-class Step(NamedTuple):
-    """What one training step saw, before it moved the weights."""
+class Step:
+    """What one training step saw, before it moved the weights: who looks at it waits for it."""
 
-    loss: float
-    accuracy: float  # share of the views that found their partner
-    gradient_norm: float
+    def __init__(self, loss: Array, accuracy: Array, gradient_square: Array):
+        xp = xp_of(loss)
+        seen = xp.stack([loss, accuracy, gradient_square])  # (3,) float64, as accuracy is
+        self.ok = xp.isfinite(seen).all()
+        self._read = later(seen)
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """loss; accuracy, the share of the views that found their partner; gradient_norm."""
+        loss, accuracy, square = self._read()
+        return {"loss": loss, "accuracy": accuracy, "gradient_norm": square**0.5}
+
+    @property
+    def loss(self) -> float:
+        return self.figures["loss"]
 
     @property
     def finite(self) -> bool:
-        return isfinite(self.loss) and isfinite(self.gradient_norm)
+        return all(map(isfinite, self.figures.values()))
 
 
 def training_step(
@@ -83,7 +95,8 @@ def training_step(
 ) -> Step:
     """One step of Algorithm 1 on images (N, H, W, 3) uint8, `views` being the draws of t and t'.
 
-    Where the loss or a gradient is not finite the weights are left as they were.
+    Where the loss or a gradient is not finite the weights are left as they were. Nothing here waits
+    for a GPU.
     """
     n = len(images)
     x1, x2 = augment.apply_views(images, views, size)  # t(x), t'(x): two (N, size, size, 3)
@@ -93,11 +106,9 @@ def training_step(
     loss = nt_xent(z[:n], z[n:], temperature)
     optimizer.zero_grad()
     loss.backward()
-    step = Step(
-        float(loss), contrastive_accuracy(z.data[:n], z.data[n:]), optimizer.gradient_norm()
-    )
-    if step.finite:
-        optimizer.step()
+    accuracy = contrastive_accuracy(z.data[:n], z.data[n:])
+    step = Step(loss.data, accuracy, optimizer.gradient_square())
+    optimizer.step(step.ok)
     return step
 
 

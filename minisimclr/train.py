@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import augment
+from . import augment, backend
 from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device, to_host
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
@@ -21,7 +22,7 @@ from .optim import LARS
 from .probe import alignment, effective_rank, uniformity, unit
 from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
 from .schedule import scaled_rate, warmup_cosine
-from .simclr import chance_loss, training_step
+from .simclr import Step, chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
 MONITORED = 256  # images on which alignment, uniformity and rank are measured
@@ -50,7 +51,8 @@ def pretrain(
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
         raise ConfigError(f"{out} exists already: name another --out, or go on with --resume {out}")
-    choose_device(config.device)
+    with backend.precision(config.precision, choose_device(config.device)[0]):
+        pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
     dataset = open_training_data(config, notify)
     make_run_folder(out, config, origins or {})
@@ -95,7 +97,8 @@ def resume(
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
-            train(run, dataset, plan, device, time_limit, notify)
+            with backend.precision(config.precision, device):
+                train(run, dataset, plan, device, time_limit, notify)
             return run
     except BlockingIOError as error:
         raise OutputError(f"{path} is being trained by another process") from error
@@ -138,6 +141,8 @@ def train(
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
     losses: list[float] = []
+    # A GPU is asked for the next step before the last one's figures are read, so it never waits.
+    open_steps: deque[tuple[Step, dict, dict]] = deque()
     with (
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("a") as metrics,
@@ -155,27 +160,33 @@ def train(
             step = training_step(
                 model, optimizer, images, views, config.image_size, config.temperature
             )
-            if not step.finite:
-                raise DivergedError(DIVERGED.format(run.step, step, run.path / "checkpoints"))
             run.step += 1
-            losses.append(step.loss)
-
-            seconds = time.perf_counter() - begin
+            end_of_epoch = run.step % plan.steps_per_epoch == 0
             line: dict[str, Any] = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
-            line |= {"chance": chance_loss(n), "lr": optimizer.lr, **step._asdict()}
-            timing = {"step": run.step, "seconds": seconds, "data_wait": waited}
-            timing["views_per_second"] = 2 * n / seconds
-            if end_of_epoch := run.step % plan.steps_per_epoch == 0:
-                line |= monitor(run, dataset, device)
-            write_line(metrics, line)
-            write_line(timings, timing)
-
+            line |= {"chance": chance_loss(n), "lr": optimizer.lr}
+            timing = {"step": run.step, "seconds": 0.0, "data_wait": waited}
+            open_steps.append((step, line, timing))
             if time.monotonic() >= deadline:
                 run.stopped = "time limit"
             run.stopped = stop.get("signal", run.stopped)
-            if end_of_epoch or run.stopped:
-                run.save(dataset.fingerprint)
-            notify("step", line | timing | {"steps": plan.total})
+            last = end_of_epoch or run.stopped
+
+            while len(open_steps) > (0 if last or device == "cpu" else 1):
+                step, line, timing = open_steps.popleft()
+                if not step.finite:
+                    folder = run.path / "checkpoints"
+                    raise DivergedError(DIVERGED.format(line["step"] - 1, step.figures, folder))
+                losses.append(step.loss)
+                line |= step.figures
+                timing["seconds"] = seconds = time.perf_counter() - begin
+                timing["views_per_second"] = 2 * n / seconds
+                if end_of_epoch and not open_steps:
+                    line |= monitor(run, dataset, device)
+                write_line(metrics, line)
+                write_line(timings, timing)
+                if last and not open_steps:
+                    run.save(dataset.fingerprint)
+                notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
                 mean = float(np.mean(losses))
                 losses.clear()
@@ -185,8 +196,8 @@ def train(
 
 
 DIVERGED = (
-    "training diverged at step {0}: loss {1.loss}, gradient norm {1.gradient_norm}; lower --lr or "
-    "raise --temperature (the last good state is in {2})"
+    "training diverged at step {0}: loss {1[loss]}, gradient norm {1[gradient_norm]}; lower --lr "
+    "or raise --temperature (the last good state is in {2})"
 )
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
@@ -232,9 +243,10 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     for step in range(3):
         begin = time.perf_counter()
         views = draw(config, step, images)
-        training_step(
-            run.model, run.optimizer, images, views, config.image_size, config.temperature
-        )
+        with backend.precision(config.precision, device):
+            training_step(
+                run.model, run.optimizer, images, views, config.image_size, config.temperature
+            )
         seconds.append(time.perf_counter() - begin)
     return {
         "settings": config.to_dict(),

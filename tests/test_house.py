@@ -30,6 +30,7 @@ FLOORS = [
 ]
 FENCES = {
     "cupy": ("backend", "kernels/cuda", "distributed"),
+    "cupyx": ("backend", "kernels/cuda"),
     "h5py": ("data/cache", "checkpoint", "weights"),
     "PIL": ("data", "report"),
     "matplotlib": ("report",),
@@ -131,7 +132,7 @@ def test_budget():
     assert count.pop("cli") <= 690
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 560
-    assert sum(count.values()) <= 2600, count
+    assert sum(count.values()) <= 2720, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

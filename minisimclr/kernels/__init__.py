@@ -1,10 +1,12 @@
-"""Faster versions of the passes in `ops` and `optim`, registered for an array type.
+"""Faster versions of the passes in `ops`, `optim` and `augment`, registered for an array type.
 
-Importing this package registers them; nothing else refers to it, and everything works without.
+Importing this package registers those for NumPy; those for CuPy follow as soon as a GPU is used
+(cuda.py). Nothing else refers to it, and everything works without.
 MINISIMCLR_KERNELS=reference in the environment leaves the readable versions in place.
 """
 
 import os
+from importlib import import_module
 
 from ..errors import ConfigError
 
@@ -12,7 +14,8 @@ _choice = os.environ.get("MINISIMCLR_KERNELS", "fast")
 if _choice not in ("fast", "reference"):
     raise ConfigError(f"MINISIMCLR_KERNELS is {_choice!r}: use fast or reference")
 if _choice == "fast":
-    from ..backend import reuse_memory
+    from ..backend import on_cupy, reuse_memory
     from . import augment, conv, norm, optim, pool  # noqa: F401
 
     reuse_memory()
+    on_cupy.append(lambda library: import_module(".cuda", __name__).register(library))

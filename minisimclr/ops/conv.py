@@ -9,11 +9,14 @@ as it lies in memory.
 
 from functools import singledispatch
 
+import numpy as np
+
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
 
 Pair = tuple[int, int]
 WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
+GPU_WORKSPACE = 1 << 27  # there: products large enough to keep all its multiprocessors busy
 
 
 def output_size(x_shape: tuple, w_shape: tuple, stride: Pair, padding: Pair) -> Pair:
@@ -51,9 +54,10 @@ def fold(patches: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Pa
     return x[:, ph : ph + h, pw : pw + w]
 
 
-def image_blocks(n: int, row_size: int) -> list[slice]:
-    """Split a batch of n images so that a block of their rows fits the workspace."""
-    step = max(1, WORKSPACE // row_size)
+def image_blocks(x: Array, row_size: int) -> list[slice]:
+    """Split a batch of images so that a block of their rows fits the workspace."""
+    n = len(x)
+    step = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
@@ -63,7 +67,7 @@ def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     size = output_size(x.shape, w.shape, stride, padding)
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
     y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
-    for block in image_blocks(len(x), size[0] * size[1] * len(matrix)):
+    for block in image_blocks(x, size[0] * size[1] * len(matrix)):
         patches = unfold(x[block], w.shape[:2], stride, padding, size)
         y[block] = (patches @ matrix).reshape(-1, *size, w.shape[3])  # (n*OH*OW, O)
     return y
@@ -75,7 +79,7 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
     size = gy.shape[1:3]
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
     gx = xp_of(gy).empty(x_shape, gy.dtype)
-    for block in image_blocks(len(gy), size[0] * size[1] * len(matrix)):
+    for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
         block_shape = gx[block].shape
         gx[block] = fold(g @ matrix.T, block_shape, w.shape[:2], stride, padding, size)
@@ -87,7 +91,7 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
     """gy (N, OH, OW, O) and x (N, H, W, C) -> gradient of w, of shape w_shape (KH, KW, C, O)"""
     size = gy.shape[1:3]
     gw = xp_of(gy).zeros((w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]), gy.dtype)
-    for block in image_blocks(len(gy), size[0] * size[1] * len(gw)):
+    for block in image_blocks(gy, size[0] * size[1] * len(gw)):
         patches = unfold(x[block], w_shape[:2], stride, padding, size)
         gw += patches.T @ gy[block].reshape(-1, w_shape[3])  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
     return gw.reshape(w_shape)

@@ -78,13 +78,15 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     return NTXent(temperature)(concatenate([z1, z2]))
 
 
-def contrastive_accuracy(z1: Array, z2: Array) -> float:
-    """Share of the views whose most similar one among the 2N - 1 others is their partner."""
+def contrastive_accuracy(z1: Array, z2: Array) -> Array:
+    """Share of the views whose most similar one among the 2N - 1 others is their partner: a number
+    on their device.
+    """
     xp = xp_of(z1)
     u, _ = normalize(xp.concatenate([z1, z2]))
     s = u @ u.T  # (V, D) @ (D, V)
     xp.fill_diagonal(s, -xp.inf)
-    return float((s.argmax(axis=1) == partners(len(u), xp)).mean())
+    return (s.argmax(axis=1) == partners(len(u), xp)).mean()
 
 
 class CrossEntropy(Function):

@@ -1,0 +1,298 @@
+"""Everything there is to learn on a GPU, in one command of under ten minutes.
+
+    python benchmarks/gpu.py [--out gpu.json] [--minutes 10]
+
+Runs the tests marked gpu, then measures: the GPU's own ceilings, every kernel beside the readable
+pass, convolutions, augmentation (beside torchvision), LARS (beside torch._foreach), and whole steps
+beside PyTorch. Writes one JSON after each part, so that a run cut short leaves what it has, and
+prints one table. Times are medians of CUDA events over inputs taken in turn. Parts that do not fit
+into the time left, or need what is not installed, say so. --small is for trying the script out.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from minisimclr import augment, optim, profile
+from minisimclr.backend import cupy, peak_memory, try_gpu
+from minisimclr.errors import ConfigError
+from minisimclr.nn import ENCODERS
+from minisimclr.ops import conv, norm
+from minisimclr.ops.conv import output_size
+
+HERE = Path(__file__).parent
+TURNS = 3  # inputs of a measurement
+
+
+class Sizes:
+    """What is measured: full size, or small to try the script out."""
+
+    def __init__(self, small: bool):
+        self.rounds = 2 if small else 20
+        self.maps = [(2, 3, 5, 40)] if small else [(1024, 32, 32, 64), (512, 28, 28, 512)]
+        self.convs = (
+            [((2, 6, 6, 4), (3, 3, 4, 5), 1)]
+            if small
+            else [
+                ((1024, 32, 32, 64), (3, 3, 64, 64), 1),
+                ((1024, 16, 16, 128), (3, 3, 128, 128), 1),
+                ((1024, 32, 32, 64), (3, 3, 64, 128), 2),
+                ((512, 56, 56, 64), (1, 1, 64, 256), 1),
+            ]
+        )
+        self.views = [(3, 12, 8)] if small else [(512, 40, 32), (128, 256, 224)]
+        self.encoder, self.width = ("resnet_small", 4) if small else ("resnet50", 64)
+        self.matrix, self.vector = (64, 1 << 12) if small else (8192, 1 << 28)
+
+
+def seconds(run, inputs: list[tuple], rounds: int) -> float:
+    """Median seconds of run(*inputs[i]), i in turn, on the device."""
+    xp = cupy()
+    for given in inputs:
+        run(*given)
+    times = []
+    for i in range(rounds):
+        start, stop = xp.cuda.Event(), xp.cuda.Event()
+        start.record()
+        run(*inputs[i % len(inputs)])
+        stop.record()
+        stop.synchronize()
+        times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3)
+    return statistics.median(times)
+
+
+def facts(sizes: Sizes) -> list[dict]:
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    found = {"gpu": try_gpu(0), "python": platform.python_version(), "numpy": np.__version__}
+    try:
+        import torch
+
+        found["torch"] = torch.__version__
+    except ImportError:
+        found["torch"] = "not installed"
+    return [found | {"date": now, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}]
+
+
+def tests(sizes: Sizes) -> list[dict]:
+    """The last line of pytest, and every test that failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, str(HERE.parent / "tests")],
+        capture_output=True,
+        text=True,
+        timeout=sizes.left(),
+    )
+    lines = run.stdout.splitlines() or [run.stderr[-500:]]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return [{"summary": lines[-1], "passed": run.returncode == 0, "failed": failed}]
+
+
+def ceilings(sizes: Sizes) -> list[dict]:
+    roof = profile.roofline("cuda:0", sizes.matrix, sizes.vector)
+    return [
+        {"what": "float32 product", "tflops": roof["flops_per_second"] / 1e12},
+        {"what": "sum of two vectors", "gb_per_second": roof["bytes_per_second"] / 1e9},
+    ]
+
+
+def randn(*shape):
+    """Normal numbers made on the host: CuPy's generator would need one library more."""
+    numbers = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+    count = int(np.prod(shape))
+    tiled = cupy().tile(cupy().asarray(numbers), -(-count // len(numbers)))
+    return tiled[:count].reshape(shape)
+
+
+def row(name: str, f, inputs: list[tuple], sizes: Sizes, moved: int) -> dict:
+    """A kernel beside the readable pass."""
+    fast = seconds(f, inputs, sizes.rounds)
+    readable = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 10))
+    figures = {"ms": fast * 1e3, "readable_ms": readable * 1e3, "gain": readable / fast}
+    return {"pass": name, **figures, "gb_per_second": moved / fast / 1e9}
+
+
+def kernels(sizes: Sizes) -> list[dict]:
+    rows = []
+    for shape in sizes.maps:
+        name, nbytes = "x".join(map(str, shape)), 4 * int(np.prod(shape))
+        x, g, y = ([randn(*shape) for _ in range(TURNS)] for _ in range(3))
+        c = [randn(shape[-1]) for _ in range(4)]
+        cases = {
+            norm.moments: ([(x[i],) for i in range(TURNS)], 1),
+            norm.scale_shift: ([(x[i], *c[:3], g[i], True) for i in range(TURNS)], 3),
+            norm.gradient_sums: ([(g[i], x[i], *c[:2], y[i]) for i in range(TURNS)], 4),
+            norm.input_gradient: ([(g[i], x[i], *c) for i in range(TURNS)], 3),
+        }
+        for f, (inputs, passes) in cases.items():
+            rows.append(row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes))
+    return rows
+
+
+def convolutions(sizes: Sizes) -> list[dict]:
+    rows = []
+    for x, w, s in sizes.convs:
+        stride, padding = (s, s), (w[0] // 2, w[1] // 2)
+        gy = (x[0], *output_size(x, w, stride, padding), w[3])
+        flops = 2 * int(np.prod(gy)) * int(np.prod(w[:3]))
+        calls = {
+            "output": (conv.conv_output, (randn(*x), randn(*w), stride, padding)),
+            "input": (conv.conv_input_gradient, (randn(*gy), randn(*w), x, stride, padding)),
+            "weight": (conv.conv_weight_gradient, (randn(*gy), randn(*x), w, stride, padding)),
+        }
+        for which, (f, given) in calls.items():
+            taken = seconds(f, [given], sizes.rounds)
+            name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
+            rows.append({"pass": name, "ms": taken * 1e3, "tflops": flops / taken / 1e12})
+    return rows
+
+
+def views(sizes: Sizes) -> list[dict]:
+    """Views a second from uint8 on the GPU; torchvision's, image by image, if it is there."""
+    rows, xp = [], cupy()
+    for n, side, size in sizes.views:
+        images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
+        given = [
+            (xp.asarray(images), augment.draw_views(0, i, n, side, side), size)
+            for i in range(TURNS)
+        ]
+        fast = row(f"two views of {n} images, {side} to {size} px", augment.apply_views, given,
+                   sizes, 2 * n * size * size * 12)  # fmt: skip
+        fast |= {"views_per_second": 2 * n / fast["ms"] * 1e3}
+        rows += [fast, torchvision_views(images, size)]
+    return rows
+
+
+def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
+    try:
+        import torch
+        from torchvision.transforms import v2
+    except ImportError as error:
+        return {"pass": "torchvision", "skipped": str(error)}
+    chain = v2.Compose([
+        v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1)], 0.5 if size > 32 else 0),
+    ])  # fmt: skip
+    stored = torch.tensor(images[:count], device="cuda").permute(0, 3, 1, 2)
+    for _ in range(2):  # the first time around is to warm up
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for image in stored:
+            chain(image), chain(image)
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+    return {"pass": f"torchvision to {size} px", "views_per_second": 2 * len(stored) / taken}
+
+
+def lars(sizes: Sizes) -> list[dict]:
+    """One LARS step on the parameters of an encoder: ours, the readable one, torch._foreach."""
+    net = ENCODERS[sizes.encoder](width=sizes.width).to("cuda:0")
+    optimizer = optim.LARS(net.named_parameters(), 0.01)
+    for p in optimizer.parameters.values():
+        p.grad = randn(*p.shape)
+    moved = 7 * sum(p.data.nbytes for p in optimizer.parameters.values())
+    first = next(iter(optimizer.parameters.values())).data
+    given = [(first, optimizer, True)]
+    rows = [row(f"LARS, {len(optimizer.parameters)} parameters", optim.update_all, given, sizes,
+                moved)]  # fmt: skip
+    try:
+        import torch
+    except ImportError as error:
+        return [*rows, {"pass": "torch._foreach LARS", "skipped": str(error)}]
+    w = [torch.randn(p.shape, device="cuda") for p in optimizer.parameters.values()]
+    g, v = [torch.randn_like(a) for a in w], [torch.zeros_like(a) for a in w]
+
+    def foreach() -> None:
+        d = torch._foreach_add(g, w, alpha=1e-6)
+        ratio = torch._foreach_div(torch._foreach_norm(w), torch._foreach_norm(d))
+        torch._foreach_mul_(d, torch._foreach_mul(ratio, 0.001 * 0.01))
+        torch._foreach_mul_(v, 0.9)
+        torch._foreach_add_(v, d)
+        torch._foreach_sub_(w, v)
+
+    times = []
+    for _ in range(sizes.rounds + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        foreach()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return [*rows, {"pass": "torch._foreach LARS", "ms": statistics.median(times[2:])}]
+
+
+def steps(sizes: Sizes) -> list[dict]:
+    """Whole training steps beside PyTorch's, in processes of their own."""
+    rows = HERE / "steps.json"
+    command = [sys.executable, str(HERE / "compare_torch.py"), "--device", "cuda"]
+    try:
+        run = subprocess.run(
+            [*command, "--json", str(rows)], capture_output=True, text=True, timeout=sizes.left()
+        )
+        return json.loads(rows.read_text()) if rows.exists() else [{"failed": run.stderr[-500:]}]
+    except subprocess.TimeoutExpired as error:
+        done = json.loads(rows.read_text()) if rows.exists() else []
+        return [*done, {"skipped": f"the rest: no time left after {error.timeout:.0f} s"}]
+    finally:
+        rows.unlink(missing_ok=True)
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    lines = []
+    for part, rows in results.items():
+        lines.append(part)
+        for each in rows:
+            shown = (
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in each.items()
+            )
+            lines.append("  " + ", ".join(shown))
+    return "\n".join(lines)
+
+
+PARTS = (facts, tests, ceilings, kernels, convolutions, views, lars, steps)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script out")
+    parser.add_argument("--part", choices=[p.__name__ for p in PARTS], nargs="*")
+    a = parser.parse_args(arguments)
+    try:
+        try_gpu(0)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    sizes, end = Sizes(a.small), time.monotonic() + 60 * a.minutes
+    sizes.left = lambda: max(1.0, end - time.monotonic())
+    results: dict[str, list[dict]] = {}
+    for part in PARTS:
+        if a.part and part.__name__ not in a.part:
+            continue
+        begin = time.monotonic()
+        try:
+            rows = part(sizes) if begin < end else [{"skipped": "no time left"}]
+        except Exception as error:  # one part that fails must not cost the others
+            rows = [{"failed": f"{type(error).__name__}: {error}"}]
+        taken = {"seconds_taken": time.monotonic() - begin, "pool_bytes": peak_memory("cuda:0")}
+        cupy().get_default_memory_pool().free_all_blocks()
+        results[part.__name__] = [*rows, taken]
+        print(table({part.__name__: results[part.__name__]}), flush=True)
+        a.out.write_text(json.dumps(results, indent=1))
+    return results
+
+
+if __name__ == "__main__":
+    main()

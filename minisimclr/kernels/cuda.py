@@ -1,0 +1,150 @@
+"""CUDA kernels for what a GPU would do in many passes from Python, and how they are launched.
+
+    norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
+                 two for the gradients
+    optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
+    augment.cu   both views of a batch in one launch; the blur of large ones is a matrix product
+
+CuPy compiles them with NVRTC on first use and keeps the binaries on disk. All sums run in a fixed
+order, so a run repeats to the bit. Convolutions and the loss are large matrix products, which
+cuBLAS does: there the readable passes stay.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..augment import SMALL, Views, apply_views, blur
+from ..backend import Array, cupy
+from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
+from ..optim import SGD, square_of_all, update_all
+from ..tensor import WEIGHT
+from .registry import for_float32
+
+CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: of batch norm, of the others
+BLOCKS = 1024  # in a launch over tiles: several for each multiprocessor of a large GPU
+SHARES = 64  # blocks that share the numbers of one parameter
+# The structures of optim.cu and augment.cu.
+ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
+VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
+
+NORM: Any = moments, scale_shift, gradient_sums, input_gradient
+OTHERS: Any = square_of_all, update_all, apply_views
+
+
+def register(library: Any) -> None:
+    """Use cuda_NAME for pass NAME on the arrays of `library`: CuPy, once it is there."""
+    for reference in NORM + OTHERS:
+        for_float32(reference, library.ndarray)(globals()[f"cuda_{reference.__name__}"])
+
+
+@cache
+def module(library: Any, file: str) -> Any:
+    code = Path(__file__).with_name(f"{file}.cu").read_text()
+    return library.RawModule(code=code)
+
+
+def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
+    """Run a kernel; numbers become what C calls int and float, None a null pointer."""
+    xp = cupy()
+    convert: Any = {type(None): lambda _: np.intp(0), int: np.int32, float: np.float32}
+    convert[xp.ndarray] = xp.ascontiguousarray
+    given = tuple(convert.get(type(a), lambda a: a)(a) for a in args)
+    module(xp, file).get_function(kernel)(grid, block, given)
+
+
+def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
+    """Grid of tiles for x (..., C), and the rows, channels and rows of a tile that go with it."""
+    rows, c = x.size // x.shape[-1], x.shape[-1]
+    wide = -(-c // CHANNELS)
+    tile = max(LANES**2, -(-rows * wide // BLOCKS))
+    return (wide, -(-rows // tile)), (np.int64(rows), c, tile)
+
+
+def tile_sums(x: Array, *args: Any) -> Array:
+    grid, shape = tiles(x)
+    part = cupy().empty((grid[1], 2, x.shape[-1]), np.float32)
+    launch("norm", "tile_sums", grid, (CHANNELS, LANES), x, *args, part, *shape)
+    return part
+
+
+def apply(x: Array, *args: Any) -> Array:
+    grid, shape = tiles(x)
+    out = cupy().empty(x.shape, np.float32)
+    launch("norm", "apply", grid, (CHANNELS, LANES), x, *args, out, *shape)
+    return out
+
+
+def cuda_moments(x):
+    (wide, _), shape = tiles(x)
+    part, (mean, m2) = tile_sums(x, *[None] * 4), cupy().empty((2, shape[1]), np.float32)
+    launch("norm", "merge_moments", (wide,), (CHANNELS, LANES), part, mean, m2, *shape)
+    return mean, m2
+
+
+def cuda_scale_shift(x, mean, scale, shift, residual, relu):
+    return apply(x, mean, scale, shift, residual, None, int(relu))
+
+
+def cuda_gradient_sums(gy, x, mean, inv_std, y):
+    g = gy if y is None else cupy().empty(gy.shape, np.float32)
+    sum_g, sum_gd = tile_sums(x, gy, y, None if y is None else g, mean).sum(axis=0)
+    return sum_g, sum_gd * inv_std, g
+
+
+def cuda_input_gradient(g, x, mean, scale, a, b):
+    return apply(x, mean, -b, -a, g, scale, 0)
+
+
+def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:
+    """The rows that optim.cu reads, without rates if `plain`, and the gradients they point to."""
+    rows, gradients = [], []
+    for name, p in optimizer.moving():
+        g = cupy().ascontiguousarray(p.grad)
+        arrays = p.data, g, optimizer.velocity[name]
+        if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in arrays):
+            raise ValueError(f"{name}: not in one piece of float32, like the first parameter")
+        where = (a.data.ptr for a in arrays)
+        eeta = getattr(optimizer, "eeta", 0.0) if p.kind == WEIGHT else 0.0
+        rates = (0.0, 0.0) if plain else (optimizer.decay_of(p), eeta)
+        rows.append((*where, g.size, *rates))
+        gradients.append(g)
+    return cupy().asarray(np.array(rows, ROW).view(np.uint8)), gradients
+
+
+def squares(rows: Array, count: int) -> Array:
+    part = cupy().empty((count, SHARES, 2), np.float32)
+    launch("optim", "squares", (SHARES, count), (THREADS,), rows, part)
+    return part
+
+
+def cuda_square_of_all(w, optimizer):
+    rows, gradients = table_of(optimizer, plain=True)
+    return squares(rows, len(gradients))[:, :, 1].sum()
+
+
+def cuda_update_all(w, optimizer, ok):
+    rows, gradients = table_of(optimizer)
+    count, trust = len(gradients), cupy().empty(len(gradients), np.float32)
+    part = squares(rows, count) if hasattr(optimizer, "eeta") else None
+    given = part, None if ok is True else ok, trust, float(optimizer.lr), float(optimizer.momentum)
+    launch("optim", "update", (SHARES, count), (THREADS,), rows, *given)
+    if part is not None:
+        of_all = zip(optimizer.moving(), trust, strict=True)
+        optimizer.trust = {name: ratio for (name, p), ratio in of_all if p.kind == WEIGHT}
+
+
+def cuda_apply_views(images: Array, views: Views, size: int) -> tuple[Array, Array]:
+    xp, (n, height, width, _) = cupy(), images.shape
+    table = np.empty((2, n), VIEW)
+    drawn = views.boxes, views.factors, views.orders, views.flips, views.greys
+    for field, values in zip(VIEW.names or (), drawn, strict=True):
+        table[field] = values
+    out = xp.empty((2, n, size, size, 3), np.float32)
+    given = images, xp.asarray(table.view(np.uint8)), out, n, height, width, size
+    launch("augment", "two_views", (2 * n,), (THREADS,), *given)
+    if size > SMALL:
+        return blur(out[0], views.sigmas[0]).clip(0, 1), blur(out[1], views.sigmas[1]).clip(0, 1)
+    return out[0], out[1]

@@ -1,0 +1,75 @@
+// Batch norm of x (rows, channels). A block is 32 channels wide and 8 rows high, and has a tile of
+// rows to itself: each thread walks down one channel, so a warp reads 128 bytes in one piece.
+struct Walk {
+    long long c, top, i, end, step;
+    __device__ Walk(long long rows, int channels, int tile) {
+        c = blockIdx.x * 32 + threadIdx.x;
+        top = (long long)blockIdx.y * tile;
+        i = (top + threadIdx.y) * channels + c;
+        end = c < channels ? min(top + tile, rows) * channels : 0;
+        step = 8LL * channels;
+    }
+};
+
+struct Moments { float n, mean, m2; };
+__device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
+    const float n = a.n + b.n, delta = b.mean - a.mean, share = n > 0 ? b.n / n : 0;
+    return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share};
+}
+
+// Per tile and channel, part (tiles, 2, channels): mean and M2 of x if gy is null, else the sums of
+// g and g (x - mean). g is gy or, with y, gy where y > 0, which is written down.
+extern "C" __global__ void tile_sums(const float* x, const float* gy, const float* y, float* g_out,
+                                     const float* mean, float* part,
+                                     long long rows, int channels, int tile) {
+    __shared__ float lanes[2][8][32];
+    Walk w(rows, channels, tile);
+    const bool inside = w.c < channels;
+    const float near = !inside ? 0 : gy ? mean[w.c] : x[w.top * channels + w.c];
+    float sums[2] = {0, 0};
+    for (; w.i < w.end; w.i += w.step) {
+        const float d = x[w.i] - near, g = !gy ? d : y ? gy[w.i] * (y[w.i] > 0) : gy[w.i];
+        if (y) g_out[w.i] = g;
+        sums[0] += g;
+        sums[1] += g * d;
+    }
+    for (int k = 0; k < 2; k++) lanes[k][threadIdx.y][threadIdx.x] = sums[k];
+    __syncthreads();
+    if (threadIdx.y || !inside) return;
+    for (int k = 0; k < 2; k++)
+        for (int lane = 1; lane < 8; lane++) sums[k] += lanes[k][lane][threadIdx.x];
+    if (!gy) {  // from sums about the tile's first row to mean and M2
+        const float n = min(w.top + tile, rows) - w.top;
+        sums[1] -= sums[0] * sums[0] / n;
+        sums[0] = near + sums[0] / n;
+    }
+    for (int k = 0; k < 2; k++) part[(2LL * blockIdx.y + k) * channels + w.c] = sums[k];
+}
+
+extern "C" __global__ void merge_moments(const float* part, float* mean, float* m2,
+                                         long long rows, int channels, int tile) {
+    __shared__ Moments lanes[8][32];
+    const int c = blockIdx.x * 32 + threadIdx.x;
+    Moments all = {0, 0, 0};
+    for (long long t = threadIdx.y; t * tile < rows && c < channels; t += 8) {
+        const float n = min(rows - t * tile, (long long)tile);
+        all = merge(all, {n, part[2 * t * channels + c], part[(2 * t + 1) * channels + c]});
+    }
+    lanes[threadIdx.y][threadIdx.x] = all;
+    __syncthreads();
+    if (threadIdx.y || c >= channels) return;
+    for (int lane = 1; lane < 8; lane++) all = merge(all, lanes[lane][threadIdx.x]);
+    mean[c] = all.mean;
+    m2[c] = all.m2;
+}
+
+// out = a (x - mean) + b + q g; g may be absent, and q, which then is 1.
+extern "C" __global__ void apply(const float* x, const float* mean, const float* a, const float* b,
+                                 const float* g, const float* q, int relu,
+                                 float* out, long long rows, int channels, int tile) {
+    for (Walk w(rows, channels, tile); w.i < w.end; w.i += w.step) {
+        float v = a[w.c] * (x[w.i] - mean[w.c]) + b[w.c];
+        if (g) v += q ? q[w.c] * g[w.i] : g[w.i];
+        out[w.i] = relu && v < 0 ? 0 : v;
+    }
+}

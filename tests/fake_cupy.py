@@ -1,0 +1,330 @@
+"""CuPy over NumPy, as strict as a machine with a GPU: for tests where there is none.
+
+`install` puts a module `cupy` in place whose arrays live in host memory, but as if they did not:
+they refuse every silent way to the host (np.asarray, NumPy's functions, NumPy arrays as operands,
+indices or values), and `syncs` notes every loud one that makes the host wait (float, bool, get, a
+boolean mask as an index, ...). Functions are those of a list that was taken from CuPy 14, so one
+that only NumPy has is an error. Where CuPy takes NumPy arrays and copies them without a word, this
+one refuses: such a copy in a training loop is a leak as well.
+"""
+
+import operator
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+METHODS = """all any argmax argmin argpartition argsort clip copy cumsum diagonal dot fill flatten
+max mean min prod ravel repeat reshape round squeeze std sum swapaxes take trace transpose var
+view astype"""
+FUNCTIONS = """abs add all any arange argmax argmin argpartition argsort ascontiguousarray bincount
+broadcast_to ceil clip concatenate copysign cumsum divide dot einsum empty empty_like equal exp
+expand_dims expm1 eye fill_diagonal floor full full_like greater isfinite isinf isnan less log log1p
+logical_and logical_not logical_or logical_xor matmul max maximum mean min minimum moveaxis multiply
+negative ones ones_like outer pad prod ravel repeat reshape rint roll sign split sqrt square stack
+std subtract sum swapaxes take take_along_axis tanh tensordot tile trace transpose tril triu vdot
+where zeros zeros_like"""
+LINALG = "cholesky eigh eigvalsh norm qr slogdet solve svd"
+TYPES = "bool_ float16 float32 float64 int8 int16 int32 int64 intp uint8 uint16 uint32 uint64"
+WAITING_FUNCTIONS = "argwhere flatnonzero histogram nonzero unique"  # bincount, too
+BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lt le eq ne gt ge"
+PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchronize
+cuda.Stream.record
+cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
+cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
+_core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.COMPUTE_TYPE_DEFAULT"""
+ON_DEVICE = "NumPy array given to CuPy: copy it with asarray first"
+
+
+class Counter:
+    """What a run made the host do: `syncs` and `uploads`, in words, in order."""
+
+    def __init__(self):
+        self.syncs, self.uploads, self.waits = [], [], 0
+
+    def clear(self):
+        self.__init__()
+
+
+def build(launcher=None):
+    """A new module `cupy` (and `cupyx`) with an array type of its own.
+
+    launcher: what RawModule is to be; without one kernels do nothing.
+    """
+    counter = Counter()
+
+    def lower(value):
+        """Host values of device arrays, also within lists and dictionaries."""
+        if isinstance(value, ndarray):
+            return value._host
+        if isinstance(value, np.ndarray):
+            raise TypeError(ON_DEVICE)
+        if isinstance(value, (list, tuple)):
+            return type(value)(lower(v) for v in value)
+        return value
+
+    def lift(value):
+        if isinstance(value, (np.ndarray, np.generic)):
+            return ndarray(np.asarray(value))
+        if isinstance(value, (list, tuple)):
+            return (list if isinstance(value, list) else tuple)(map(lift, value))
+        return value
+
+    def forward(function, waits=""):
+        def call(*args, **kwargs):
+            if waits:
+                counter.syncs.append(waits)
+            out = kwargs.get("out")
+            result = function(*map(lower, args), **{k: lower(v) for k, v in kwargs.items()})
+            return out if isinstance(out, ndarray) else lift(result)
+
+        return call
+
+    class ndarray:
+        __array_priority__ = 100
+
+        def __init__(self, host):
+            self._host = host
+
+        def __array__(self, *args, **kwargs):
+            raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
+        def __array_function__(self, function, *rest):
+            raise TypeError(f"numpy.{function.__name__} of a device array")
+
+        def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+            if method == "__call__" and isinstance(inputs[0], np.generic):  # np.float32(2) * array
+                return lift(ufunc(*map(lower, inputs), **kwargs))
+            raise TypeError(f"numpy.{ufunc.__name__} of a device array")
+
+        shape = property(lambda self: self._host.shape)
+        dtype = property(lambda self: self._host.dtype)
+        ndim = property(lambda self: self._host.ndim)
+        size = property(lambda self: self._host.size)
+        nbytes = property(lambda self: self._host.nbytes)
+        itemsize = property(lambda self: self._host.itemsize)
+        strides = property(lambda self: self._host.strides)
+        T = property(lambda self: lift(self._host.T))
+        data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
+
+        @property
+        def flags(self):
+            flags = self._host.flags
+            return SimpleNamespace(
+                c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous,
+                owndata=flags.owndata,
+            )  # fmt: skip
+
+        def __len__(self):
+            return len(self._host)
+
+        def __iter__(self):
+            return (self[i] for i in range(len(self)))
+
+        def __getitem__(self, key):
+            key = key if isinstance(key, tuple) else (key,)
+            if any(isinstance(k, ndarray) and k.dtype == bool for k in key):
+                counter.syncs.append("boolean index")
+            host = lower(refuse_lists(key))
+            if not any(isinstance(k, (np.ndarray, type(Ellipsis))) for k in host):
+                host = (*host, Ellipsis)  # a single number is a view, too
+            return lift(self._host[host])
+
+        def __setitem__(self, key, value):
+            key = key if isinstance(key, tuple) else (key,)
+            if isinstance(value, ndarray) and value.ndim:
+                mask = any(isinstance(k, ndarray) and k.dtype == bool for k in key)
+                counter.syncs.extend(["boolean index"] * mask)
+            self._host[lower(refuse_lists(key))] = lower(refuse_lists((value,))[0])
+
+        def get(self, stream=None, order="C", out=None, blocking=True):
+            if blocking:
+                counter.syncs.append("get")
+                return self._host.copy()
+            if not is_pinned(out):
+                raise AssertionError("an asynchronous copy needs pinned memory")
+            out.fill(np.nan)  # whoever does not wait finds this
+            stream.queue.append((out, self._host.copy()))
+            return out
+
+        def __repr__(self):
+            counter.syncs.append("repr")
+            return f"device{self._host!r}"
+
+        __hash__ = None
+
+    def refuse_lists(key):
+        if any(isinstance(k, list) for k in key):
+            raise TypeError("a list given to CuPy: make it an array once, outside the loop")
+        return key
+
+    def unary(name):
+        f = getattr(operator, name)
+        return lambda self: lift(f(self._host))
+
+    def binary(name, swap):
+        f = getattr(operator, f"{name}_" if name in ("and", "or") else name)
+
+        def method(self, other):
+            if type(other).__name__ == "Tensor" or isinstance(other, (list, tuple)):
+                return NotImplemented
+            a, b = self._host, lower(other)
+            return lift(f(b, a) if swap else f(a, b))
+
+        return method
+
+    def in_place(name):
+        f = getattr(operator, f"i{name}")
+
+        def method(self, other):
+            f(self._host, lower(other))
+            return self
+
+        return method
+
+    for name in BINARY.split():
+        setattr(ndarray, f"__{name}__", binary(name, swap=False))
+        if name not in ("lt", "le", "eq", "ne", "gt", "ge"):
+            setattr(ndarray, f"__r{name}__", binary(name, swap=True))
+            setattr(ndarray, f"__i{name}__", in_place(name))
+    for name in ("neg", "pos", "abs", "invert"):
+        setattr(ndarray, f"__{name}__", unary(name))
+    for name in METHODS.split():
+        setattr(ndarray, name, forward(getattr(np.ndarray, name)))
+    for name, kind in {"float": float, "int": int, "bool": bool, "index": operator.index}.items():
+
+        def convert(self, name=name, kind=kind):
+            counter.syncs.append(name)
+            return kind(self._host)
+
+        setattr(ndarray, f"__{name}__", convert)
+    for name in ("item", "tolist", "nonzero", "tobytes"):
+        setattr(ndarray, name, forward(getattr(np.ndarray, name), waits=name))
+
+    # The library.
+    cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
+    cupy.ndarray, cupy.counter, cupy.__version__ = ndarray, counter, "14.0.fake"
+    for name in FUNCTIONS.split():
+        waits = "bincount" if name == "bincount" else ""  # looks for the largest number
+        setattr(cupy, name, forward(getattr(np, name), waits))
+    for name in WAITING_FUNCTIONS.split():
+        setattr(cupy, name, forward(getattr(np, name), waits=name))
+    for name in (*TYPES.split(), "inf", "nan", "pi", "newaxis"):
+        setattr(cupy, name, getattr(np, name))
+    cupy.linalg = SimpleNamespace(**{n: forward(getattr(np.linalg, n)) for n in LINALG.split()})
+
+    def asarray(value, dtype=None, order=None):
+        if isinstance(value, ndarray):
+            return value if dtype in (None, value.dtype) else value.astype(dtype)
+        counter.uploads.append(np.shape(value))
+        return ndarray(np.array(value, dtype=dtype, order=order or "K"))
+
+    def asnumpy(value):
+        return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+    cupy.asarray, cupy.asnumpy = asarray, asnumpy
+    cupy.array = lambda value, dtype=None: asarray(value, dtype).copy()
+
+    # The device.
+    class Event:
+        def __init__(self, stream=None):
+            self.queue = list(stream.queue) if stream else []
+
+        def record(self, stream=None):
+            self.__init__(stream or current)
+
+        def synchronize(self):
+            counter.waits += 1
+            for out, values in self.queue:
+                out[...] = values
+
+    class Stream:
+        def __init__(self, non_blocking=False):
+            self.queue = []
+
+        def record(self, event=None):
+            done = Event(self)
+            self.queue = []
+            return done
+
+        def synchronize(self):
+            counter.syncs.append("stream")
+            self.record().synchronize()
+
+    class Device:
+        def __init__(self, index=0):
+            self.id, self.compute_capability = index, "90"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return None
+
+        def use(self):
+            cupy.device_in_use = self.id
+            return self
+
+    pinned = []
+
+    def empty_pinned(shape, dtype=float, order="C"):
+        pinned.append(np.empty(shape, dtype, order))
+        del pinned[:-1000]
+        return pinned[-1]
+
+    def is_pinned(array):
+        return any(array is p for p in pinned)
+
+    class Idle:
+        """A module whose kernels do nothing."""
+
+        def __init__(self, code):
+            pass
+
+        def get_function(self, name):
+            return lambda grid, block, args: None
+
+    current = Stream()
+    properties = {"name": b"Fake", "totalGlobalMem": 1 << 30}
+    cupy.cuda = SimpleNamespace(
+        Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: current,
+        get_elapsed_time=lambda start, stop: 1.0,
+        runtime=SimpleNamespace(
+            getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
+            runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda index: properties,
+        ),
+    )  # fmt: skip
+    cupy.RawModule = launcher or Idle
+    cupy.compute_type = 1
+    cupy._core = SimpleNamespace(
+        set_compute_type=lambda dtype, kind: setattr(cupy, "compute_type", kind),
+        _routines_linalg=SimpleNamespace(COMPUTE_TYPE_DEFAULT=1, COMPUTE_TYPE_TF32=7),
+    )
+    cupy.is_available = lambda: True
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(
+        total_bytes=lambda: 1 << 20, free_all_blocks=lambda: None
+    )
+    cupyx.empty_pinned = empty_pinned
+    return cupy, cupyx
+
+
+def install(monkeypatch, launcher=None):
+    """Put a new fake in place of CuPy until the test ends; the module."""
+    from minisimclr import backend
+
+    cupy, cupyx = build(launcher)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupyx", cupyx)
+    monkeypatch.setattr(backend, "cuda_driver", lambda: 13000)
+    backend.cupy.cache_clear()
+    backend.try_gpu.cache_clear()
+    return cupy
+
+
+def remove():
+    """Forget that there was a stand-in."""
+    from minisimclr import backend
+    from minisimclr.kernels import cuda
+
+    for cached in (backend.cupy, backend.try_gpu, cuda.module):
+        cached.cache_clear()

@@ -1,0 +1,406 @@
+"""The CUDA kernels without a GPU: their text runs on the CPU (host_cuda.py), and nvcc compiles it.
+
+Every kernel against the readable pass in float64, on odd shapes, its threads in three orders; with
+AddressSanitizer; and with mistakes planted, to see that each of these would have told.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fake_cupy
+import host_cuda
+import numpy as np
+import pytest
+from host_cuda import HostModule, settings
+from test_device import (
+    host,
+    same_training,
+    steps,
+    test_stopped_and_resumed_on_the_device,  # noqa: F401
+)
+from test_kernels import SAMPLES, distance, exact
+
+from minisimclr import augment, backend, optim
+from minisimclr.config import TrainConfig
+from minisimclr.kernels import cuda
+from minisimclr.ops import norm
+from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
+from minisimclr.train import pretrain
+
+FILES = sorted(Path(cuda.__file__).parent.glob("*.cu"))
+ORDERS = 0, 1, 2
+ROOT = Path(__file__).parents[1]
+NO_COMPILER = "needs g++ on Linux"
+needs_compiler = pytest.mark.skipif(not host_cuda.available(), reason=NO_COMPILER)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    if not host_cuda.available():
+        pytest.skip(NO_COMPILER)
+    monkeypatch.setattr(cuda, "SHARES", 3)
+    fake_cupy.install(monkeypatch, HostModule)
+    yield backend.cupy()  # which registers the kernels
+    fake_cupy.remove()
+
+
+def larger_views(blurred):
+    """Views above 32 px, where the blur comes in, and views larger than the picture."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 37, 45, 3), np.uint8)
+    views = augment.draw_views(5, 0, 5, 37, 45, 1.0)
+    if not blurred:  # a matrix product, whose last bits depend on where arrays lie
+        views = replace(views, sigmas=0 * views.sigmas)
+    return [(images, views, size) for size in (36, 50)]
+
+
+PASSES = {
+    norm.moments: SAMPLES["moments"],
+    norm.scale_shift: SAMPLES["scale_shift"],
+    norm.gradient_sums: SAMPLES["gradient_sums"],
+    norm.input_gradient: SAMPLES["input_gradient"],
+    augment.apply_views: lambda: [*SAMPLES["apply_views"](), *larger_views(blurred=False)],
+}
+
+
+def on_device(f, args, library):
+    """Host copies of what pass `f` makes of device copies of its arguments."""
+    given = [library.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+    result = f(*given)
+    return [np.array(host(r)) for r in (result if isinstance(result, tuple) else (result,))]
+
+
+def reference(f, args):
+    result = f.dispatch(object)(*(exact(a) for a in args))
+    return result if isinstance(result, tuple) else (result,)
+
+
+def optimized(like, kind, steps=3, dtype=np.float32, ok=(True, True, True)):
+    """All parameters after some steps, then the squared length of the last gradients."""
+    rng = np.random.default_rng(0)
+    shapes = [
+        ((5,), BIAS),
+        ((3, 3, 4, 29), WEIGHT),
+        ((1031,), NORM),
+        ((2, 2), WEIGHT),
+        ((1,), WEIGHT),
+    ]
+    arrays = [rng.standard_normal(shape) for shape, _ in shapes]
+    arrays[3] *= 0  # no trust ratio without a norm
+    named = {
+        str(i): Parameter(like.asarray(a.astype(dtype)), kind)
+        for i, (a, (_, kind)) in enumerate(zip(arrays, shapes, strict=True))
+    }
+    optimizer = kind(named.items(), 0.5, weight_decay=0.01)
+    for step in range(steps):
+        for p in named.values():
+            p.grad = like.asarray(rng.standard_normal(p.shape).astype(dtype))
+        named["0"].grad = like.broadcast_to(named["0"].grad[:1], (5,))
+        optimizer.step(ok[step] if ok[step] is True else like.asarray(ok[step]))
+    arrays = [*(p.data for p in named.values()), optimizer.gradient_square()]
+    if kind is optim.LARS:
+        assert optimizer.trust.keys() == {"1", "3", "4"}
+        arrays += optimizer.trust.values()
+    return [np.array(host(a)) for a in arrays]
+
+
+def in_every_order(run):
+    """What `run` returns, with the threads in each order: the same bits, or it is a mistake."""
+    outcomes = []
+    for settings.order in ORDERS:
+        outcomes.append(run())
+    settings.order = 0
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            assert a.tobytes() == b.tobytes(), "the order of the threads shows"
+    return outcomes[0]
+
+
+def compare(results, references):
+    for ours, theirs in zip(results, references, strict=True):
+        assert ours.shape == theirs.shape
+        assert distance(ours, theirs) < 1e-5
+
+
+def exercise(name, library):
+    """Run every kernel of a file on samples, in every order, against the reference."""
+    if name == "optim":
+        for kind in (optim.SGD, optim.LARS):
+            ours = in_every_order(lambda kind=kind: optimized(library, kind))
+            compare(ours, optimized(np, kind, dtype=np.float64))
+        return
+    for f, samples in PASSES.items():
+        if (f is augment.apply_views) == (name == "augment"):
+            for args in samples():
+                ours = in_every_order(functools.partial(on_device, f, args, library))
+                compare(ours, reference(f, args))
+
+
+def test_every_kernel_is_here(cupy):
+    assert all(cupy.ndarray in f.registry for f in cuda.NORM + cuda.OTHERS)
+    assert set(cuda.NORM + cuda.OTHERS) == {*PASSES, optim.square_of_all, optim.update_all}
+    assert {f.stem for f in FILES} == {"norm", "optim", "augment"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_file_does_what_the_readable_passes_do(file, cupy):
+    exercise(file.stem, cupy)
+    assert not cupy.counter.syncs
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        pytest.param(f.stem, i, id=f"{f.stem}-line-{i}")
+        for f in FILES
+        for i, text in enumerate(f.read_text().splitlines(), 1)
+        if "__syncthreads()" in text
+    ],
+)
+def test_a_missing_barrier_is_caught(file, line, cupy, monkeypatch):
+    monkeypatch.setattr(settings, "ignored_line", line)
+    with pytest.raises(AssertionError, match=r"order of the threads|distance"):
+        exercise(file, cupy)
+
+
+PRELUDE = 'extern "C" __global__ void f(float* x) {'
+BROKEN = {
+    "3 of 5 threads reach the barrier": "if (threadIdx.x < 3) __syncthreads(); }",
+    "barriers of lines 1 and 2": "if (threadIdx.x < 3) __syncthreads();\nelse __syncthreads(); }",
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_barrier_that_some_threads_miss_is_caught(said, cupy):
+    kernel = HostModule(PRELUDE + BROKEN[said]).get_function("f")
+    with pytest.raises(RuntimeError, match=said):
+        kernel((1,), (5,), (cupy.zeros(5, np.float32),))
+
+
+@pytest.mark.parametrize(
+    "order, expected", [(0, [1, 2, 3, 4]), (1, [4, 3, 2, 1]), (2, [1, 4, 3, 2])]
+)
+def test_threads_run_in_the_order_asked_for(order, expected, cupy, monkeypatch):
+    code = f"{PRELUDE} x[threadIdx.x] = ++x[4]; }}"
+    x = cupy.zeros(5, np.float32)
+    monkeypatch.setattr(settings, "order", order)
+    HostModule(code).get_function("f")((1,), (4,), (x,))
+    assert x._host[:4].tolist() == expected
+
+
+def test_large_views_are_blurred(cupy):
+    for args in larger_views(blurred=True):
+        assert (args[1].sigmas > 0).any()
+        ours = on_device(augment.apply_views, args, cupy)
+        compare(ours, reference(augment.apply_views, args))
+
+
+WRONG = {
+    "2 arguments for 3": lambda x: (x, np.int32(1)),
+    "given float64": lambda x: (x.astype(np.float64), np.int32(1), np.int64(1)),
+    "with gaps": lambda x: (x[::2], np.int32(1), np.int64(1)),
+    "a number for a pointer": lambda x: (np.intp(3), np.int32(1), np.int64(1)),
+    r"f\(int\) given int64": lambda x: (x, np.int64(1), np.int64(1)),
+    r"f\(long long\) given int": lambda x: (x, np.int32(1), 1),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_wrong_argument_is_caught(said, cupy):
+    code = 'extern "C" __global__ void f(float* x, int n, long long m) {}'
+    kernel = HostModule(code).get_function("f")
+    with pytest.raises(AssertionError, match=said):
+        kernel((1,), (5,), WRONG[said](cupy.zeros(6, np.float32)))
+
+
+# AddressSanitizer has to be in the process from its start: each run is a process of its own.
+
+SCRIPT = """
+import sys
+import fake_cupy, test_cuda
+from minisimclr import backend
+from minisimclr.kernels import cuda
+test_cuda.settings.sanitize, test_cuda.settings.plant = True, tuple(sys.argv[2:4])
+cuda.SHARES, test_cuda.ORDERS = 3, (0,)
+sys.modules["cupy"] = fake_cupy.build(test_cuda.HostModule)[0]
+library = backend.cupy()
+for name in sys.argv[1].split(","):
+    test_cuda.exercise(name, library)
+print("clean")
+"""
+
+
+def sanitized(files, old="", new=""):
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    if not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer here")
+    path = [str(Path(__file__).parent), str(Path(cuda.__file__).parents[2])]
+    env = {"LD_PRELOAD": found.stdout.strip(), "PYTHONPATH": ":".join(path), "HOME": "/nowhere",
+           "ASAN_OPTIONS": "detect_leaks=0", "OPENBLAS_NUM_THREADS": "1",
+           "PATH": ":".join(str(Path(shutil.which(x)).parent) for x in ("g++", "as"))}  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT, files, old, new]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@needs_compiler
+def test_no_kernel_leaves_its_arrays():
+    run = sanitized("augment,norm,optim")
+    assert run.stdout == "clean\n", run.stderr[-3000:]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("norm", "min(top + tile, rows)", "min(top + tile, rows + 1)"),
+        ("augment", "images + blockIdx.x % n", "images + (blockIdx.x % n + 1)"),
+        ("optim", "i < (n)", "i <= (n)"),
+    ],
+)
+def test_a_read_out_of_bounds_is_caught(file, old, new):
+    assert old in next(f for f in FILES if f.stem == file).read_text()
+    run = sanitized(file, old, new)
+    assert run.returncode and "AddressSanitizer: heap-buffer-overflow" in run.stderr
+    assert re.search(r"READ of size [14] .*\n.*kernels\.cu:\d+", run.stderr)
+
+
+# Training on the kernels.
+
+
+def test_the_readable_passes_stay_where_they_are_asked_for():
+    code = "from minisimclr import backend; print(len(backend.on_cupy))"
+    for choice, hooks in (("fast", "1\n"), ("reference", "0\n")):
+        env = {**os.environ, "MINISIMCLR_KERNELS": choice, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert run.stdout == hooks, run.stderr
+
+
+def test_nothing_moves_where_a_number_is_not_finite(cupy):
+    ok = (True, np.bool_(False), np.bool_(True))
+    for kind in (optim.SGD, optim.LARS):
+        compare(optimized(cupy, kind, ok=ok), optimized(np, kind, dtype=np.float64, ok=ok))
+    assert not cupy.counter.syncs
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.LARS])
+def test_a_training_step_waits_for_nothing(kind, cupy):
+    ours = steps("cuda:0", cupy, optimizer=kind)
+    assert not cupy.counter.syncs
+    same_training(ours, steps("cpu", np, optimizer=kind))
+
+
+@pytest.fixture
+def config(pictures, monkeypatch):
+    """A small run, in few blocks: emulated threads take their time."""
+    monkeypatch.setattr(cuda, "BLOCKS", 2)
+    monkeypatch.setattr(cuda, "SHARES", 1)
+    return TrainConfig(
+        data=str(pictures), width=4, image_size=12, batch_size=24, epochs=2, optimizer="lars",
+        threads=1, device="cuda:0",
+    )  # fmt: skip
+
+
+def test_parameters_that_a_kernel_would_misread_are_refused(cupy):
+    good, gap = (Parameter(cupy.asarray(np.ones((4, 3), np.float32))) for _ in range(2))
+    double = Parameter(gap.data.astype(np.float64))
+    gap.data = gap.data.T
+    for wrong in (gap, double):
+        optimizer = optim.SGD([("good", good), ("wrong", wrong)], 0.1)
+        for p in (good, wrong):
+            p.grad = cupy.ones_like(p.data)
+        with pytest.raises(ValueError, match="wrong: not in one piece of float32"):
+            optimizer.step()
+
+
+def test_a_run_waits_for_nothing_within_an_epoch(cupy, config, tmp_path):
+    within, counter = [], cupy.counter
+
+    def note(event, values):
+        if event == "start":
+            counter.clear()
+        if event == "step":
+            within.append(counter.syncs.copy())
+            counter.syncs.clear()
+
+    few = replace(config, epochs=1)
+    run = pretrain(few, tmp_path / "run", notify=note)
+    assert within[:-1] == [[]] * (run.step - 1) and run.step > 2
+    assert counter.waits == run.step
+
+
+# What will run first where there is a GPU.
+
+
+def script(name):
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    parts = ["facts", "ceilings", "kernels", "convolutions", "views", "lars"]
+    out = tmp_path / "gpu.json"
+    results = script("gpu").main(["--small", "--out", str(out), "--part", *parts])
+    assert list(results) == parts and json.loads(out.read_text()) == results
+    assert not [row for rows in results.values() for row in rows if "failed" in row]
+    assert results["lars"][0]["ms"] == 1.0
+    assert [row["skipped"] for row in results["lars"] if "skipped" in row]
+
+
+def test_a_step_beside_pytorch_on_a_gpu(cupy, monkeypatch):
+    compare = script("compare_torch")
+    monkeypatch.setitem(compare.GPU_CASES, "tiny", ("resnet_small", "small", 8, 4))
+    for kind in ("", "tf32"):
+        step, clock, memory = compare.our_step("tiny", 1, "cuda", kind)
+        assert clock.time(step) == 1e-3 and memory() == 1 << 20
+    backend.set_threads(backend.available_cores())
+
+
+SECONDS = {"ours": 2.0, "torch": 4.0, "ours-tf32": 0.5, "torch-tf32": 2.0, "torch-bf16": 1.0}
+
+
+def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tmp_path):
+    compare = script("compare_torch")
+    answer = (
+        "import sys; print('ready', flush=True)\nfor _ in sys.stdin: print({}, 1 << 20, flush=True)"
+    )
+    programs = {side: answer.format(seconds) for side, seconds in SECONDS.items()}
+    programs["torch-graph"] = "raise SystemExit(1)"
+
+    def start(side, case, threads, device):
+        command = [sys.executable, "-c", programs[side]]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setitem(compare.SIDES, "cuda", tuple(programs))
+    compare.one_by_one(["a", "b"], 3, 1, str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["side"], r["case"]) for r in rows] == [(s, c) for s in programs for c in "ab"]
+    ratios = [r.get("ours_over_this") for r in rows if r["case"] == "b"]
+    assert ratios == [1, 0.5, 1, 0.25, 2, None]
+    assert rows[2]["rounds"] == 3 and rows[2]["mib"] == 1
+    assert all("its process ended" in r["failed"] for r in rows[-2:])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_nvcc_compiles_without_spills(file, architecture, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Werror", "all-warnings"]
+    command += ["-Xptxas", "-v", "-o", tmp_path / "kernels.cubin", file]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stdout + run.stderr)
+    assert spills and set(spills) == {"0"}

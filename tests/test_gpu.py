@@ -1,0 +1,73 @@
+"""The same on a GPU, where there is one: pytest -m gpu.
+
+Tests of the stand-in (test_device.py) and of the kernels on the CPU (test_cuda.py), taken over with
+another fixture: the real CuPy. What counts synchronisations stays behind.
+"""
+
+import fake_cupy
+import numpy as np
+import pytest
+from test_cuda import (  # noqa: F401
+    test_a_file_does_what_the_readable_passes_do,
+    test_a_training_step_waits_for_nothing,
+    test_large_views_are_blurred,
+    test_nothing_moves_where_a_number_is_not_finite,
+)
+from test_device import (  # noqa: F401
+    config,
+    randn,
+    test_a_run_of_the_device_is_probed,
+    test_an_operation_and_its_gradients,
+    test_divergence_on_the_device,
+    test_networks,
+    test_optimizers,
+    test_stopped_and_resumed_on_the_device,
+    test_the_loop_reads_a_step_while_the_next_one_runs,
+    test_the_probe_and_its_metrics,
+    test_views,
+)
+from test_kernels import distance
+
+from minisimclr import backend, doctor
+from minisimclr.errors import ConfigError
+from minisimclr.ops.conv import conv_output
+
+pytestmark = pytest.mark.gpu
+
+
+class Real:
+    """CuPy, with a counter that never counts."""
+
+    def __init__(self, library):
+        self.library, self.counter = library, fake_cupy.Counter()
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+
+@pytest.fixture
+def cupy():
+    try:
+        backend.try_gpu(0)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return Real(backend.cupy())
+
+
+def test_figures_arrive_from_pinned_memory(cupy):
+    reads = [backend.later(cupy.arange(3.0) + i) for i in range(100)]
+    assert [read()[0] for read in reads] == list(range(100))
+
+
+def test_tf32_rounds_as_much_as_it_should(cupy):
+    x, w = randn(4, 16, 16, 64), randn(3, 3, 64, 64)
+    exact = conv_output(x.astype(np.float64), w.astype(np.float64), (1, 1), (1, 1))
+    on_device = cupy.asarray(x), cupy.asarray(w), (1, 1), (1, 1)
+    assert distance(conv_output(*on_device).get(), exact) < 1e-6
+    with backend.precision("tf32", "cuda:0"):
+        assert 1e-5 < distance(conv_output(*on_device).get(), exact) < 1e-3
+
+
+def test_the_doctor_finds_it_sound(cupy):
+    assert doctor.gpu()[0]
+    assert backend.choose_device("auto")[0] == "cuda:0"
