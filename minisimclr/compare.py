@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import baseline, checkpoint, embed, weights
-from .backend import choose_device
 from .data import Dataset
 from .embed import Notify
 from .errors import DataError
@@ -72,7 +71,6 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.train, self.test = labelled_and_test(self.dataset)
-        self.device, _ = choose_device(self.run.config.device)
         self.side = f"{self.dataset.images.shape[1]} px"
         c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
         images = f"{len(self.dataset.split('pretrain')):,} images without labels"
@@ -126,7 +124,7 @@ class Comparison:
         return self.figures(found)
 
     def features(self, file: Path | None) -> Extract:
-        return baseline.inception(self.dataset, file, BLOCK, self.device, self.notify)
+        return baseline.inception(self.dataset, file, BLOCK, self.run.config.device, self.notify)
 
     def on_inception(self) -> Part:
         """Dense layers, and a linear head, on frozen features of InceptionV3."""
@@ -155,7 +153,7 @@ class Comparison:
 
         def make() -> list[Row]:
             net, prep = weights.encoder(file or "")
-            data, device = self.dataset, self.device
+            data, device = self.dataset, self.run.config.device
             return [self.linear(embed.published(net, prep, data, None, device, self.notify))]
 
         depends = [self.depends[0], file_sha256(weights.read(file).path)] if file else []

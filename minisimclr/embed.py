@@ -89,6 +89,7 @@ def published(
     state = hashlib.sha256(f"{dataset.fingerprint} {block} {preprocessing}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())
+    device, _ = choose_device(device)
     net.to(device).eval()
 
     def forward(rows: np.ndarray) -> np.ndarray:

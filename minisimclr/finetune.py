@@ -117,11 +117,11 @@ def tuned(
         raise DataError("too few labelled images: none are left to choose the learning rate by")
 
     def fitted(rows: np.ndarray, recipe: Recipe) -> Classifier | None:
-        label = f"{name}, rate x {recipe.factor}"
-        return fit(
-            model, dataset, rows, recipe, seed,
-            lambda done, total: notify("progress", {"done": done, "total": total, "label": label}),
-        )  # fmt: skip
+        def progress(done: int, total: int) -> None:
+            label = f"{name}, rate x {recipe.factor}"
+            notify("progress", {"done": done, "total": total, "label": label})
+
+        return fit(model, dataset, rows, recipe, seed, progress)
 
     trials = []
     for factor in FACTORS:

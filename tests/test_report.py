@@ -134,17 +134,12 @@ def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
     assert any(words in title.lower() for title in found), found
 
 
-def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
+def test_shuffled_labels_are_named(sound, config, tmp_path):
     run = pretrain(config, tmp_path / "run")
-    opened = train.open_training_data
-
-    def shuffled(*arguments):
-        dataset = opened(*arguments)
-        return replace(dataset, labels=np.random.default_rng(3).permutation(dataset.labels))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "open_training_data", shuffled)
-        (run.path / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
+    dataset = opened(run, None)
+    shuffled = np.random.default_rng(3).permutation(dataset.labels)
+    result = probe_run(run, replace(dataset, labels=shuffled))
+    (run.path / "probe.json").write_text(json.dumps(result))
     assert "The probe's labels do not belong to its pictures" in faults(run.path)
     assert "The probe's labels do not belong to its pictures" not in faults(sound)
 

@@ -26,15 +26,13 @@ def baseline(
 ) -> None:  # fmt: skip
     """Dense layers with dropout, tuned by random search, on pictures enlarged to 299 px."""
     from .. import baseline as dense
-    from ..backend import choose_device
     from ..data import open_dataset
 
     if (weights is None) != random:
         raise ConfigError("give --weights FILE, or --random for the control")
     with Display() as progress:
         dataset = open_dataset(data, image_size, progress.on_prepare)
-        place, _ = choose_device(device)
-        extract = dense.inception(dataset, weights, block, place, progress.notify)
+        extract = dense.inception(dataset, weights, block, device, progress.notify)
         result = dense.baseline(dataset, extract, trials, epochs, seed, progress.notify)
     side = dataset.images.shape[1]
     result["features"] = f"InceptionV3 {block}, {side} px enlarged to 299 px (bilinear)"

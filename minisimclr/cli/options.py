@@ -10,12 +10,7 @@ import click
 
 from ..errors import ConfigError
 
-VIEW = click.option(
-    "--view",
-    type=click.IntRange(8),
-    metavar="S",
-    help="Side of a RUN's test views, in px.  [default: as in training]",
-)
+VIEW = click.option("--view", type=click.IntRange(8), metavar="S", help="Side of test views, px.")
 
 
 class Duration(click.ParamType):

@@ -34,7 +34,6 @@ def probe(
         return show_probe(run, data, labels, epochs if finetune else None, view, json_file)
     if finetune or view:
         raise ConfigError("--finetune and --view go with a run folder")
-    from ..backend import choose_device
     from ..data import open_dataset
     from ..probe import table
     from ..weights import read
@@ -42,11 +41,10 @@ def probe(
     read(path)  # before the data: it may be the misspelt name of a run
     with Display() as display:
         dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
-        place, _ = choose_device(device)
-        result = embed.probe_weights(path, dataset, block, labels, place, display.notify)
+        result = embed.probe_weights(path, dataset, block, labels, device, display.notify)
     if not write_json(json_file, result):
-        click.echo(table(result))
-        click.echo("Weights trained on ImageNet have seen the test photos of Stanford Dogs.")
+        seen = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
+        click.echo(f"{table(result)}\n{seen}")
 
 
 def show_probe(

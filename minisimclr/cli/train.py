@@ -71,8 +71,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         raise ConfigError(
             "--resume goes on with the run's own settings: only --time-limit goes with it"
         )
-    display = Display()
-    with display:
+    with Display() as display:
         if resume:
             run = training.resume(resume, time_limit=time_limit, notify=display.notify)
         else:
