@@ -1,5 +1,6 @@
 """The README keeps its word: its code runs, its commands and files exist, its counts are right."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from test_house import PACKAGE, code_lines
 
 from minisimclr.cli import COMMANDS
+from minisimclr.compare import markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,17 @@ def test_counts_of_code_lines_are_right():
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
         count = sum(code_lines(f.read_text()) for f in files)
         assert abs(count - int(said)) <= 0.1 * count, (name, count)
+
+
+def test_results_are_those_of_the_file():
+    results = json.loads((ROOT / "docs" / "results.json").read_text())
+    assert markdown(results).partition("\n\n")[0] in (ROOT / "docs" / "results.md").read_text()
+    assert markdown(results).partition("\n\n")[2] in (ROOT / "docs" / "results.md").read_text()
+    shown = re.findall(r"^\| (.*?) \| (\w+) \| .* \| ([\d.]+)% \|$", README, re.M)
+    rows = {(r["system"], r["method"]): r for r in results["rows"] if r["status"] == "measured"}
+    assert len(shown) >= 6
+    for system, method, top1 in shown:
+        assert f"{rows[system, method]['top1']:.1%}" == f"{top1}%", (system, method)
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

@@ -33,6 +33,8 @@ class Display:
     def on_progress(self, done: int, total: int, label: str, item: str = "") -> None:
         """Move the bar to `done`; a new one for a new label."""
         if not self.terminal:
+            if done >= total and label not in ("training", "preparing data"):
+                self.say(f"{label}: {total:,} done")
             return
         if self.bar is None or self.bar.label != label:
             self.close_bar()
