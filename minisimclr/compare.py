@@ -279,13 +279,15 @@ def markdown(results: dict[str, Any]) -> str:
     systems = dict.fromkeys(each["system"] for each in results["curve"])
     for system in systems:
         points = [each for each in results["curve"] if each["system"] == system]
-        curve.append([system, *(spread(each["top1"]) for each in points)])
+        curve.append([system, *(spread(each.get("top1", [])) for each in points)])
     tables = [lines, curve] if systems else [lines]
     return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation of accuracies."""
+    """Mean and standard deviation of accuracies; "not run" for none."""
+    if not values:
+        return "not run"
     deviation = f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
     return f"{np.mean(values):.1%}{deviation}"
 

@@ -234,12 +234,14 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     waiting = about | {"system": "B", "method": "dense", "status": "not run"}
     points = [{"system": "A", "per_class": n, "top1": [0.1, 0.2]} for n in (1, 2)]
     points.append({"system": "A", "per_class": "all", "top1": [0.3]})
+    points += [{"system": "B", "per_class": n, "status": "not run"} for n in (1, 2, "all")]
     text = markdown({"rows": [one, knn | {"seconds": 89}, waiting], "curve": points, "classes": 4})
     lines = text.splitlines()
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")
     assert "| not run |" in lines[4] and lines[5].startswith("| chance |") and "25.0%" in lines[5]
-    assert lines[-1] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"
+    assert lines[-1] == "| B | not run | not run | not run |"
+    assert lines[-2] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"
     assert len({line.count("|") for line in lines[:6]}) == 1
 
 
