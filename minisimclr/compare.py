@@ -286,10 +286,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation of accuracies; "not run" for none."""
-    if not values:
-        return "not run"
     deviation = f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1%}{deviation}"
+    return f"{np.mean(values):.1%}{deviation}" if values else "not run"
 
 
 def clock(seconds: float) -> str:

@@ -107,8 +107,8 @@ def published(
             parts = []
             for i in range(0, len(rows), BATCH):
                 parts.append(forward(rows[i : i + BATCH]))
-                done = min(i + BATCH, len(rows))
-                notify("progress", {"done": done, "total": len(rows), "label": "features"})
+                done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
+                notify("progress", done | {"label": "features"})
             path.parent.mkdir(parents=True, exist_ok=True)
             safetensors.write(path, {"features": np.concatenate(parts)}, {})
         return read(path).fetch("features")
