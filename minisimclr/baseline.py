@@ -15,7 +15,7 @@ import numpy as np
 from .backend import Array, to_host
 from .data import Dataset
 from .embed import Notify, calibrated, published
-from .errors import DataError
+from .errors import DataError, DivergedError
 from .nn import Dropout, Linear, Module, inception_v3
 from .ops.basic import relu
 from .ops.loss import cross_entropy
@@ -101,10 +101,12 @@ def search(
         model = DenseClassifier(X.shape[1], classes, trial, seed)
         losses = islice(epochs_of(model, fit_X, y[inside], trial.lr, seed), epochs)
         for epoch, loss in enumerate(losses, 1):
+            if not np.isfinite(loss):
+                break
             score = float((model.ranked(held_X)[:, 0] == y[outside]).mean())
             if score > best:
                 best, best_epoch = score, epoch
-            if epoch - best_epoch >= PATIENCE or not np.isfinite(loss):
+            if epoch - best_epoch >= PATIENCE:
                 break
         rows.append({**trial._asdict(), "epochs": best_epoch, "validation": best})
         done = {"done": index + 1, "total": trials, "label": "trials"}
@@ -131,7 +133,8 @@ def baseline(
     dataset: Dataset, extract: Extract, trials: int, epochs: int, seed: int, notify: Notify
 ) -> dict[str, Any]:
     """Tune on the labelled images, test once: top1, top5, ci95, labels, test, classes, controls,
-    best and trials. Raises DataError where there are no two labelled classes or nothing to test.
+    best and trials. Raises DataError where there are no two labelled classes or nothing to test,
+    DivergedError where the best trial's settings end in numbers that are not finite.
     """
     y, classes = dataset.labels, len(dataset.class_names)
     train, test = labelled_and_test(dataset)
@@ -141,7 +144,9 @@ def baseline(
     trial = Trial(*(best[name] for name in Trial._fields))
     fit_X, rest_X = standardize(X, test_X)
     model = DenseClassifier(X.shape[1], classes, trial, seed)
-    list(islice(epochs_of(model, fit_X, y[train], trial.lr, seed), best["epochs"]))
+    losses = list(islice(epochs_of(model, fit_X, y[train], trial.lr, seed), best["epochs"]))
+    if not np.isfinite(losses[-1]):
+        raise DivergedError(f"training diverged even at the best rate tried, {trial.lr:g}")
     result = scores(model.ranked(rest_X), y[test])
     result |= {"labels": len(train), "test": len(test), "classes": classes}
     return result | {"controls": {"chance": 1 / classes}, "best": best, "trials": rows}

@@ -15,7 +15,7 @@ from .backend import Array, choose_device, set_threads, threads, to_device, to_h
 from .data import Dataset, cache_folder, open_dataset
 from .data.cache import Progress
 from .errors import ConfigError, DataError
-from .files import publish
+from .files import publish, require_writable
 from .nn import InceptionV3, Module
 from .probe import Extract, features, probe, unit
 from .run import Run, new_run, open_run
@@ -104,12 +104,13 @@ def published(
         key.update(rows.tobytes())
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            require_writable(path)  # before long work, not after it
             parts = []
             for i in range(0, len(rows), BATCH):
                 parts.append(forward(rows[i : i + BATCH]))
                 done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
                 notify("progress", done | {"label": "features"})
-            path.parent.mkdir(parents=True, exist_ok=True)
             safetensors.write(path, {"features": np.concatenate(parts)}, {})
         return read(path).fetch("features")
 

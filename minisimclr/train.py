@@ -143,6 +143,7 @@ def train(
     losses: list[float] = []
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
+    mark = 0.0  # when the step before was read
     with (
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("a") as metrics,
@@ -150,6 +151,7 @@ def train(
     ):
         while run.step < plan.total and not run.stopped:
             begin = time.perf_counter()
+            mark = mark if open_steps else begin
             _, batch, _ = next(source)
             waited = time.perf_counter() - begin
             images = to_device(batch, device)  # (N, S, S, 3) uint8
@@ -178,7 +180,8 @@ def train(
                     raise DivergedError(DIVERGED.format(line["step"] - 1, step.figures, folder))
                 losses.append(step.loss)
                 line |= step.figures
-                timing["seconds"] = seconds = time.perf_counter() - begin
+                timing["seconds"] = seconds = time.perf_counter() - mark
+                mark += seconds
                 timing["views_per_second"] = 2 * n / seconds
                 if end_of_epoch and not open_steps:
                     line |= monitor(run, dataset, device)

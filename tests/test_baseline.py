@@ -9,7 +9,7 @@ from minisimclr import baseline as dense
 from minisimclr import nn, weights
 from minisimclr.baseline import DenseClassifier, Trial, epochs_of
 from minisimclr.data import open_dataset
-from minisimclr.errors import DataError
+from minisimclr.errors import DataError, DivergedError
 from minisimclr.tensor import Tensor
 
 
@@ -99,7 +99,7 @@ class Few:
         return {"labelled": np.arange(90), "test": np.arange(90, 330)}[name]
 
 
-def test_baseline_tests_once_on_what_it_has_not_seen():
+def test_baseline_tests_once_on_what_it_has_not_seen(monkeypatch):
     few, asked = Few(), []
 
     def features_of(rows):
@@ -118,6 +118,10 @@ def test_baseline_tests_once_on_what_it_has_not_seen():
     rng = np.random.default_rng(0)
     few.X = rng.standard_normal(few.X.shape).astype("f4")  # nothing to learn
     assert abs(dense.baseline(few, features_of, 3, 40, 0, quiet)["top1"] - 1 / 3) < 0.12
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "draw", lambda seed, index: Trial(1e8, 64, 64, 0.0))
+        with pytest.raises(DivergedError, match=r"even at the best rate tried, 1e\+08"):
+            dense.baseline(few, features_of, 1, 40, 0, quiet)
     with pytest.raises(DataError, match="few: labelled images of at least two"):
         dense.baseline(Few(1), features_of, 1, 1, 0, quiet)
 

@@ -1,6 +1,7 @@
 """The comparison: rows with their controls, made once, never lost; the curve; fine-tuning."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     diverging.update((1, 16))
     assert choose()["factor"] == 4
     diverging.add(4)
-    with pytest.raises(DivergedError, match="name: training diverged even at 1 times"):
+    with pytest.raises(DivergedError, match="name: training diverged even at 16 times"):
         choose()
 
 
@@ -147,6 +148,11 @@ def test_draws_of_labels_differ():
     assert len({tuple(some_of_each(labels, 2, seed)) for seed in range(5)}) > 3
 
 
+def weights_file(path, number):
+    weights.safetensors.write(path, {"a": np.full(3, number, "f4")}, {})
+    return path
+
+
 @pytest.fixture
 def cheap(monkeypatch):
     """InceptionV3 features that take no time, and a count of what is made."""
@@ -162,7 +168,7 @@ def cheap(monkeypatch):
 
 
 def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, cheap, tmp_path):
-    (tmp_path / "w.h5").write_bytes(b"weights")
+    weights_file(tmp_path / "w.h5", 1)
     options = {"trials": 1, "epochs": 1}
     results = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -195,17 +201,46 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     count = len(cheap)
     assert Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path) == results
     assert len(cheap) == count
-    (tmp_path / "w.h5").write_bytes(b"other weights")
+    weights_file(tmp_path / "w.h5", 2)
     again = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
     assert len(cheap) > count and again["rows"][2:] == results["rows"][2:]
+    assert again["others"] == results["rows"][:2] + results["curve"]  # nothing is lost
+    count = len(cheap)
+    weights_file(tmp_path / "w.h5", 1)
+    back = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
+    assert len(cheap) == count and back["rows"] == results["rows"]
+    assert json.loads((tmp_path / "results.json").read_text()) == back
+
+    labelled = dataset.split("labelled")
+    splits = dataset.splits.copy()
+    splits[labelled[:3]] = 0  # the same pixels, other labels
+    other = Comparison(run, replace(dataset, splits=splits), **options).make(tmp_path)
+    measured = [row for row in other["rows"] if row["status"] == "measured"]
+    assert measured and all(row["labels"] == len(labelled) - 3 for row in measured)
+
+
+def test_what_cannot_be_made_is_said_and_the_rest_is_made(run, dataset, cheap, tmp_path):
+    labelled = dataset.split("labelled")
+    one_each = [labelled[dataset.labels[labelled] == k][0] for k in range(3)]
+    splits = dataset.splits.copy()
+    splits[np.setdiff1d(labelled, one_each)] = 0
+    few = replace(dataset, splits=splits)
+    results = Comparison(run, few, trials=1, epochs=1).make(tmp_path)
+    state = {row["method"]: row["status"] for row in results["rows"]}
+    assert state["linear"] == state["random"] == "measured"
+    assert state["finetune"] == state["dense"] == "not run"
+    assert "finetune: too few labelled images" in markdown(results)
+    with pytest.raises(DataError, match="not a TensorFlow checkpoint"):
+        Comparison(run, dataset, simclrv2=weights_file(tmp_path / "w", 0)).make(tmp_path)
+    with pytest.raises(DataError, match="nowhere: cannot be read"):
+        Comparison(run, dataset, inception=tmp_path / "nowhere").make(tmp_path)
 
 
 def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    file = tmp_path / "w.h5"
-    file.write_bytes(b"weights")
+    file = weights_file(tmp_path / "w.h5", 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(embed, "probe_run", interrupted)

@@ -1,11 +1,12 @@
 """minisimclr compare: the report's three systems and their controls in one table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from .display import Display
-from .options import VIEW, json_option, write_json
+from .options import DEVICE, VIEW, json_option, write_json
 
 FILE = click.Path(path_type=Path)
 
@@ -18,11 +19,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--trials", type=click.IntRange(1), default=20, help="Of the dense layers' search.")
 @click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
 @VIEW
+@DEVICE
 @click.option("--out", type=FILE, default="results", help="Folder of results.json.")
 @json_option
 def compare(
     run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
-    epochs: int, view: int | None, out: Path, json_file: str | None,
+    epochs: int, view: int | None, device: str | None, out: Path, json_file: str | None,
 ) -> None:  # fmt: skip
     """Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 on the same images and labels, with controls.
 
@@ -33,6 +35,7 @@ def compare(
     from ..files import require_writable
 
     loaded = embed.open_trained(run)
+    loaded.config = replace(loaded.config, device=device or loaded.config.device)
     require_writable(out / "results.json")
     with Display() as display:
         dataset = embed.opened(loaded, data, display.on_prepare)

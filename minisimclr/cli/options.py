@@ -12,6 +12,8 @@ from ..errors import ConfigError
 
 VIEW = click.option("--view", type=click.IntRange(8), metavar="S", help="Side of test views, px.")
 
+DEVICE = click.option("--device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
+
 
 class Duration(click.ParamType):
     """Seconds from 90, 90s, 10m, 2h or 1h30m."""

@@ -1,13 +1,15 @@
 """minisimclr probe: what a trained encoder is worth, beside its controls."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import ConfigError
+from ..files import require_writable
 from .display import Display
-from .options import VIEW, json_option, write_json
+from .options import DEVICE, VIEW, json_option, write_json
 
 
 @click.command()
@@ -18,11 +20,11 @@ from .options import VIEW, json_option, write_json
 @click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
 @VIEW
 @click.option("--block", help="Of InceptionV3 WEIGHTS: whose output to use, such as mixed8.")
-@click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for WEIGHTS.")
+@DEVICE
 @json_option
 def probe(
     path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int, view: int | None,
-    block: str | None, device: str, json_file: str | None,
+    block: str | None, device: str | None, json_file: str | None,
 ) -> None:  # fmt: skip
     """Fit a linear classifier to the frozen features of a RUN, or of published WEIGHTS, and test
     it once.
@@ -30,7 +32,10 @@ def probe(
     from .. import embed
 
     if path.is_dir():
+        if block:
+            raise ConfigError("--block goes with a file of weights")
         run = embed.open_trained(path)
+        run.config = replace(run.config, device=device or run.config.device)
         return show_probe(run, data, labels, epochs if finetune else None, view, json_file)
     if finetune or view:
         raise ConfigError("--finetune and --view go with a run folder")
@@ -41,7 +46,7 @@ def probe(
     read(path)  # before the data: it may be the misspelt name of a run
     with Display() as display:
         dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
-        result = embed.probe_weights(path, dataset, block, labels, device, display.notify)
+        result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
         seen = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
         click.echo(f"{table(result)}\n{seen}")
@@ -57,14 +62,17 @@ def show_probe(
     from .. import embed, finetune
     from ..probe import table
 
+    name = "probe.json" if epochs is None else "finetune.json"
+    ours = data is None and labels is None and view is None
+    if ours:
+        require_writable(run.path / name)
     with Display() as display:
         dataset = embed.opened(run, data, display.on_prepare)
         if epochs is None:
             result = embed.probe_run(run, dataset, labels, view)
         else:
             result = finetune.finetune(run, dataset, labels, epochs, view, notify=display.notify)
-    if data is None and labels is None and view is None:
-        name = "probe.json" if epochs is None else "finetune.json"
+    if ours:
         write_json(str(run.path / name), result)
     if not write_json(json_file, result):
         click.echo(table(result))

@@ -1,7 +1,8 @@
 """The report's three systems beside their controls: one table and one curve from one command.
 
 Each part joins results.json as soon as it is made, under a key of all it depends on. A later call
-makes only the parts whose keys are new, so it also goes on where an interrupted one stopped.
+makes only the parts whose keys are new, so it also goes on where an interrupted one stopped; what
+belongs to another run or other settings stays in the file, under "others".
 """
 
 import hashlib
@@ -14,20 +15,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import baseline, checkpoint, embed, weights
-from .data import Dataset
-from .embed import Notify
-from .errors import DataError
-from .files import file_sha256, write_bytes
-from .finetune import finetune
-from .probe import Extract, labelled_and_test, measure, wilson_interval
-from .run import Run
+from .. import baseline, checkpoint, embed, weights
+from ..backend import xp_of
+from ..data import Dataset
+from ..embed import Notify
+from ..errors import DataError, DivergedError
+from ..files import file_sha256, write_bytes
+from ..finetune import finetune
+from ..probe import Extract, labelled_and_test, measure, wilson_interval
+from ..run import Run
+from ..weights.names import TENSORFLOW
+from .table import markdown
+
+__all__ = ["Comparison", "made_before", "markdown"]
 
 BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
 IMAGENET = "ImageNet, which holds Stanford Dogs, test photos too"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning")
+PROTOCOL = 1  # to be counted up when figures made before are no longer those made now
 Row = dict[str, Any]
 
 
@@ -71,43 +78,67 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.train, self.test = labelled_and_test(self.dataset)
-        self.side = f"{self.dataset.images.shape[1]} px"
+        self.side = self.dataset.images.shape[1]  # px
+        self.name = Path(self.dataset.name).name
         c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
-        images = f"{len(self.dataset.split('pretrain')):,} images without labels"
-        self.network, self.own = c.encoder, f"{images}, {c.epochs} epochs"
+        seen = f"{self.run.step:,} steps of {c.batch_size}"
+        self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
-        self.depends = [self.dataset.fingerprint, file_sha256(newest), self.view]
-        steps = (self.run.path / "timings.jsonl").read_text().splitlines()
-        self.trained = {"pretraining_seconds": sum(json.loads(line)["seconds"] for line in steps)}
+        self.probing = f"probe RUN --data {self.name}" + f" --view {self.view}" * bool(self.view)
+        data = hashlib.sha256(self.dataset.fingerprint.encode())
+        for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
+            data.update(part.tobytes())
+        self.data = f"{PROTOCOL} {data.hexdigest()}"
+        self.depends = [self.data, file_sha256(newest), self.view]
+        self.took = pretraining_seconds(self.run.path / "timings.jsonl")
 
     def make(self, out: Path) -> dict[str, Any]:
         """Make what is not in out/results.json yet, write it there, return all of it.
 
-        Raises DataError where that file is another one, and what the parts raise.
+        A part that cannot be made is "not run", with the reason. Raises DataError where that file
+        is another one.
         """
         path = out / "results.json"
         done = made_before(path)
         out.mkdir(parents=True, exist_ok=True)
         parts = [self.on_inception(), self.on_simclrv2(), self.probed(), self.finetuned()]
         parts += [self.on_random_inception(), self.curve()]
+        reasons: dict[str, str] = {}
         for part in parts:
             if part.depends and part.key not in done:
                 begin = time.perf_counter()
-                made = part.make()
+                try:
+                    made = part.make()
+                except (DataError, DivergedError) as error:  # the other parts do not need this one
+                    reasons[part.key] = str(error)
+                    continue
                 seconds = round(time.perf_counter() - begin, 1)
                 about = {"status": "measured", "seconds": seconds, "key": part.key}
                 done[part.key] = [a | b | about for a, b in zip(part.rows, made, strict=True)]
-                write_bytes(path, json.dumps(self.collected(parts, done), indent=1).encode())
-        return self.collected(parts, done)
-
-    def collected(self, parts: list[Part], done: dict[str, list[Row]]) -> dict[str, Any]:
-        """results.json as far as it is made."""
-        results: dict[str, Any] = {"data": self.dataset.name, "rows": [], "curve": []}
-        results["classes"] = len(self.dataset.class_names)
-        for part in parts:
-            waiting = [about | {"status": "not run"} for about in part.rows]
-            results[part.table] += done.get(part.key, waiting)
+                self.save(path, self.collected(parts, done, reasons))
+        results = self.collected(parts, done, reasons)
+        self.save(path, results)
         return results
+
+    def save(self, path: Path, results: dict[str, Any]) -> None:
+        write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
+
+    def collected(
+        self, parts: list[Part], done: dict[str, list[Row]], reasons: dict[str, str]
+    ) -> dict[str, Any]:
+        """results.json as far as it is made."""
+        results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
+        results |= {"rows": [], "curve": []}
+        for part in parts:
+            state = {"status": "not run", "warning": reasons.get(part.key, "")}
+            results[part.table] += done.get(part.key, [about | state for about in part.rows])
+        used = {part.key for part in parts}
+        results["others"] = [row for key, rows in done.items() if key not in used for row in rows]
+        return results
+
+    def digest(self, file: Path) -> str:
+        """SHA-256 of a file of weights. Raises DataError if it is none."""
+        return file_sha256(weights.read(file).path)
 
     def figures(self, made: Row) -> Row:
         """What a row takes over of the result of a probe."""
@@ -128,59 +159,65 @@ class Comparison:
 
     def on_inception(self) -> Part:
         """Dense layers, and a linear head, on frozen features of InceptionV3."""
-        file, pixels = self.inception, f"{self.side} as 299"
-        options = f"{file.name if file else 'FILE'} --data {self.dataset.name}"
-        dense, linear = f"baseline --weights {options}", f"probe {options} --block {BLOCK}"
+        file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
+        options = f"{file.name if file else 'FILE'} --data {self.name}"
+        dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
         rows = [
-            row(f"InceptionV3 {BLOCK}", "dense", IMAGENET, pixels, dense),
-            row(f"InceptionV3 {BLOCK}", "linear", IMAGENET, pixels, linear),
+            row(name, "dense", IMAGENET, pixels, dense),
+            row(name, "linear", IMAGENET, pixels, f"probe {options} --block {BLOCK}"),
         ]
-        depends = [self.depends[0], file_sha256(file), self.trials] if file else []
-        return Part(depends, rows, lambda: [self.dense(file), self.linear(self.features(file))])
+        return Part(
+            [self.data, self.digest(file), self.trials] if file else [],
+            rows,
+            lambda: [self.dense(file), self.linear(self.features(file))],
+        )
 
     def on_random_inception(self) -> Part:
         """The same dense layers on the features of a random InceptionV3."""
-        name, command = f"InceptionV3 {BLOCK}", f"baseline --random --data {self.dataset.name}"
-        rows = [row(f"{name}, random weights", "dense", "none", f"{self.side} as 299", command)]
-        depends = [self.depends[0], "random", self.trials]
-        return Part(depends, rows, lambda: [self.dense(None)])
+        name, pixels = f"InceptionV3 {BLOCK}, random weights", f"{self.side} px as 299"
+        options = f"--data {self.name} --image-size {self.side} --trials {self.trials}"
+        rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
+        return Part([self.data, "random", self.trials], rows, lambda: [self.dense(None)])
 
     def on_simclrv2(self) -> Part:
-        """A linear head on the frozen features of the authors' ResNet-50."""
+        """A linear head on the frozen features of the authors' ResNet-50.
+
+        Raises DataError for weights that are not a TensorFlow checkpoint.
+        """
         file = self.simclrv2
-        command = f"probe {file.name if file else 'model.ckpt-250228'} --data {self.dataset.name}"
-        rows = [row("SimCLRv2 ResNet-50", "linear", IMAGENET, f"{self.side} as 224", command)]
+        command = f"probe {file.name if file else 'model.ckpt-250228'} --data {self.name}"
+        rows = [row("SimCLRv2 ResNet-50", "linear", IMAGENET, f"{self.side} px as 224", command)]
+        if file and weights.read(file).format != TENSORFLOW:
+            raise DataError(f"{file}: not a TensorFlow checkpoint, as SimCLRv2's authors publish")
 
         def make() -> list[Row]:
             net, prep = weights.encoder(file or "")
             data, device = self.dataset, self.run.config.device
             return [self.linear(embed.published(net, prep, data, None, device, self.notify))]
 
-        depends = [self.depends[0], file_sha256(weights.read(file).path)] if file else []
-        return Part(depends, rows, make)
+        return Part([self.data, self.digest(file)] if file else [], rows, make)
 
     def probed(self) -> Part:
         """The linear and the kNN probe of the run, with its controls."""
         rows = [
-            row(f"SimCLR {self.network}", "linear", self.own, self.pixels, "probe RUN"),
-            row(f"SimCLR {self.network}", "knn", self.own, self.pixels, "probe RUN"),
-            row(f"{self.network}, random weights", "random", "none", self.pixels, "probe RUN"),
-            row("raw pixels", "pixels", "none", "16 px", "probe RUN"),
+            row(f"SimCLR {self.network}", "linear", self.own, self.pixels, self.probing),
+            row(f"SimCLR {self.network}", "knn", self.own, self.pixels, self.probing),
+            row(f"{self.network}, random weights", "random", "none", self.pixels, self.probing),
+            row("raw pixels", "pixels", "none", "16 px", self.probing),
         ]
 
         def make() -> list[Row]:
-            linear, *controls = embed.probe_run(self.run, self.dataset, view=self.view)[
-                "rows"
-            ].values()
+            made = embed.probe_run(self.run, self.dataset, view=self.view)
+            linear, *controls = made["rows"].values()
             knn = {"top1": linear["knn"], "ci95": wilson_interval(linear["knn"], len(self.test))}
-            simclr = [self.figures(each) | self.trained for each in (linear, knn)]
+            simclr = [self.figures(each) | self.took for each in (linear, knn)]
             return [*simclr, *map(self.figures, controls)]
 
         return Part([*self.depends, "probe"], rows, make)
 
     def finetuned(self) -> Part:
         """The run's whole network trained with the labels, and the same one from scratch."""
-        command = f"probe RUN --finetune --epochs {self.epochs}"
+        command = f"{self.probing} --finetune --epochs {self.epochs}"
         rows = [
             row(f"SimCLR {self.network}", "finetune", self.own, self.pixels, command),
             row(f"{self.network} from scratch", "supervised", "none", self.pixels, command),
@@ -191,7 +228,7 @@ class Comparison:
                 self.run, self.dataset, epochs=self.epochs, view=self.view, notify=self.notify
             )
             simclr, scratch = map(self.figures, made["rows"].values())
-            return [simclr | self.trained, scratch]
+            return [simclr | self.took, scratch]
 
         return Part([*self.depends, "finetune", self.epochs], rows, make)
 
@@ -214,17 +251,19 @@ class Comparison:
                     self.notify("progress", done | {"label": "label-efficiency curve"})
             return made
 
-        digest = file_sha256(self.inception) if self.inception else None
+        digest = self.digest(self.inception) if self.inception else None
         return Part([*self.depends, "curve", digest], rows, make, "curve")
 
     def efficiency(self, X: np.ndarray, test_X: np.ndarray, per_class: int | None) -> Row:
         """top1 of linear heads on features X, each with other labels drawn from all there are."""
-        y, top1, chosen = self.dataset.labels[self.train], [], np.arange(0)
-        for seed in range(DRAWS if per_class else 1):
-            chosen = some_of_each(y, per_class or len(y), seed)
-            found = measure(X[chosen], y[chosen], test_X, self.dataset.labels[self.test], seed)
-            top1.append(found["top1"])
-        return {"labels": len(chosen), "top1": top1}
+        y, test_y = self.dataset.labels[self.train], self.dataset.labels[self.test]
+        draws = [
+            some_of_each(y, per_class or len(y), seed) for seed in range(DRAWS if per_class else 1)
+        ]
+        top1 = [
+            measure(X[xp_of(X).asarray(rows)], y[rows], test_X, test_y)["top1"] for rows in draws
+        ]
+        return {"labels": len(draws[0]), "top1": top1}
 
 
 def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -235,64 +274,24 @@ def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(rows[place < count])
 
 
+def pretraining_seconds(path: Path) -> dict[str, float]:
+    """How long the steps in a run's timings.jsonl took; nothing if that cannot be told."""
+    try:
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        return {"pretraining_seconds": sum({s["step"]: s["seconds"] for s in steps}.values())}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def made_before(path: Path) -> dict[str, list[Row]]:
     """The rows in results.json by the key of their part. Raises DataError if it is another file."""
     done: dict[str, list[Row]] = {}
     if path.exists():
         try:
             results = json.loads(path.read_bytes())
-            for each in results["rows"] + results["curve"]:
+            for each in results["rows"] + results["curve"] + results.get("others", []):
                 if each["status"] == "measured":
                     done.setdefault(each["key"], []).append(each)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not results of `minisimclr compare` ({error!r})") from error
     return done
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table and the curve in results.json, for people."""
-    columns = [
-        "system",
-        "head",
-        "pre-training",
-        "input",
-        "labels",
-        "top-1",
-        "95 %",
-        "top-5",
-        "time",
-    ]
-    lines = [columns, ["---"] * len(columns)]
-    for each in results["rows"]:
-        about = [each["system"], each["method"], each["pretraining"], each["pixels"]]
-        if each["status"] == "not run":
-            lines.append([*about, "", "not run", "", "", ""])
-            continue
-        low, high = each["ci95"]
-        top5 = f"{each['top5']:.1%}" if "top5" in each else ""
-        took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
-        shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
-        lines.append([*about, f"{each['labels']:,}", *shown])
-    lines.append(["chance", "", "none", "", "0", f"{1 / results['classes']:.1%}", "", "", ""])
-    curve = [["labels per class", *map(str, (n or "all" for n in BUDGETS))]]
-    curve.append(["---"] * len(curve[0]))
-    systems = dict.fromkeys(each["system"] for each in results["curve"])
-    for system in systems:
-        points = [each for each in results["curve"] if each["system"] == system]
-        curve.append([system, *(spread(each.get("top1", [])) for each in points)])
-    tables = [lines, curve] if systems else [lines]
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation of accuracies; "not run" for none."""
-    deviation = f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1%}{deviation}" if values else "not run"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
-    return (
-        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{hours} h"
-    )

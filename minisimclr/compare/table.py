@@ -1,0 +1,60 @@
+"""The table and the curve in results.json, for people."""
+
+from typing import Any
+
+import numpy as np
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table and the curve in results.json, for people."""
+    columns = [
+        "system",
+        "head",
+        "pre-training",
+        "input",
+        "labels",
+        "top-1",
+        "95 %",
+        "top-5",
+        "time",
+    ]
+    lines = [columns, ["---"] * len(columns)]
+    for each in results["rows"]:
+        about = [each["system"], each["method"], each["pretraining"], each["pixels"]]
+        if each["status"] == "not run":
+            lines.append([*about, "", "not run", "", "", ""])
+            continue
+        low, high = each["ci95"]
+        top5 = f"{each['top5']:.1%}" if "top5" in each else ""
+        took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
+        shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
+        lines.append([*about, f"{each['labels']:,}", *shown])
+    lines.append(["chance", "", "none", "", "0", f"{1 / results['classes']:.1%}", "", "", ""])
+    systems = dict.fromkeys(each["system"] for each in results["curve"])
+    budgets = dict.fromkeys(str(each["per_class"]) for each in results["curve"])
+    curve = [["labels per class", *budgets], ["---"] * (1 + len(budgets))]
+    for system in systems:
+        points = [each for each in results["curve"] if each["system"] == system]
+        curve.append([system, *(spread(each.get("top1", [])) for each in points)])
+    tables = [lines, curve] if systems else [lines]
+    texts = ["\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables]
+    warned = [
+        f"- {each['system']}, {each['method']}: {each['warning']}"
+        for each in results["rows"]
+        if each.get("warning")
+    ]
+    return "\n\n".join([*texts, *(["\n".join(warned)] if warned else [])])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of accuracies; "not run" for none."""
+    deviation = f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1%}{deviation}" if values else "not run"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
+    return (
+        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{hours} h"
+    )
