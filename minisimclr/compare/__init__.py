@@ -102,7 +102,7 @@ class Comparison:
         done = made_before(path)
         out.mkdir(parents=True, exist_ok=True)
         parts = [self.on_inception(), self.on_simclrv2(), self.probed(), self.finetuned()]
-        parts += [self.on_random_inception(), self.curve()]
+        parts += [self.curve(), self.on_random_inception()]
         reasons: dict[str, str] = {}
         for part in parts:
             if part.depends and part.key not in done:
