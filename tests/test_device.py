@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import augment, backend, doctor, ops, profile, train
+from minisimclr import augment, backend, compare, doctor, ops, profile, train
 from minisimclr.embed import embed, probe_run, published
 from minisimclr.errors import ConfigError, DivergedError
 from minisimclr.finetune import SCRATCH, TUNED, finetune
@@ -393,10 +393,13 @@ def test_divergence_on_the_device(config, cupy, tmp_path):
     assert all(np.isfinite(json.loads(line)["loss"]) for line in log)
 
 
-def test_a_run_of_the_device_is_probed(config, cupy, tmp_path):
+def test_a_run_of_the_device_is_probed(config, cupy, tmp_path, monkeypatch):
     run = pretrain(replace(config, epochs=1), tmp_path / "run")
     dataset = ms.data.open_dataset(config.data, 20)
     assert probe_run(run, dataset)["rows"].keys() == {"SimCLR", "random encoder", "raw pixels"}
+    monkeypatch.setattr(compare, "BUDGETS", (2, None))
+    points = compare.Comparison(run, dataset).curve().make()
+    assert [len(point["top1"]) for point in points] == [5, 1, 5, 1]
     again, _ = open_run(run.path)
     again.config = replace(config, device="cpu")
     np.testing.assert_allclose(embed(run, dataset), embed(again, dataset), rtol=1e-3, atol=1e-4)
