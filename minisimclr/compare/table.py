@@ -8,15 +8,8 @@ import numpy as np
 def markdown(results: dict[str, Any]) -> str:
     """The table and the curve in results.json, for people."""
     columns = [
-        "system",
-        "head",
-        "pre-training",
-        "input",
-        "labels",
-        "top-1",
-        "95 %",
-        "top-5",
-        "time",
+        *("system", "head", "pre-training", "input", "labels"),
+        *("top-1", "95 %", "top-5", "time"),
     ]
     lines = [columns, ["---"] * len(columns)]
     for each in results["rows"]:
