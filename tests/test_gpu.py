@@ -38,11 +38,11 @@ pytestmark = pytest.mark.gpu
 class Real:
     """CuPy, with a counter that never counts."""
 
-    def __init__(self, library):
-        self.library, self.counter = library, fake_cupy.Counter()
+    def __init__(self, cupy):
+        self.cupy, self.counter = cupy, fake_cupy.Counter()
 
     def __getattr__(self, name):
-        return getattr(self.library, name)
+        return getattr(self.cupy, name)
 
 
 @pytest.fixture

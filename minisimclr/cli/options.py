@@ -10,7 +10,12 @@ import click
 
 from ..errors import ConfigError
 
-VIEW = click.option("--view", type=click.IntRange(8), metavar="S", help="Side of test views, px.")
+VIEW = click.option(
+    "--view",
+    type=click.IntRange(8),
+    metavar="S",
+    help="Side of test views, px; else as in training.",
+)
 
 DEVICE = click.option("--device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
 

@@ -22,7 +22,7 @@ from ..embed import Notify
 from ..errors import DataError, DivergedError
 from ..files import file_sha256, write_bytes
 from ..finetune import finetune
-from ..probe import Extract, labelled_and_test, measure, wilson_interval
+from ..probe import Extract, by_class, labelled_and_test, measure, wilson_interval
 from ..run import Run
 from ..weights.names import TENSORFLOW
 from .table import markdown
@@ -268,7 +268,7 @@ class Comparison:
 
 def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Indices of `count` labels of each class, or all it has; a smaller count draws a part."""
-    rows = np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
+    rows = by_class(labels, seed)
     sizes = np.unique(labels, return_counts=True)[1]
     place = np.concatenate([np.arange(size) for size in sizes])  # within the class
     return np.sort(rows[place < count])

@@ -57,11 +57,15 @@ def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return fit, np.setdiff1d(np.arange(len(labels)), fit)
 
 
+def by_class(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Indices of labels (N,) class by class, shuffled within each."""
+    return np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
+
+
 def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     """The fold 0 ... 4 of each label (N,): those of a class go to as many folds as there can be."""
-    order = np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
     fold = np.empty(len(labels), np.int64)
-    fold[order] = np.arange(len(labels)) % FOLDS
+    fold[by_class(labels, seed)] = np.arange(len(labels)) % FOLDS
     return fold
 
 
