@@ -11,10 +11,7 @@ import click
 from ..errors import ConfigError
 
 VIEW = click.option(
-    "--view",
-    type=click.IntRange(8),
-    metavar="S",
-    help="Side of test views, px; else as in training.",
+    "--view", type=click.IntRange(8), metavar="S", help="Side of test views, px; else training's."
 )
 
 DEVICE = click.option("--device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
