@@ -25,7 +25,7 @@ from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
 from minisimclr.kernels import winograd
 from minisimclr.ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, output_size
-from minisimclr.ops.norm import moments
+from minisimclr.ops.norm import gradient_sums, moments
 from minisimclr.ops.pool import max_pool_output
 
 ROOT = Path(__file__).parent.parent
@@ -250,6 +250,15 @@ def test_moments_of_a_large_mean_do_not_cancel():
     mean, m2 = moments(x)
     np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(m2, x.astype(np.float64).var(axis=0) * len(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0, 7, 9, 3000])
+def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean):
+    x, gy = randn(4096, 8) + np.float32(mean), randn(4096, 8)
+    means, inv_std = x.mean(axis=0), 1 / x.std(axis=0)
+    sum_gx = gradient_sums(gy, x, means, inv_std, None)[1]
+    exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0) * inv_std
+    assert distance(sum_gx, exact_sum) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["scale_shift", "gradient_sums", "conv_output", "max_pool_output"])

@@ -2,12 +2,16 @@
 in cache.
 
 Three things cost more than the arithmetic. Arrays made in between: every block reuses the same
-small buffers. Short rows: NumPy walks (M, C) row by row, so several rows, `WIDE` numbers, are taken
+small buffer. Short rows: NumPy walks (M, C) row by row, so several rows, `WIDE` numbers, are taken
 as one long row, with the vectors of C numbers repeated to match. Sums over rows: a matrix product
 with ones reads 30 GB/s where `sum(axis=0)` reads 5.
+
+A fourth comes with a second thread: after each call into NumPy a thread needs the interpreter lock
+back, and the more and shorter the calls, the more often it finds it taken and is put to sleep.
+Hence large blocks and few calls.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,9 +21,7 @@ from .registry import for_float32
 
 WIDE = 8192  # numbers in one long row
 SMALL = 1 << 16  # numbers not worth a second thread
-BLOCK = (
-    8  # long rows in a block: 256 KiB, so that a block of each array fits the second-level cache
-)
+BLOCK = 1 << 18  # numbers in a block: 1 MiB
 
 
 def long_rows(x: Array, *others: Array | None) -> tuple[int, list]:
@@ -33,24 +35,31 @@ def long_rows(x: Array, *others: Array | None) -> tuple[int, list]:
     ]
 
 
-def each_block(start: int, stop: int) -> Iterator[slice]:
-    return (slice(i, min(i + BLOCK, stop)) for i in range(start, stop, BLOCK))
+def over_blocks(work: Callable, c: int, first: Array, *others: Array | None) -> Array:
+    """Call work(buffer, sums, *blocks) on every block of the arrays of long rows, on all threads.
 
+    It may use `buffer`, like a block, and leaves two rows in sums (2, 1, k*C): all of them added up
+    and per channel, (2, C), are returned.
+    """
+    rows, width = first.shape
+    step = max(1, BLOCK // width)
 
-def over_rows(work, rows: Array) -> list:
-    """work(start, stop) on parts of the long rows; a small array is not worth a second thread."""
-    if rows.size < SMALL:
-        return [work(0, len(rows))]
-    return parallel(work, len(rows), BLOCK)
+    def part(start: int, stop: int) -> Array:
+        buffer = np.empty((step, width), np.float32)
+        total, sums = np.zeros((2, 2, 1, width), np.float32)
+        for i in range(start, stop, step):
+            some = slice(i, min(i + step, stop))
+            blocks = [None if a is None else a[some] for a in (first, *others)]
+            work(buffer[: some.stop - i], sums, *blocks)
+            total += sums
+        return total
 
-
-def row_sum(rows: Array) -> Array:
-    return (np.ones((1, len(rows)), rows.dtype) @ rows)[0]  # (1, r) @ (r, k*C)
-
-
-def per_channel(parts: list[Array], c: int) -> Array:
-    """Every thread's sums (2, k*C) added up to (2, C)."""
+    parts = parallel(part, rows) if first.size >= SMALL else [part(0, rows)]
     return np.sum(parts, axis=0).reshape(2, -1, c).sum(axis=1)
+
+
+def sum_rows(rows: Array, out: Array) -> None:
+    np.matmul(np.ones((1, len(rows)), rows.dtype), rows, out=out)  # (1, r) @ (r, k*C)
 
 
 @for_float32(moments)
@@ -58,28 +67,23 @@ def _moments(x: Array) -> tuple[Array, Array]:
     k, (rows,) = long_rows(x)
     m, c = x.size // x.shape[-1], x.shape[-1]
 
-    def sums(near: Array | None) -> Array:
+    def sums_about(near: Array | None) -> Array:
         """Sums of x - near and of its square, per channel."""
 
-        def work(start: int, stop: int) -> Array:
-            buffer, total = np.empty((BLOCK, k * c), x.dtype), np.zeros((2, k * c), x.dtype)
-            for block in each_block(start, stop):
-                part, d = rows[block], buffer[: block.stop - block.start]
-                if near is not None:
-                    part = np.subtract(part, near, out=d)
-                total[0] += row_sum(part)
-                total[1] += row_sum(np.multiply(part, part, out=d))
-            return total
+        def work(buffer: Array, sums: Array, x: Array) -> None:
+            d = x if near is None else np.subtract(x, near, out=buffer)
+            sum_rows(d, sums[0])
+            sum_rows(np.multiply(d, d, out=buffer), sums[1])
 
-        return per_channel(over_rows(work, rows), c)
+        return over_blocks(work, c, rows)
 
-    total, squares = sums(None)
+    total, squares = sums_about(None)
     m2 = squares - total * (total / m)
     # Where the mean is far larger than the spread, next to nothing is left of the squares: take
     # them of deviations from the mean of a few rows, which is near enough to the true one.
     if (m2 < 1e-2 * squares).any():
         near = rows[0].reshape(k, c).mean(axis=0)
-        total, squares = sums(np.tile(near, k))
+        total, squares = sums_about(np.tile(near, k))
         return near + total / m, squares - total * (total / m)
     return total / m, m2
 
@@ -94,16 +98,15 @@ def _scale_shift(
     zero = np.zeros_like(shift)
     y = np.empty_like(rows)
 
-    def work(start: int, stop: int) -> None:
-        for block in each_block(start, stop):
-            part = np.multiply(rows[block], scale, out=y[block])
-            part += shift
-            if residuals is not None:
-                part += residuals[block]
-            if relu:
-                np.maximum(part, zero, out=part)
+    def work(_buffer: Array, _sums: Array, x: Array, y: Array, residual: Array | None) -> None:
+        np.multiply(x, scale, out=y)
+        y += shift
+        if residual is not None:
+            y += residual
+        if relu:
+            np.maximum(y, zero, out=y)
 
-    over_rows(work, rows)
+    over_blocks(work, len(mean), rows, y, residuals)
     return y.reshape(x.shape)
 
 
@@ -112,24 +115,22 @@ def _gradient_sums(
     gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
 ) -> tuple[Array, Array, Array]:
     k, (gs, xs, ys) = long_rows(gy, x, y)
-    c = gy.shape[-1]
-    mean = np.tile(mean, k)
     out = gs if ys is None else np.empty_like(gs)
+    # Sums of g x lose no more than a digit or two to the mean's part of them; else take it off.
+    far = (np.abs(mean) * inv_std > 8).any()
+    near = np.tile(mean, k)
 
-    def work(start: int, stop: int) -> Array:
-        buffer, mask = np.empty((BLOCK, k * c), gy.dtype), np.empty((BLOCK, k * c), bool)
-        total = np.zeros((2, k * c), gy.dtype)
-        for block in each_block(start, stop):
-            g, n = out[block], len(gs[block])
-            if ys is not None:
-                np.multiply(gs[block], np.greater(ys[block], 0, out=mask[:n]), out=g)
-            product = np.subtract(xs[block], mean, out=buffer[:n])
-            product *= g
-            total[0] += row_sum(g)
-            total[1] += row_sum(product)
-        return total
+    def work(buffer: Array, sums: Array, gy: Array, x: Array, y: Array | None, g: Array) -> None:
+        if y is not None:
+            mask = buffer.view(bool)[:, : g.shape[1]]
+            np.multiply(gy, np.greater(y, 0, out=mask), out=g)
+        if far:
+            x = np.subtract(x, near, out=buffer)
+        sum_rows(g, sums[0])
+        sum_rows(np.multiply(x, g, out=buffer), sums[1])
 
-    sum_g, sum_gd = per_channel(over_rows(work, gs), c)
+    sum_g, sum_gd = over_blocks(work, len(mean), gs, xs, ys, out)
+    sum_gd = sum_gd if far else sum_gd - mean * sum_g
     return sum_g, sum_gd * inv_std, out.reshape(gy.shape)
 
 
@@ -140,12 +141,10 @@ def _input_gradient(g: Array, x: Array, mean: Array, scale: Array, a: Array, b: 
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs)
 
-    def work(start: int, stop: int) -> None:
-        buffer = np.empty((BLOCK, len(b)), g.dtype)
-        for block in each_block(start, stop):
-            part = np.multiply(gs[block], scale, out=gx[block])
-            part -= np.multiply(xs[block], b, out=buffer[: len(part)])
-            part -= rest
+    def work(buffer: Array, _sums: Array, g: Array, x: Array, gx: Array) -> None:
+        np.multiply(g, scale, out=gx)
+        gx -= np.multiply(x, b, out=buffer)
+        gx -= rest
 
-    over_rows(work, gs)
+    over_blocks(work, len(mean), gs, xs, gx)
     return gx.reshape(g.shape)

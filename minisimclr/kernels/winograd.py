@@ -73,14 +73,6 @@ class Grid:
     def f(self) -> int:
         return len(self.matrix)
 
-    def spans(self, width: int) -> Iterator[tuple[int, slice, slice]]:
-        """For each column j of a tile: the tiles that have it within the image, and where."""
-        for j in range(self.matrix.shape[1]):
-            start = max(0, -(-(self.pad - j) // self.step))
-            stop = min(self.columns, -(-(width + self.pad - j) // self.step))
-            first = self.step * start + j - self.pad  # its first column in the image
-            yield j, slice(start, stop), slice(first, first + self.step * (stop - start), self.step)
-
 
 def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     """matrix X matrix' for every tile X of x (n, H, W, C), as (f f, tiles, C)."""
@@ -89,14 +81,17 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     height, row = grid.step * (grid.rows - 1) + a, grid.columns * c
     if out is None:
         out = np.empty((f * f, n, grid.rows * row), x.dtype)
-    inside = slice(grid.pad, grid.pad + h)
-    tiles = np.empty((n, a, height, grid.columns, c), x.dtype)
-    tiles[:, :, : grid.pad] = 0
-    tiles[:, :, grid.pad + h :] = 0
-    for j, span, columns in grid.spans(w):
-        tiles[:, j, inside, : span.start] = 0
-        tiles[:, j, inside, span] = x[:, :h, columns]
-        tiles[:, j, inside, span.stop :] = 0
+    padded = np.zeros((n, height, grid.step * (grid.columns - 1) + a, c), x.dtype)
+    padded[:, grid.pad : grid.pad + h, grid.pad : grid.pad + w] = x
+    image, line, pixel, number = padded.strides
+    tiles = np.ndarray(  # a pixel as one piece of bytes: copied faster than its numbers
+        (n, a, height, grid.columns),
+        np.dtype((np.void, c * number)),
+        padded,
+        0,
+        (image, pixel, line, grid.step * pixel),
+    )
+    tiles = np.ascontiguousarray(tiles).view(x.dtype)
     wide = grid.matrix @ tiles.reshape(n, a, -1)  # (f, a) @ (a, height*row)
     s = row * wide.itemsize
     slabs = as_strided(  # rows of tiles overlap in memory as they do in the image
@@ -117,9 +112,11 @@ def put_tiles(tiles: Array, grid: Grid, out: Array) -> None:
     cells = tiles.reshape(f, f, n, grid.rows, row).transpose(2, 1, 3, 0, 4)  # (n, f, rows, f, row)
     tall = grid.matrix.T @ cells  # (m, f) @ (f, row)
     wide = grid.matrix.T @ tall.reshape(n, f, -1)  # (m, f) @ (f, rows*m*row)
-    wide = wide.reshape(n, m, grid.rows * m, grid.columns, c)
-    for j, span, columns in grid.spans(w):
-        out[:, :, columns] = wide[:, j, :h, span]
+    wide = wide.reshape(n, m, -1, grid.columns, c)[:, :, :h].transpose(0, 2, 3, 1, 4)
+    if grid.columns * m == w:
+        out.reshape(wide.shape)[...] = wide  # (n, h, columns, m, c)
+    else:
+        out[...] = wide.reshape(n, h, -1, c)[:, :, :w]
 
 
 def tile(n: int, w_shape: tuple, size: Pair, stride: Pair, padding: Pair) -> int:
