@@ -1,11 +1,15 @@
 """The probe: L-BFGS logistic regression beside scikit-learn's, the search for C, kNN, statistics.
 
-    pytest benchmarks/test_probe.py
+    pytest benchmarks/test_probe.py --benchmark-json=probe.json
 
-1,716 x 512 features of 120 classes, the size of the Stanford Dogs report. Each solver has the
-loosest tolerance with which its objective is within 1e-4 of the optimum, asserted after each run.
+1,716 x 512 features of 120 classes, the size of the Stanford Dogs report. The two solvers take
+turns, each with the loosest tolerance with which its objective is within 1e-4 of the optimum; the
+ratio of their median times is in the JSON file's extra_info.
 The features are correlated (singular values fall as 1 / rank), as an encoder's are.
 """
+
+import statistics
+import time
 
 import numpy as np
 import pytest
@@ -51,17 +55,33 @@ def fit_scikit_learn(X, y, C, tol):
     return linear_model.LogisticRegression(C=C, tol=tol, max_iter=20_000).fit(X, y)
 
 
+def loosest(fit, X, y, C, best):
+    """The first tolerance with which `fit` comes within 1e-4 of the best objective."""
+    return next(tol for tol in TOLERANCES if objective(fit(X, y, C, tol), X, y, C) < best * 1.0001)
+
+
 @pytest.mark.parametrize("C", [0.01, 1.0])
-@pytest.mark.parametrize("fit", [fit_ours, fit_scikit_learn])
-def test_logistic_regression(benchmark, labelled, fit, C):
+def test_logistic_regression(benchmark, labelled, C):
     X, y = labelled
     best = objective(fit_ours(X.astype(np.float64), y, C, 1e-10), X, y, C)
-    reaches = (tol for tol in TOLERANCES if objective(fit(X, y, C, tol), X, y, C) < best * 1.0001)
-    tol = next(reaches)
-    benchmark.group = f"logistic regression, C = {C:g}"
-    benchmark.extra_info.update(tol=tol, flops_per_evaluation=4 * N * D * K)
-    model = benchmark.pedantic(fit, (X, y, C, tol), rounds=3)
+    tol, other_tol = (loosest(fit, X, y, C, best) for fit in (fit_ours, fit_scikit_learn))
+    others = []
+
+    def other_first():
+        begin = time.perf_counter()
+        fit_scikit_learn(X, y, C, other_tol)
+        others.append(time.perf_counter() - begin)
+        time.sleep(0.3)  # threads of its BLAS go on spinning for a while
+
+    model = benchmark.pedantic(fit_ours, (X, y, C, tol), setup=other_first, rounds=7)
     assert best * (1 - 1e-9) <= objective(model, X, y, C) <= best * 1.0001
+    other = statistics.median(others)
+    benchmark.extra_info.update(
+        tol=tol,
+        flops_per_evaluation=4 * N * D * K,
+        scikit_learn_ms=1e3 * other,
+        ours_over_scikit_learn=benchmark.stats.stats.median / other,
+    )
 
 
 def test_search_for_c(benchmark, labelled):
