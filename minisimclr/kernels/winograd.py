@@ -83,14 +83,10 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
         out = np.empty((f * f, n, grid.rows * row), x.dtype)
     padded = np.zeros((n, height, grid.step * (grid.columns - 1) + a, c), x.dtype)
     padded[:, grid.pad : grid.pad + h, grid.pad : grid.pad + w] = x
-    image, line, pixel, number = padded.strides
-    tiles = np.ndarray(  # a pixel as one piece of bytes: copied faster than its numbers
-        (n, a, height, grid.columns),
-        np.dtype((np.void, c * number)),
-        padded,
-        0,
-        (image, pixel, line, grid.step * pixel),
-    )
+    image, line, pixel, _ = padded.strides
+    piece = np.dtype((np.void, pixel))  # a pixel is copied faster than its numbers are
+    strides = image, pixel, line, grid.step * pixel
+    tiles = np.ndarray((n, a, height, grid.columns), piece, padded, 0, strides)
     tiles = np.ascontiguousarray(tiles).view(x.dtype)
     wide = grid.matrix @ tiles.reshape(n, a, -1)  # (f, a) @ (a, height*row)
     s = row * wide.itemsize
