@@ -31,7 +31,7 @@ from test_kernels import SAMPLES, distance, exact
 from minisimclr import augment, backend, optim
 from minisimclr.config import TrainConfig
 from minisimclr.kernels import cuda
-from minisimclr.ops import norm
+from minisimclr.ops import conv, norm
 from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
 from minisimclr.train import pretrain
 
@@ -61,13 +61,39 @@ def larger_views(blurred):
     return [(images, views, size) for size in (36, 50)]
 
 
+def unfolded():
+    """Kernels that leave pixels out, that reach over the border, of 1 x 1; channels 1, 3, 33, 64"""
+    rng = np.random.default_rng(0)
+    for shape, kernel, stride, padding in (
+        ((2, 5, 6, 3), (3, 3), (1, 1), (1, 1)),
+        ((3, 7, 9, 33), (3, 2), (2, 1), (1, 0)),
+        ((1, 9, 8, 1), (5, 5), (3, 2), (2, 4)),
+        ((2, 6, 5, 64), (2, 3), (3, 4), (0, 1)),
+        ((2, 5, 5, 3), (1, 1), (2, 2), (0, 0)),
+        ((1, 4, 4, 2), (4, 4), (1, 1), (0, 0)),
+    ):
+        size = conv.output_size(shape, kernel, stride, padding)
+        yield rng.standard_normal(shape, np.float32), kernel, stride, padding, size
+
+
+def folded():
+    rng = np.random.default_rng(1)
+    for x, kernel, stride, padding, size in unfolded():
+        rows, numbers = len(x) * size[0] * size[1], kernel[0] * kernel[1] * x.shape[3]
+        patches = rng.standard_normal((rows, numbers), np.float32)
+        yield patches, x.shape, kernel, stride, padding, size
+
+
 PASSES = {
     norm.moments: SAMPLES["moments"],
     norm.scale_shift: SAMPLES["scale_shift"],
     norm.gradient_sums: SAMPLES["gradient_sums"],
     norm.input_gradient: SAMPLES["input_gradient"],
     augment.apply_views: lambda: [*SAMPLES["apply_views"](), *larger_views(blurred=False)],
+    conv.unfold: unfolded,
+    conv.fold: folded,
 }
+PLACES = {augment.apply_views: "augment", conv.unfold: "conv", conv.fold: "conv"}
 
 
 def on_device(f, args, library):
@@ -137,7 +163,7 @@ def exercise(name, library):
             compare(ours, optimized(np, kind, dtype=np.float64))
         return
     for f, samples in PASSES.items():
-        if (f is augment.apply_views) == (name == "augment"):
+        if PLACES.get(f, "norm") == name:
             for args in samples():
                 ours = in_every_order(functools.partial(on_device, f, args, library))
                 compare(ours, reference(f, args))
@@ -146,7 +172,7 @@ def exercise(name, library):
 def test_every_kernel_is_here(cupy):
     assert all(cupy.ndarray in f.registry for f in cuda.NORM + cuda.OTHERS)
     assert set(cuda.NORM + cuda.OTHERS) == {*PASSES, optim.square_of_all, optim.update_all}
-    assert {f.stem for f in FILES} == {"norm", "optim", "augment"}
+    assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -251,7 +277,7 @@ def sanitized(files, old="", new=""):
 
 @needs_compiler
 def test_no_kernel_leaves_its_arrays():
-    run = sanitized("augment,norm,optim")
+    run = sanitized("augment,conv,norm,optim")
     assert run.stdout == "clean\n", run.stderr[-3000:]
 
 
@@ -262,6 +288,8 @@ def test_no_kernel_leaves_its_arrays():
         ("norm", "min(top + tile, rows)", "min(top + tile, rows + 1)"),
         ("augment", "images + blockIdx.x % n", "images + (blockIdx.x % n + 1)"),
         ("optim", "i < (n)", "i <= (n)"),
+        ("conv", "a < h &&", "a <= h &&"),
+        ("conv", "i < oh &&", "i <= oh &&"),
     ],
 )
 def test_a_read_out_of_bounds_is_caught(file, old, new):

@@ -122,7 +122,9 @@ def test_budget():
     for path in FILES:
         count[room_of(path)] = count.get(room_of(path), 0) + code_lines(path.read_text())
     kernels = count.pop("kernels", 0)
-    kernels += sum(len(p.read_text().splitlines()) for p in PACKAGE.glob("kernels/*.cu"))
+    for path in PACKAGE.glob("kernels/*.cu"):  # whose comments are whole lines
+        lines = (line.strip() for line in path.read_text().splitlines())
+        kernels += sum(bool(line) and not line.startswith("//") for line in lines)
     assert kernels <= 900
     assert count.pop("weights", 0) <= 450
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]

@@ -13,7 +13,7 @@ import numpy as np
 from ..backend import Array, parallel
 from ..ops.conv import Pair, conv_input_gradient, conv_output, conv_weight_gradient, output_size
 from . import winograd
-from .registry import for_float32
+from .registry import blocks, for_float32
 
 WORKSPACE = 1 << 18  # numbers in one block of patches: 1 MiB, a core's second-level cache
 
@@ -35,7 +35,7 @@ def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
 
     def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, size, len(matrix)):
+        for block in blocks(start, stop, WORKSPACE // (size[0] * size[1] * len(matrix))):
             rows = patches(x[block], w.shape, stride, padding, size)
             np.matmul(rows, matrix, out=y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
 
@@ -64,7 +64,7 @@ def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: P
     _, h, width, _ = x_shape
 
     def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, size, len(matrix)):
+        for block in blocks(start, stop, WORKSPACE // (size[0] * size[1] * len(matrix))):
             rows = gy[block].reshape(-1, o) @ matrix.T  # (n*OH*OW, KH*KW*C)
             rows = rows.reshape(-1, oh, ow, kh, kw, c)
             padded = np.zeros((len(rows), h + 2 * ph, width + 2 * pw, c), gy.dtype)
@@ -92,18 +92,12 @@ def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: 
 
     def work(start: int, stop: int) -> Array:
         gw = np.zeros((kh * kw * c, o), gy.dtype)
-        for block in blocks(start, stop, size, len(gw)):
+        for block in blocks(start, stop, WORKSPACE // (size[0] * size[1] * len(gw))):
             rows = patches(x[block], w_shape, stride, padding, size)
             gw += rows.T @ gy[block].reshape(-1, o)  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
         return gw
 
     return sum(parallel(work, len(x))).reshape(w_shape)
-
-
-def blocks(start: int, stop: int, size: Pair, row: int):
-    """Slices of images start..stop whose patches, `row` numbers each, fill the workspace."""
-    step = max(1, WORKSPACE // (size[0] * size[1] * row))
-    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
 def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> Array:

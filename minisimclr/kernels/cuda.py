@@ -3,11 +3,12 @@
     norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
                  two for the gradients
     optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
+    conv.cu      patches of images and back, which makes a convolution one matrix product
     augment.cu   both views of a batch in one launch; the blur of large ones is a matrix product
 
 CuPy compiles them with NVRTC on first use and keeps the binaries on disk. All sums run in a fixed
-order, so a run repeats to the bit. Convolutions and the loss are large matrix products, which
-cuBLAS does: there the readable passes stay.
+order, so a run repeats to the bit. Matrix products are cuBLAS's; the loss, made of them, stays as
+it can be read.
 """
 
 from functools import cache
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..augment import SMALL, Views, apply_views, blur
 from ..backend import Array, cupy
+from ..ops.conv import fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from ..optim import SGD, square_of_all, update_all
 from ..tensor import WEIGHT
@@ -31,7 +33,7 @@ ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
 NORM: Any = moments, scale_shift, gradient_sums, input_gradient
-OTHERS: Any = square_of_all, update_all, apply_views
+OTHERS: Any = unfold, fold, square_of_all, update_all, apply_views
 
 
 def register(library: Any) -> None:
@@ -42,8 +44,7 @@ def register(library: Any) -> None:
 
 @cache
 def module(library: Any, file: str) -> Any:
-    code = Path(__file__).with_name(f"{file}.cu").read_text()
-    return library.RawModule(code=code)
+    return library.RawModule(code=Path(__file__).with_name(f"{file}.cu").read_text())
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
@@ -96,6 +97,26 @@ def cuda_gradient_sums(gy, x, mean, inv_std, y):
 
 def cuda_input_gradient(g, x, mean, scale, a, b):
     return apply(x, mean, -b, -a, g, scale, 0)
+
+
+def for_each_row(kernel: str, source: Array, out: Array, *geometry: tuple) -> Array:
+    """Fill out (..., K), a row of K numbers at a time."""
+    rows = out.size // out.shape[-1]
+    given = source, out, np.int64(rows), *sum(geometry, ())
+    launch("conv", kernel, (-(-rows // LANES),), (CHANNELS, LANES), *given)
+    return out
+
+
+def cuda_unfold(x, kernel, stride, padding, size):
+    if kernel == (1, 1):  # a view, or one copy
+        return unfold.dispatch(object)(x, kernel, stride, padding, size)
+    shape = len(x) * size[0] * size[1], kernel[0] * kernel[1] * x.shape[3]
+    out = cupy().empty(shape, np.float32)
+    return for_each_row("unfold", x, out, x.shape[1:], kernel, stride, padding, size)
+
+
+def cuda_fold(patches, x_shape, *geometry):
+    return for_each_row("fold", patches, cupy().empty(x_shape, np.float32), x_shape[1:], *geometry)
 
 
 def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:

@@ -2,20 +2,14 @@
 multiplies.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from ..backend import Array, parallel
 from ..ops.conv import Pair
 from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
-from .registry import for_float32
+from .registry import blocks, for_float32
 
-
-def image_blocks(start: int, stop: int, image: int) -> Iterator[slice]:
-    """Slices of images start..stop, `image` numbers each, of 256 KiB: they stay in cache."""
-    step = max(1, (1 << 16) // image)
-    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
+BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
 
 
 @for_float32(max_pool_output)
@@ -26,7 +20,7 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
     argmax = np.empty(y.shape, np.uint8)
 
     def work(start: int, stop: int) -> None:
-        for block in image_blocks(start, stop, y[0].size):
+        for block in blocks(start, stop, BLOCK // y[0].size):
             padded = np.pad(x[block], ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
             views = list(windows(padded, kernel, stride, size))  # count times (n, OH, OW, C)
             best = y[block]
@@ -55,7 +49,7 @@ def _max_pool_input_gradient(
     gx = np.empty(x_shape, gy.dtype)
 
     def work(start: int, stop: int) -> None:
-        for block in image_blocks(start, stop, gy[0].size):
+        for block in blocks(start, stop, BLOCK // gy[0].size):
             g, winner = gy[block], argmax[block]
             padded = np.zeros((len(g), h + top + bottom, w + left + right, c), gy.dtype)
             mask, part = np.empty(g.shape, bool), np.empty_like(g)

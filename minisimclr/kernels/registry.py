@@ -1,6 +1,6 @@
-"""How a version of a pass for one type of array is registered."""
+"""How a version of a pass for one type of array is registered, and how its work is cut up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -23,3 +23,9 @@ def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], 
         return reference.register(kind)(choose)
 
     return register
+
+
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of `size`, and at least of 1, that lead from start to stop."""
+    size = max(1, size)
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))

@@ -17,7 +17,6 @@ Maps along one axis are matrix products as well: (f, a) @ (a, row), on rows that
 after the other, so tiles are gathered along the width only.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -27,6 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..backend import Array, parallel
 from ..ops.conv import Pair
+from .registry import blocks
 
 # Where polynomials are evaluated, besides at infinity, for tiles of m = 2, 3, 4. All are exact in
 # binary; found by trying: the usual 0, 1, -1, 2, -2 round twice as much (1.3e-6 of the result's
@@ -206,11 +206,6 @@ def take_all(x: Array, grid: Grid) -> Array:
 
     parallel(work, n)
     return v.reshape(grid.f**2, -1, c)
-
-
-def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 def input_gradient(gy: Array, w: Array, padding: int, size: Pair, m: int) -> Array:

@@ -26,6 +26,7 @@ def output_size(x_shape: tuple, w_shape: tuple, stride: Pair, padding: Pair) -> 
     return height, width
 
 
+@singledispatch
 def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> Array:
     """Patches of x (N, H, W, C) as rows: (N*OH*OW, KH*KW*C)."""
     xp = xp_of(x)
@@ -41,6 +42,7 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
     return patches.reshape(n * oh * ow, kh * kw * c)
 
 
+@singledispatch
 def fold(patches: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
     """The transpose of `unfold`: each pixel of (N, H, W, C) sums what its patches hold of it."""
     xp = xp_of(patches)
