@@ -37,7 +37,7 @@ class Sizes:
 
     def __init__(self, small: bool):
         self.rounds = 2 if small else 20
-        self.maps = [(2, 3, 5, 40)] if small else [(1024, 32, 32, 64), (512, 28, 28, 512)]
+        self.maps = [(8, 3, 5, 40)] if small else [(1024, 32, 32, 64), (512, 28, 28, 512)]
         self.convs = (
             [((2, 6, 6, 4), (3, 3, 4, 5), 1)]
             if small
@@ -136,6 +136,15 @@ def kernels(sizes: Sizes) -> list[dict]:
         }
         for f, (inputs, passes) in cases.items():
             rows.append(row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes))
+        few = shape[0] // 8, *shape[1:]  # patches are nine times as large as images
+        around = (3, 3), (1, 1), (1, 1), shape[1:3]
+        patches = [randn(int(np.prod(few[:3])), 9 * shape[3]) for _ in range(TURNS)]
+        cases = {
+            conv.unfold: [(x[i][: few[0]], *around) for i in range(TURNS)],
+            conv.fold: [(patches[i], few, *around) for i in range(TURNS)],
+        }
+        for f, inputs in cases.items():
+            rows.append(row(f"{f.__name__} 3x3 {name} / 8", f, inputs, sizes, 10 * nbytes // 8))
     return rows
 
 
