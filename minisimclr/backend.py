@@ -231,11 +231,11 @@ def threads() -> int:
 
 
 def set_threads(n: int) -> None:
-    """Use `n` threads from now on, in `parallel` and in BLAS."""
+    """Use `n` threads from now on, in `parallel` and in BLAS; 0: as many as there are cores."""
     global _threads, _pool
-    if n < 1:
-        raise ConfigError(f"threads must be at least 1, not {n}")
-    _threads = n
+    if n < 0:
+        raise ConfigError(f"threads must be at least 0, not {n}")
+    _threads = n = n or available_cores()
     if _pool is not None:
         _pool.shutdown()
         _pool = None

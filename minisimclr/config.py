@@ -25,7 +25,7 @@ ENCODERS = ("resnet_small", "resnet10", "resnet18", "resnet34", "resnet50")
 class TrainConfig:
     """Settings of `pretrain`. Raises ConfigError that lists every bad value."""
 
-    data: str = setting("toydogs", "toydogs, stanford-dogs, or the path of a folder or archive")
+    data: str = setting("toydogs", "toydogs, stanford-dogs, or the path of a folder or cache")
     encoder: str = setting("resnet_small", "network to train", choices=ENCODERS)
     stem: str = setting(
         "auto",

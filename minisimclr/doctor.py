@@ -19,7 +19,7 @@ from .tensor import Tensor, gradcheck
 
 NEEDED, OPTIONAL = (
     ("numpy", "pillow", "h5py", "click"),
-    ("matplotlib", "safetensors", "mpi4py", "cupy-cuda12x", "cupy-cuda13x"),
+    ("matplotlib", "cupy-cuda12x", "cupy-cuda13x"),
 )
 STEPS = 25
 

@@ -4,6 +4,7 @@ worth beside their controls, and which pictures are most alike.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import checkpoint
 from .augment import center_view
-from .backend import Array, choose_device, set_threads, threads, to_device, to_host
+from .backend import Array, choose_device, set_threads, to_device, to_host
 from .data import Dataset, cache_folder, open_dataset
 from .data.cache import Progress
 from .errors import ConfigError, DataError
@@ -29,9 +30,12 @@ CALIBRATED = 256  # images that set the batch norm statistics of a random encode
 Notify = Callable[[str, dict[str, Any]], None]
 
 
-def open_trained(path: Path) -> Run:
-    """The run at `path`. Raises DataError unless it has a checkpoint."""
+def open_trained(path: Path, device: str | None = None) -> Run:
+    """The run at `path`, to be used on its own device or another. Raises DataError unless it has a
+    checkpoint.
+    """
     run, _ = open_run(path)
+    run.config = replace(run.config, device=device or run.config.device)
     if not run.step:
         raise DataError(f"{path} has no checkpoint yet: train it first")
     return run
@@ -71,7 +75,7 @@ def probe_run(
     run: Run, dataset: Dataset, labels: int | None = None, view: int | None = None
 ) -> dict[str, Any]:
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
-    set_threads(run.config.threads or threads())
+    set_threads(run.config.threads)
     models = run.model, control(run, dataset, view)
     trained, fresh = (extractor(run, model, dataset, view) for model in models)
     return probe(dataset, "SimCLR", trained, fresh, labels)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .augment import crop_resize, draw_views
-from .backend import choose_device, set_threads, threads, to_device, to_host
+from .backend import choose_device, set_threads, to_device, to_host
 from .data import Dataset, batches
 from .data.cache import Progress
 from .embed import Notify
@@ -157,7 +157,7 @@ def finetune(
     In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
     DataError, DivergedError.
     """
-    set_threads(run.config.threads or threads())
+    set_threads(run.config.threads)
     device, _ = choose_device(run.config.device)
     split = labelled_and_test(dataset, labels, seed)
     size = run.config.image_size

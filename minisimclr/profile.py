@@ -60,11 +60,11 @@ def profile(
     pool), roofline, ops (rows of name, direction, calls, seconds, flops, bytes), and events for a
     trace.
     """
-    if steps < 1 or batch_size < 2:
-        raise ConfigError(
-            f"profile needs steps >= 1 and batch_size >= 2, not {steps}, {batch_size}"
-        )
-    set_threads(thread_count or threads())
+    given = {"steps": (steps, 1), "batch_size": (batch_size, 2), "image_size": (image_size, 8)}
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
+    set_threads(thread_count)
     device, _ = choose_device(device)
     model = Model.build(encoder, stem, width, seed=0)
     for _, module in model.parts():

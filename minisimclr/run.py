@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from . import checkpoint
-from .backend import choose_device, threads
+from .backend import available_cores, choose_device
 from .config import TrainConfig
 from .errors import DataError, OutputError
-from .files import write_bytes
+from .files import sync, write_bytes
 from .optim import LARS, SGD
 from .simclr import Model
 
@@ -48,6 +48,7 @@ class Run:
         for part, module in self.model.parts():
             arrays |= checkpoint.prefixed(part, module.state_dict())
         state = {"step": self.step, "config": self.config.to_dict(), "data": fingerprint}
+        sync(self.path / "metrics.jsonl")  # what a checkpoint points into is on the disk before it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
         checkpoint.prune(folder)
@@ -114,7 +115,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "threads": config.threads or threads(),
+        "threads": config.threads or available_cores(),
         "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

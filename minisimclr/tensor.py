@@ -142,9 +142,8 @@ class Function:
     inputs, `gy` and saved arrays belong to others as well.
     """
 
-    parents: tuple[
-        Function | Tensor | None, ...
-    ] = ()  # who made each input; a leaf; None: no gradient
+    # Who made each input; the input, if it is a leaf; None if it needs no gradient.
+    parents: tuple[Function | Tensor | None, ...] = ()
     needs: tuple[bool, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     used_up = False
@@ -158,11 +157,8 @@ class Function:
     def __call__(self, *inputs: Tensor) -> Tensor:
         arrays = tuple(x.data for x in inputs)
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
-        y = (
-            self.forward(*arrays)
-            if observer is None
-            else observer(self, "forward", self.forward, arrays)
-        )
+        run = self.forward
+        y = run(*arrays) if observer is None else observer(self, "forward", run, arrays)
         out = Tensor(np.asarray(y) if isinstance(y, np.generic) else y)
         if any(self.needs):
             out.requires_grad, out.creator = True, self
@@ -185,17 +181,20 @@ def added(a: Array, b: Array) -> Array:
     return a + b
 
 
+def memory_of(a: Array) -> int:
+    """The same number for arrays that are views of the same memory."""
+    return id(a if a.base is None else a.base)
+
+
 def _backpropagate(root: Function, gradient: Array) -> None:
     gradients = {root: gradient}
-    owned: set[Function] = (
-        set()
-    )  # whose gradient is a sum made here, which may be added to in place
+    owned: set[Function] = set()  # their gradient is a sum made here: it may be added to in place
     waiting = _count_children(root)
     ready = [root]
     while ready:
         function = ready.pop()
         gy = gradients.pop(function)
-        run = function.backward
+        run, shared = function.backward, memory_of(gy)
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference but for those that saved it
         gxs = gxs if isinstance(gxs, tuple) else (gxs,)
@@ -205,7 +204,8 @@ def _backpropagate(root: Function, gradient: Array) -> None:
             assert gx.shape == shape, (
                 f"{type(function).__name__}: gradient {gx.shape} of an input of shape {shape}"
             )
-            if isinstance(parent, Tensor):
+            if isinstance(parent, Tensor):  # whose gradient is its own, to write into
+                gx = gx.copy() if memory_of(gx) == shared else gx
                 parent.grad = gx if parent.grad is None else parent.grad + gx
                 continue
             if parent in owned:

@@ -4,7 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from math import inf
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from . import augment, backend
-from .backend import Array, choose_device, peak_memory, set_threads, threads, to_device, to_host
+from .backend import Array, choose_device, peak_memory, set_threads, to_device, to_host
+from .checkpoint import listed
 from .config import TrainConfig
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
@@ -45,8 +46,8 @@ def pretrain(
 
     out: must not exist (default runs/<time>-<encoder>). origins: where each setting came from,
     stored with it. time_limit: seconds after which to save and stop; it never changes the schedule.
-    notify: called with ("start" | "step" | "epoch" | "warning", values). Raises ConfigError,
-    DataError, OutputError, and DivergedError where the loss stops being a number.
+    notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values). Raises
+    ConfigError, DataError, OutputError, and DivergedError where the loss stops being a number.
     """
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
@@ -81,19 +82,25 @@ def resume(
     time_limit: float | None = None,
     notify: Notify = quiet,
     dataset: Dataset | None = None,
+    device: str | None = None,
 ) -> Run:
-    """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end."""
-    config = read_config(path)
-    set_threads(config.threads or threads())
+    """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end, on
+    its own device or another.
+    """
+    config = replace(kept := read_config(path), device=device or kept.device)
+    set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = dataset or open_training_data(config, notify)
     try:
         with locked(path / "run", wait=False):
             run, state = open_run(path, device)
+            run.config = config
             if state and state["data"] != dataset.fingerprint:
                 raise DataError(f"{path} was trained on other data than {config.data} holds now")
-            # Lines after the checkpoint will be written again.
-            os.truncate(path / "metrics.jsonl", state.get("logged_bytes", 0))
+            log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
+            if log.stat().st_size < logged:
+                raise DataError(f"{log}: lines of the steps up to {run.step} are gone: restore it")
+            os.truncate(log, logged)  # lines after the checkpoint will be written again
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
@@ -176,8 +183,9 @@ def train(
             while len(open_steps) > (0 if last or device == "cpu" else 1):
                 step, line, timing = open_steps.popleft()
                 if not step.finite:
-                    folder = run.path / "checkpoints"
-                    raise DivergedError(DIVERGED.format(line["step"] - 1, step.figures, folder))
+                    kept = listed(run.path / "checkpoints")
+                    state = f"; the last good state is {kept[-1]}" if kept else ""
+                    raise DivergedError(DIVERGED.format(line["step"], step.figures) + state)
                 losses.append(step.loss)
                 line |= step.figures
                 timing["seconds"] = seconds = time.perf_counter() - mark
@@ -200,7 +208,7 @@ def train(
 
 DIVERGED = (
     "training diverged at step {0}: loss {1[loss]}, gradient norm {1[gradient_norm]}; lower --lr "
-    "or raise --temperature (the last good state is in {2})"
+    "or raise --temperature"
 )
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
@@ -235,7 +243,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
 
 def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     """What `pretrain` would do, from a few steps that are thrown away; writes no run folder."""
-    set_threads(config.threads or threads())
+    set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = open_training_data(config, notify)
     run = new_run(Path("-"), config, device)

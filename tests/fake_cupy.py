@@ -105,6 +105,7 @@ def build(launcher=None):
         itemsize = property(lambda self: self._host.itemsize)
         strides = property(lambda self: self._host.strides)
         T = property(lambda self: lift(self._host.T))
+        base = property(lambda self: self._host if self._host.base is None else self._host.base)
         data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
 
         @property

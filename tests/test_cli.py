@@ -161,6 +161,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--resume", "/nonexistent"], 3, "/nonexistent"),
         (["--resume", "{empty}", "--lr", "1"], 2, "--resume"),
         (["--time-limit", "soon"], 2, "soon"),
+        (["--image-size", "900"], 2, "1125"),
         (["--device", "gpu"], 2, "gpu"),
         (["--device", "cuda:0"], 2, "CuPy|CUDA"),
     ],
@@ -199,6 +200,9 @@ def test_no_labels_train_and_say_why_there_is_no_probe(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "label" in done.stderr
     assert not (tmp_path / "run" / "probe.json").exists()
+    done = run("report", tmp_path / "run", "--out", tmp_path / "a" / "report.html")
+    assert done.returncode == 0, done.stderr
+    assert "training pictures of a data set" in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_debug_shows_where_an_error_comes_from():
@@ -239,6 +243,11 @@ def test_a_reader_that_leaves_is_no_error():
     )
     assert done.stderr == ""
     assert done.stdout.startswith("Usage")
+
+
+def test_profile_of_nothing_is_refused(tmp_path):
+    for flag in ("--image-size", "--batch-size", "--steps", "--threads"):
+        fails(2, "must be at least", "profile", flag, -1)
 
 
 def test_profile(tmp_path):

@@ -52,9 +52,28 @@ def test_small_classes(tmp_path):
               for n in ("pretrain", "labelled", "test")}  # fmt: skip
     assert counts == {"pretrain": [4, 1, 1, 2], "labelled": [2, 0, 1, 0], "test": [2, 0, 1, 0]}
     dataset = prepare(tmp_path, 16, Options(labels_per_class=1))
-    assert np.bincount(dataset.labels[dataset.split("labelled")]).tolist() == [1, 1, 1, 1]
-    with pytest.raises(ConfigError, match="labels per class is 2, but 'one' has only 1"):
-        prepare(tmp_path, 16, Options(labels_per_class=2))
+    assert np.bincount(dataset.labels[dataset.split("labelled")]).tolist() == [1, 0, 1]
+    with pytest.raises(ConfigError, match="labels per class is 3, but 'three' has only 2"):
+        prepare(tmp_path, 16, Options(labels_per_class=3))
+
+
+def test_options_go_along_to_other_sizes(tmp_path, capsys):
+    for i in range(12):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", i)
+    prepare(tmp_path, 24, Options(labels_per_class=1))
+    prepare(tmp_path, 16, Options(labels_per_class=2))
+    made = [open_dataset(tmp_path, size) for size in (16, 24, 32)]
+    assert [len(dataset.split("labelled")) for dataset in made] == [4, 2, 4]
+    assert str(made[2].path) in run(capsys, "data", "info", tmp_path)[1]  # the last one made
+    with pytest.raises(ConfigError, match="is a finished cache: prepare its source"):
+        prepare(made[2].path, options=Options(labels_per_class=2))
+
+
+def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
+    for i in range(12):
+        save(tmp_path / "toydogs/a" / f"{i}.png", i)
+    prepare(tmp_path / "toydogs", 16, Options(labels_per_class=1))
+    assert open_dataset("toydogs", 16).options == Options()
 
 
 def test_unlabelled_folder(tmp_path):
@@ -100,7 +119,7 @@ def test_missing_folder_broken_link_and_bad_values(tmp_path):
         open_dataset(tmp_path / "toydog")
     save(tmp_path / "a/1.png")
     for size in (0, 7, 1025):
-        with pytest.raises(ConfigError, match=f"image size is {size}"):
+        with pytest.raises(ConfigError, match=f"{size} px to store: choose 8 to 1024"):
             open_dataset(tmp_path, size)
     for options in ({"crop": "boxes"}, {"labels_per_class": 0}, {"crop": "left"}):
         with pytest.raises(ConfigError):
@@ -207,7 +226,7 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     assert pixels.shape == (3 * 80, 150 + 10 * 80, 3)
     first = open_dataset(pictures).images[0]
     np.testing.assert_array_equal(pixels[:80, 150:230], first)
-    assert run(capsys, "data", "info", pictures, "--sheet", tmp_path / "no/sheet.png")[0] == 4
+    assert run(capsys, "data", "info", pictures, "--sheet", figures / "sheet.png")[0] == 4
     assert run(capsys, "data", "prepare", pictures, "--crop", "left")[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--labels-per-class", 0)[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--crop", "boxes")[0] == 2

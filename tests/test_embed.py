@@ -1,6 +1,7 @@
 """An encoder used on one's own pictures, and the doctor; as commands, where a user meets them."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -65,6 +66,35 @@ def test_neighbors_finds_the_picture_itself_first(run, pictures, tmp_path):
     assert found[0]["cosine"] >= found[1]["cosine"] >= found[2]["cosine"]
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert "check/03.png" in call("neighbors", run.path, query).stdout
+
+
+def test_a_picture_is_not_where_json_goes(run, pictures, tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes((pictures / "check" / "03.png").read_bytes())
+    done = CliRunner().invoke(group, ["neighbors", str(run.path), "--json", str(picture), "b.png"])
+    assert done.exit_code == 2
+    assert "must end in .json" in done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_a_gpu_is_used_on_a_cpu(run, pictures, tmp_path):
+    moved = shutil.copytree(run.path, tmp_path / "moved")
+    settings = json.loads((moved / "config.json").read_text())
+    settings["device"]["value"] = "cuda:0"
+    (moved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        call("embed", moved, "--out", tmp_path / "h.npy")
+    new = tmp_path / "new" / "folder" / "h.npy"
+    assert call("embed", moved, "--device", "cpu", "--out", new).exit_code == 0
+    assert len(np.load(new)) == len(ms.data.open_dataset(pictures, 20).images)
+    query = pictures / "check" / "03.png"
+    assert "check/03.png" in call("neighbors", moved, query, "--device", "cpu").stdout
+
+
+def test_epochs_without_finetuning_are_refused(run):
+    for path in (run.path, "weights.pth"):
+        with pytest.raises(ConfigError, match="--epochs"):
+            call("probe", path, "--epochs", 5)
 
 
 def test_neighbors_of_no_picture_or_no_run(run, pictures, tmp_path):

@@ -43,10 +43,32 @@ def test_ndarray_on_the_left_defers_to_tensor():
         lambda a, b: (a - b).relu() * b,
         lambda a, b: a.reshape(4, 3) @ (b * a)[0:2].transpose()[:3],
         lambda a, b: concatenate([a, a + b], axis=1).transpose()[1:5, ::2],
+        lambda a, b: (a * b).reshape(2, 3, 2).transpose(-1, 0, 1)[np.eye(2, dtype=bool)],
     ],
 )
 def test_gradients_of_expressions(fn):
     gradcheck(fn, randn(3, 4), randn(3, 1, seed=1))
+
+
+@pytest.mark.parametrize("key", [[0, 0], np.array([0, 0]), (slice(None), np.array([1]))], ids=repr)
+def test_index_arrays_are_refused(key):
+    with pytest.raises(IndexError, match="slices, integers and masks"):
+        Tensor(randn(3, 4))[key]
+
+
+def test_the_gradient_of_a_leaf_is_its_own():
+    given = np.ones((2, 3))
+    a, b = (Tensor(randn(2, 3), requires_grad=True) for _ in range(2))
+    (a + b).backward(given)
+    a.grad *= 2
+    assert (a.grad == 2).all() and (b.grad == 1).all() and (given == 1).all()
+    for function in (Tensor.sum, Tensor.transpose, lambda x: x.reshape(6), lambda x: 1.0 + x):
+        leaf = Tensor(randn(2, 3), requires_grad=True)
+        result = function(leaf)
+        given = np.ones(result.shape)
+        result.backward(given)
+        leaf.grad *= 2
+        assert (leaf.grad == 2).all() and (given == 1).all()
 
 
 def test_linear_gradients():

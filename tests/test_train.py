@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import checkpoint
+from minisimclr import backend, checkpoint
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.run import open_run, read_config, stop_signals
@@ -154,6 +154,42 @@ def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
         open_run(run.path)
 
 
+def test_a_log_that_lost_lines_is_not_filled_with_zeros(config, tmp_path):
+    run = pretrain(replace(config, epochs=1), tmp_path / "run")
+    log = run.path / "metrics.jsonl"
+    os.truncate(log, log.stat().st_size - 10)
+    before = log.read_bytes()
+    with pytest.raises(DataError, match=f"lines of the steps up to {run.step} are gone"):
+        resume(run.path)
+    assert log.read_bytes() == before
+
+
+def test_a_checkpoint_comes_after_its_log(config, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr("minisimclr.run.sync", lambda path: order.append(path.name))
+    monkeypatch.setattr(checkpoint, "save", lambda path, *_: order.append(path.suffix))
+    pretrain(replace(config, epochs=1), tmp_path / "run")
+    assert order == ["metrics.jsonl", ".h5"]
+
+
+def test_another_device_can_go_on(config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    settings = json.loads((run.path / "config.json").read_text())
+    settings["device"]["value"] = "cuda:0"
+    (run.path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="cpu"):
+        resume(run.path)
+    assert resume(run.path, device="cpu").config.device == "cpu"
+
+
+def test_no_threads_means_all_cores(config, tmp_path):
+    pretrain(replace(config, epochs=1, threads=1), tmp_path / "one")
+    assert backend.threads() == 1
+    run = pretrain(replace(config, epochs=1, threads=0), tmp_path / "all")
+    assert backend.threads() == backend.available_cores()
+    assert json.loads((run.path / "env.json").read_text())["threads"] == backend.threads()
+
+
 def test_a_killed_run_goes_on(finished, config, tmp_path):
     script = (
         "import sys, json, minisimclr as ms; from pathlib import Path\n"
@@ -192,10 +228,14 @@ def test_other_data_is_refused(finished, config, tmp_path, pictures):
 
 def test_divergence_keeps_the_last_good_state(config, tmp_path):
     wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(DivergedError, match="step"), np.errstate(all="ignore"):
+    with pytest.raises(DivergedError, match="step") as raised, np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for line in lines:
         assert np.isfinite(json.loads(line)["loss"])
+    assert f"at step {len(lines) + 1}:" in str(raised.value)
+    kept = checkpoint.listed(tmp_path / "run" / "checkpoints")
+    assert str(raised.value).count("last good state") == bool(kept)
     for path in checkpoint.listed(tmp_path / "run" / "checkpoints"):
         arrays, _ = checkpoint.load(path)
         assert all(np.isfinite(a).all() for a in arrays.values())

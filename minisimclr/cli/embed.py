@@ -7,7 +7,7 @@ import click
 
 from ..errors import DataError
 from ..files import require_writable, write_bytes
-from .options import json_option, write_json
+from .options import DEVICE, json_option, write_json
 
 FILE = click.Path(path_type=Path)
 RUN = click.argument("run", type=FILE)
@@ -17,7 +17,8 @@ RUN = click.argument("run", type=FILE)
 @RUN
 @click.argument("path", required=False)
 @click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="To write.")
-def embed(run: Path, path: str | None, out: Path) -> None:
+@DEVICE
+def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
     """Write the features that RUN's encoder gives the pictures of PATH (default: its own data).
 
     PATH is a folder or the name of a data set. A .npy file holds the features (n, D) alone, in the
@@ -27,7 +28,7 @@ def embed(run: Path, path: str | None, out: Path) -> None:
 
     if out.suffix not in library.SUFFIXES:
         raise click.BadParameter(f"{out} must end in {' or '.join(library.SUFFIXES)}")
-    loaded = library.open_trained(run)
+    loaded = library.open_trained(run, device)
     require_writable(out)
     dataset = library.opened(loaded, path)
     h = library.embed(loaded, dataset)
@@ -41,10 +42,11 @@ def embed(run: Path, path: str | None, out: Path) -> None:
 @click.option("--data", help="Search here and not in the run's own data: a name or a folder.")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
 @click.option("--sheet", type=FILE, metavar="FILE.png", help="Draw them, too.")
+@DEVICE
 @json_option
 def neighbors(
     run: Path, images: tuple[Path, ...], data: str | None, count: int, sheet: Path | None,
-    json_file: str | None,
+    device: str | None, json_file: str | None,
 ) -> None:  # fmt: skip
     """Find the pictures that RUN's encoder takes to be most like each IMAGE."""
     import numpy as np
@@ -53,13 +55,12 @@ def neighbors(
     from ..augment import center_view
     from ..data.images import contact_sheet, decode_file
 
-    loaded = library.open_trained(run)
+    loaded = library.open_trained(run, device)
     dataset = library.opened(loaded, data)
-    side = dataset.images.shape[1]
     queries = []
     for path in images:
         try:
-            queries.append(decode_file(path, side))
+            queries.append(decode_file(path, dataset.images.shape[1]))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
     size = loaded.config.image_size

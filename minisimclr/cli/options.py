@@ -32,6 +32,15 @@ class Duration(click.ParamType):
         return float(3600 * hours + 60 * minutes + seconds)
 
 
+class JsonFile(click.Path):
+    """A FILE to write that ends in .json: of `--json PICTURE` the picture is no such thing."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value != "-" and not str(value).endswith(".json"):
+            self.fail(f"{value!r} must end in .json", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def json_option(function: Any) -> Any:
     """--json [FILE]: figures as JSON, to standard output or a file."""
     return click.option(
@@ -39,9 +48,9 @@ def json_option(function: Any) -> Any:
         "json_file",
         is_flag=False,
         flag_value="-",
-        type=click.Path(dir_okay=False, allow_dash=True),
+        type=JsonFile(dir_okay=False, allow_dash=True),
         metavar="[FILE]",
-        help="Print the figures as JSON, or write them to FILE.",
+        help="Print the figures as JSON, or write them to FILE, which ends in .json.",
     )(function)
 
 

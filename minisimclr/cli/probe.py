@@ -1,6 +1,5 @@
 """minisimclr probe: what a trained encoder is worth, beside its controls."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from .options import DEVICE, VIEW, json_option, write_json
 @click.option("--data", help="A data set other than the run's: a name or a path.")
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
-@click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@click.option("--epochs", type=click.IntRange(1), help="Of --finetune.  [default: 60]")
 @VIEW
 @click.option("--block", help="Of InceptionV3 WEIGHTS: whose output to use, such as mixed8.")
 @DEVICE
 @json_option
 def probe(
-    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int, view: int | None,
-    block: str | None, device: str | None, json_file: str | None,
+    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int | None,
+    view: int | None, block: str | None, device: str | None, json_file: str | None,
 ) -> None:  # fmt: skip
     """Fit a linear classifier to the frozen features of a RUN, or of published WEIGHTS, and test
     it once.
@@ -32,13 +31,12 @@ def probe(
     from .. import embed
 
     if path.is_dir():
-        if block:
-            raise ConfigError("--block goes with a file of weights")
-        run = embed.open_trained(path)
-        run.config = replace(run.config, device=device or run.config.device)
-        return show_probe(run, data, labels, epochs if finetune else None, view, json_file)
-    if finetune or view:
-        raise ConfigError("--finetune and --view go with a run folder")
+        if block or (epochs and not finetune):
+            raise ConfigError("--block goes with a file of weights, --epochs with --finetune")
+        run = embed.open_trained(path, device)
+        return show_probe(run, data, labels, finetune * (epochs or 60) or None, view, json_file)
+    if finetune or epochs or view:
+        raise ConfigError("--finetune, --epochs and --view go with a run folder")
     from ..data import open_dataset
     from ..probe import table
     from ..weights import read

@@ -66,26 +66,21 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     from .. import train as training
     from .display import Display
 
-    given = [n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
-    if resume and (given or out or config or preset or dry_run):
-        raise ConfigError(
-            "--resume goes on with the run's own settings: only --time-limit goes with it"
-        )
+    given = {n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    if resume and (given - {"device"} or out or config or preset or dry_run):
+        raise ConfigError("--resume keeps a run's settings; only --time-limit, --device go with it")
     with Display() as display:
+        how: Any = {"time_limit": time_limit, "notify": display.notify}
         if resume:
-            run = training.resume(resume, time_limit=time_limit, notify=display.notify)
+            run = training.resume(resume, device=ctx.params["device"] if given else None, **how)
         else:
             settings, origins = settle(ctx, preset, config)
             if dry_run:
                 return show_plan(training.dry_run(settings, display.notify), origins)
-            run = training.pretrain(
-                settings, out, origins=origins, time_limit=time_limit, notify=display.notify
-            )
+            run = training.pretrain(settings, out, origins=origins, **how)
     if run.stopped:
-        click.echo(
-            f"stopped at step {run.step} ({run.stopped}), state saved; go on with:", err=True
-        )
-        click.echo(f"  minisimclr train --resume {run.path}", err=True)
+        said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
+        click.echo(f"{said}\n  minisimclr train --resume {run.path}", err=True)
     if run.stopped.startswith("SIG"):
         return {"SIGINT": 130, "SIGTERM": 143}[run.stopped]
     try:

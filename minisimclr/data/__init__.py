@@ -40,18 +40,22 @@ def open_dataset(
     A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*), a folder of
     class folders, a folder of pictures, or a cache file, which comes in the size it has. The first
     call builds the cache; later ones reuse it while its source stays as it is, with the options it
-    was last prepared with. Only stanford-dogs must be prepared before. `progress(done, total)` is
-    called while a cache is built. Raises ConfigError, DataError, OSError.
+    was last prepared with; a new size takes those of the size made last. Only stanford-dogs must be
+    prepared before. `progress(done, total)` is called while a cache is built. Raises ConfigError,
+    DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
         return cache.load(path)
+    sizes = other_sizes(path)
     made = load_if_valid(path)
     if str(name_or_path) != "stanford-dogs":
-        return prepare(name_or_path, image_size, made.options if made else DEFAULTS, progress)
+        like = made or next((d for d in map(load_if_valid, reversed(sizes)) if d), None)
+        return prepare(name_or_path, image_size, like.options if like else DEFAULTS, progress)
     if made is None or not current(made):
         raise DataError(
-            f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}: run "
+            f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}"
+            f"{f', only as {sizes[-1].name}' if sizes and not made else ''}: run "
             f"`minisimclr data prepare stanford-dogs --image-size {size}`"
         )
     return made
@@ -74,6 +78,8 @@ def prepare(
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
+        if options != DEFAULTS:
+            raise ConfigError(f"{path} is a finished cache: prepare its source with other options")
         return cache.load(path)
     if str(name_or_path) == "stanford-dogs":
         made = load_if_valid(path)
@@ -100,8 +106,20 @@ def prepare(
 
 
 def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:
-    """The data set as it was prepared; builds nothing. Raises DataError if it is not there."""
-    return cache.load(cache_path(name_or_path, image_size)[0])
+    """The data set as it was prepared (last, for no size); builds nothing. Raises DataError if it
+    is not there.
+    """
+    path, _ = cache_path(name_or_path, image_size)
+    if image_size is None and not path.exists() and (sizes := other_sizes(path)):
+        path = sizes[-1]
+    return cache.load(path)
+
+
+def other_sizes(path: Path) -> list[Path]:
+    """Caches of the same data set as that at `path`, of any size, the one made last at the end."""
+    stem = re.escape(path.name.rpartition("-")[0])
+    found = (p for p in cache_folder().glob("*.h5") if re.fullmatch(rf"{stem}-\d+px\.h5", p.name))
+    return sorted(found, key=lambda each: each.stat().st_mtime_ns)
 
 
 def load_if_valid(path: Path) -> Dataset | None:
@@ -159,7 +177,9 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
     if stem == "toydogs" and image_size is None:
         size = toydogs.IMAGE_SIZE
     if size not in SIZES:
-        raise ConfigError(f"image size is {size}: choose {SIZES[0]} to {SIZES[-1]} pixels")
+        raise ConfigError(
+            f"{size} px to store: choose {SIZES[0]} to {SIZES[-1]} (views: 4/5 of it)"
+        )
     if stem not in ("toydogs", "stanford-dogs"):
         if path.is_file():
             return path, size

@@ -113,7 +113,7 @@ def fill(
             bad[row] = reason
             what = f"{name}: {plan.names[row]!r} {reason}"
             if not recipe["options"]["skip_bad"]:
-                raise DataError(f"{what}: repair or remove it, or leave such out with --skip-bad")
+                raise DataError(f"{what}: repair or remove it, or try `data prepare --skip-bad`")
             if len(bad) > max(1, total * MAX_SKIPPED):
                 raise DataError(f"{what}, and with it more than 1 % of all pictures are bad")
         done += len(made) + len(failed)

@@ -72,7 +72,7 @@ def split_classes(
     for number, name in enumerate(class_names):
         rows = np.flatnonzero(labels == number)
         test = max(1, round(len(rows) / 5)) if len(rows) >= 3 else 0
-        labelled = test if labels_per_class is None else labels_per_class
+        labelled = test if labels_per_class is None or not test else labels_per_class
         if test + labelled > len(rows):
             raise ConfigError(
                 f"labels per class is {labelled}, but {name!r} has only {len(rows) - test} "

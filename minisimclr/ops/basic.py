@@ -181,13 +181,13 @@ class Reshape(Function):
 
 
 class Transpose(Function):
-    """Axes in a new order (default: reversed)"""
+    """Axes in a new order (default: reversed); negative ones count from the end"""
 
     def __init__(self, axes: tuple[int, ...] | None):
         self.axes = axes
 
     def forward(self, x):
-        self.order = self.axes or tuple(reversed(range(x.ndim)))
+        self.order = tuple(i % x.ndim for i in self.axes or reversed(range(x.ndim)))
         return x.transpose(self.order)
 
     def backward(self, gy):
@@ -195,12 +195,15 @@ class Transpose(Function):
 
 
 class GetItem(Function):
-    """x[key] for slices and integers (no index arrays)"""
+    """x[key] for slices, integers and masks (an index array may take a number twice)"""
 
     def __init__(self, key: Any):
         self.key = key
 
     def forward(self, x):
+        for k in self.key if isinstance(self.key, tuple) else (self.key,):
+            if isinstance(k, list) or (bool(getattr(k, "shape", ())) and k.dtype != bool):
+                raise IndexError(f"indexing takes slices, integers and masks, not {k!r}")
         self.x = x.shape
         return x[self.key]
 

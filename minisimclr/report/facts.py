@@ -107,9 +107,12 @@ class Facts:
 
     @cached_property
     def test_rows(self) -> np.ndarray:
-        """Rows of the data set whose features are shown: test pictures, labelled if any are."""
+        """Rows of the data set whose features are shown: test pictures, labelled if any are; where
+        there are none, pictures it was trained on.
+        """
         data = self.need("dataset")
         rows = data.split("test")
+        rows = rows if len(rows) else data.split("pretrain")
         rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
         return rows if len(rows) <= MOST else rows[stratified(data.labels[rows], MOST)]
 

@@ -139,8 +139,8 @@ def one_batch(facts: Facts) -> str:
 def neighbours(facts: Facts) -> str:
     """Nearest neighbours
 
-    The test pictures whose features are most similar to a query's, for the trained encoder and for
-    one with random weights.
+    The pictures whose features are most similar to a query's, for the trained encoder and for one
+    with random weights: test pictures, or training pictures of a data set that has no others.
     """
     data, rows = facts.need("dataset"), facts.test_rows
     labels, names = data.labels[rows], (*data.class_names, "no label")
@@ -151,7 +151,7 @@ def neighbours(facts: Facts) -> str:
         found[system] = np.array([some[some != i][:5] for i, some in enumerate(near)])
     firsts = np.unique(labels, return_index=True)[1]
     drawn = ""
-    for q in firsts[:: -(-len(firsts) // 6)] if len(firsts) > 1 else range(6):
+    for q in firsts[:: -(-len(firsts) // 6)] if len(firsts) > 1 else range(min(6, len(rows))):
         name = names[labels[q]]
         groups = [row(card(data.images[rows[q]], f"Query: {name}", name), title="query")]
         for system, near in found.items():
