@@ -8,6 +8,7 @@ never before.
 import ctypes
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -73,17 +74,19 @@ def to_device(array: np.ndarray, device: str) -> Array:
         return cupy().asarray(array)
 
 
-def later(numbers: Array) -> Callable[[], list[float]]:
-    """Ask for `numbers` (n,) now; the function returned gives them on the host.
+_landing: deque = deque(maxlen=64)  # kept: copies may be on their way here, though nobody waits
 
-    It waits for what the GPU had been asked to do by now, not for what it was asked since. So a
-    loop that reads one step's numbers after it has asked for the next one never lets it idle.
+
+def later(numbers: Array) -> Callable[[], list[float]]:
+    """Ask for `numbers` (n,) now; the function returned gives them on the host, and waits for no
+    more than the GPU had been asked to do by now: it never idles if the next step was asked for.
     """
     if xp_of(numbers) is np:
         return numbers.tolist
     import cupyx
 
     host = cupyx.empty_pinned(numbers.shape, numbers.dtype)
+    _landing.append(host)
     stream = cupy().cuda.get_current_stream()
     numbers.get(stream=stream, out=host, blocking=False)
     copied = stream.record()
@@ -169,14 +172,14 @@ def precision(name: str, device: str) -> Iterator[None]:
         raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
     try:  # not public; what is, CUPY_TF32 in the environment, is read only once
         switch, types = xp._core.set_compute_type, xp._core._routines_linalg
-        tf32, default = types.COMPUTE_TYPE_TF32, types.COMPUTE_TYPE_DEFAULT
+        tf32, before = types.COMPUTE_TYPE_TF32, types.get_compute_type(np.float32)
     except AttributeError as error:
         raise ConfigError(f"precision {name}: CuPy {xp.__version__} has no such switch") from error
     switch(np.float32, tf32)
     try:
         yield
     finally:
-        switch(np.float32, default)
+        switch(np.float32, before)
 
 
 def synchronize(device: str) -> None:
@@ -199,8 +202,7 @@ def reuse_memory() -> bool:
     """Keep freed memory in the process, ready for the next array; true if the C library can.
 
     Otherwise glibc gives every large array back to the system at once, and the next one's pages
-    come zeroed and one fault at a time: a ReLU of 33 MB takes 6.1 ms instead of 3.1. This is what
-    CuPy's memory pool does on a GPU.
+    come one fault at a time: a ReLU of 33 MB takes 6.1 ms, not 3.1. On a GPU CuPy has a pool.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
@@ -210,10 +212,9 @@ def reuse_memory() -> bool:
 
 
 # Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain
-# Python threads that each work on their own images run side by side. BLAS has threads of its own,
-# and after a product they keep a core busy for a while, waiting for the next: beside ours they only
-# get in the way (with other work on the machine, a training step took twice as long). So BLAS is
-# left with one thread once `parallel` is in use, but in blocks that are nothing but large products.
+# Python threads that each work on their own images run side by side. Threads of BLAS keep a core
+# busy for a while after a product, waiting for the next, and get in their way (with other work on
+# the machine, a step took twice as long): once `parallel` is in use they only do large products.
 
 
 def available_cores() -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .augment import crop_resize, draw_views
-from .backend import choose_device, set_threads, to_device, to_host
+from .backend import choose_device, set_threads, to_device, to_host, xp_of
 from .data import Dataset, batches
 from .data.cache import Progress
 from .embed import Notify
@@ -69,7 +69,7 @@ def fit(
     n = min(BATCH, len(rows))
     peak = recipe.factor * scaled_rate(0.005, n, "sqrt")
     optimizer = LARS(classifier.named_parameters(), peak, weight_decay=0.0)
-    total = recipe.epochs * (len(rows) // n)
+    total, sound = recipe.epochs * (len(rows) // n), True
     for step, batch, chosen in islice(batches(dataset.images, rows, n, seed), total):
         height, width = batch.shape[1:3]
         views = draw_views(seed, step, n, height, width, stream=STREAM)
@@ -79,9 +79,11 @@ def fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.lr = warmup_cosine(step, peak, 0, total)
-        if not np.isfinite(float(loss) + float(optimizer.gradient_square())):
+        seen = loss.data + optimizer.gradient_square()
+        optimizer.step(ok := xp_of(seen).isfinite(seen))
+        sound = ok & sound  # looked at once an epoch: a GPU is not kept waiting
+        if (step + 1) % (len(rows) // n) == 0 and not sound:
             return None
-        optimizer.step()
         progress(step + 1, total)
     return classifier.eval()
 

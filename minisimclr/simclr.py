@@ -86,12 +86,7 @@ class Step:
 
 
 def training_step(
-    model: Model,
-    optimizer: SGD,
-    images: Array,
-    views: augment.Views,
-    size: int,
-    temperature: float,
+    model: Model, optimizer: SGD, images: Array, views: augment.Views, size: int, temperature: float
 ) -> Step:
     """One step of Algorithm 1 on images (N, H, W, 3) uint8, `views` being the draws of t and t'.
 

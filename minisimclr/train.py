@@ -258,6 +258,7 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
             training_step(
                 run.model, run.optimizer, images, views, config.image_size, config.temperature
             )
+        backend.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return {
         "settings": config.to_dict(),

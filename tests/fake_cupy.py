@@ -32,7 +32,7 @@ PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchroni
 cuda.Stream.record
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
 cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
-_core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.COMPUTE_TYPE_DEFAULT"""
+_core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.get_compute_type"""
 ON_DEVICE = "NumPy array given to CuPy: copy it with asarray first"
 
 
@@ -133,9 +133,8 @@ def build(launcher=None):
 
         def __setitem__(self, key, value):
             key = key if isinstance(key, tuple) else (key,)
-            if isinstance(value, ndarray) and value.ndim:
-                mask = any(isinstance(k, ndarray) and k.dtype == bool for k in key)
-                counter.syncs.extend(["boolean index"] * mask)
+            if any(isinstance(k, ndarray) and k.dtype == bool for k in key):
+                counter.syncs.append("boolean index")
             self._host[lower(refuse_lists(key))] = lower(refuse_lists((value,))[0])
 
         def get(self, stream=None, order="C", out=None, blocking=True):
@@ -299,7 +298,9 @@ def build(launcher=None):
     cupy.compute_type = 1
     cupy._core = SimpleNamespace(
         set_compute_type=lambda dtype, kind: setattr(cupy, "compute_type", kind),
-        _routines_linalg=SimpleNamespace(COMPUTE_TYPE_DEFAULT=1, COMPUTE_TYPE_TF32=7),
+        _routines_linalg=SimpleNamespace(
+            COMPUTE_TYPE_TF32=7, get_compute_type=lambda dtype: cupy.compute_type
+        ),
     )
     cupy.is_available = lambda: True
     cupy.get_default_memory_pool = lambda: SimpleNamespace(
@@ -327,5 +328,5 @@ def remove():
     from minisimclr import backend
     from minisimclr.kernels import cuda
 
-    for cached in (backend.cupy, backend.try_gpu, cuda.module):
+    for cached in (backend.cupy, backend.try_gpu, cuda.function):
         cached.cache_clear()

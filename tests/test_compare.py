@@ -82,9 +82,9 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
             assert options == {"weight_decay": 0.0}
             super().__init__(named, lr, **options)
 
-        def step(self):
+        def step(self, ok):
             seen.append(self.lr)
-            super().step()
+            super().step(ok)
 
     monkeypatch.setattr(finetune, "LARS", Watched)
     colours = Colours()

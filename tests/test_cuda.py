@@ -28,10 +28,12 @@ from test_device import (
 )
 from test_kernels import SAMPLES, distance, exact
 
-from minisimclr import augment, backend, optim
+from minisimclr import augment, backend, finetune, optim
 from minisimclr.config import TrainConfig
+from minisimclr.data import open_dataset
 from minisimclr.kernels import cuda
 from minisimclr.ops import conv, norm
+from minisimclr.run import new_run
 from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
 from minisimclr.train import pretrain
 
@@ -129,7 +131,7 @@ def optimized(like, kind, steps=3, dtype=np.float32, ok=(True, True, True)):
         for p in named.values():
             p.grad = like.asarray(rng.standard_normal(p.shape).astype(dtype))
         named["0"].grad = like.broadcast_to(named["0"].grad[:1], (5,))
-        optimizer.step(ok[step] if ok[step] is True else like.asarray(ok[step]))
+        optimizer.step(ok[step])
     arrays = [*(p.data for p in named.values()), optimizer.gradient_square()]
     if kind is optim.LARS:
         assert optimizer.trust.keys() == {"1", "3", "4"}
@@ -170,8 +172,8 @@ def exercise(name, library):
 
 
 def test_every_kernel_is_here(cupy):
-    assert all(cupy.ndarray in f.registry for f in cuda.NORM + cuda.OTHERS)
-    assert set(cuda.NORM + cuda.OTHERS) == {*PASSES, optim.square_of_all, optim.update_all}
+    assert all(cupy.ndarray in f.registry for f in cuda.PASSES)
+    assert set(cuda.PASSES) == {*PASSES, optim.square_of_all, optim.update_all}
     assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv"}
 
 
@@ -311,9 +313,12 @@ def test_the_readable_passes_stay_where_they_are_asked_for():
 
 
 def test_nothing_moves_where_a_number_is_not_finite(cupy):
-    ok = (True, np.bool_(False), np.bool_(True))
     for kind in (optim.SGD, optim.LARS):
-        compare(optimized(cupy, kind, ok=ok), optimized(np, kind, dtype=np.float64, ok=ok))
+        for ok in ((True, np.bool_(False), np.bool_(True)), (False, True, True)):
+            there = tuple(cupy.asarray(each) for each in ok)
+            expected = optimized(np, kind, dtype=np.float64, ok=ok)
+            compare(optimized(cupy, kind, ok=there), expected)
+            compare(optimized(cupy, kind, ok=ok), expected)
     assert not cupy.counter.syncs
 
 
@@ -361,6 +366,21 @@ def test_a_run_waits_for_nothing_within_an_epoch(cupy, config, tmp_path):
     run = pretrain(few, tmp_path / "run", notify=note)
     assert within[:-1] == [[]] * (run.step - 1) and run.step > 2
     assert counter.waits == run.step
+
+
+def test_finetuning_waits_once_an_epoch(cupy, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "BATCH", 6)
+    run, dataset = new_run(tmp_path, config, "cuda:0"), open_dataset(config.data, 15)
+    waits = []
+
+    def progress(done, total):
+        waits.append(cupy.counter.syncs.copy())
+        cupy.counter.clear()
+
+    rows = dataset.split("labelled")[:18]
+    cupy.counter.clear()
+    finetune.fit(run.model, dataset, rows, finetune.Recipe(2, 12, 12, "cuda:0"), 0, progress)
+    assert waits[1:] == [[], ["bool"], [], [], ["bool"]]  # the first copies the model, too
 
 
 # What will run first where there is a GPU.

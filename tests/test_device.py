@@ -293,6 +293,12 @@ def test_a_training_step_waits_for_nothing_but_its_guard(net, cupy):
     same_training((seen, model), steps("cpu", np, **net))
 
 
+def test_a_buffer_that_nobody_reads_is_kept_while_the_copy_may_be_on_its_way(cupy):
+    before = list(backend._landing)
+    backend.later(cupy.asarray(np.arange(3.0)))  # and what it returns is dropped
+    assert [each.shape for each in backend._landing] == [*(b.shape for b in before), (3,)][-64:]
+
+
 def test_figures_are_read_only_after_the_copy_has_ended(cupy):
     read = backend.later(cupy.asarray(np.arange(3.0)))
     assert not cupy.counter.syncs
@@ -417,6 +423,11 @@ def test_precision_is_set_for_the_training_alone(config, cupy, monkeypatch, tmp_
     pretrain(tf32, tmp_path / "run")
     train.dry_run(tf32, lambda *_: None)
     assert set(kinds) == {7} and cupy.compute_type == 1
+    cupy.compute_type = 2  # chosen by the user: it comes back
+    with backend.precision("tf32", "cuda:0"):
+        assert cupy.compute_type == 7
+    assert cupy.compute_type == 2
+    cupy.compute_type = 1
     pretrain(replace(config, epochs=1), tmp_path / "plain")
     assert set(kinds) == {7, 1}
 
@@ -446,7 +457,9 @@ def test_what_else_runs_on_the_device(config, cupy, tmp_path):
     small = profile.profile("resnet_small", "small", 4, 16, 4, steps=1, device="cuda:0")
     assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 20
     profile.table(small)
+    cupy.counter.clear()
     assert train.dry_run(config, lambda *_: None)["device"].startswith("cuda:0 (Fake")
+    assert cupy.counter.syncs.count("stream") == 3  # or the time would be that of asking
     run, dataset = new_run(tmp_path, config, "cuda:0"), ms.data.open_dataset(config.data, 20)
     assert finetune(run, dataset, epochs=1)["rows"].keys() == {TUNED, SCRATCH}
     assert doctor.learning()[0]

@@ -1,8 +1,10 @@
 """The same on a GPU, where there is one: pytest -m gpu.
 
 Tests of the stand-in (test_device.py) and of the kernels on the CPU (test_cuda.py), taken over with
-another fixture: the real CuPy. What counts synchronisations stays behind.
+another fixture: the real CuPy, which tells of every wait by a private function of its own.
 """
+
+import traceback
 
 import fake_cupy
 import numpy as np
@@ -36,22 +38,29 @@ pytestmark = pytest.mark.gpu
 
 
 class Real:
-    """CuPy, with a counter that never counts."""
+    """CuPy, with a counter of what makes the host wait."""
 
     def __init__(self, cupy):
         self.cupy, self.counter = cupy, fake_cupy.Counter()
+
+    def note(self):
+        """What CuPy calls before it waits; also, wrongly, before a copy that nobody waits for."""
+        if "later" not in {frame.name for frame in traceback.extract_stack()}:
+            self.counter.syncs.append("".join(traceback.format_stack(limit=4)))
 
     def __getattr__(self, name):
         return getattr(self.cupy, name)
 
 
 @pytest.fixture
-def cupy():
+def cupy(monkeypatch):
     try:
         backend.try_gpu(0)
     except ConfigError as error:
         pytest.skip(str(error))
-    return Real(backend.cupy())
+    real = Real(backend.cupy())
+    monkeypatch.setattr(real.cupy._core.syncdetect, "_declare_synchronize", real.note)
+    return real
 
 
 def test_figures_arrive_from_pinned_memory(cupy):

@@ -4,12 +4,14 @@ extern "C" __global__ void unfold(const float* x, float* patches, long long rows
         int h, int w, int c, int kh, int kw, int sh, int sw, int ph, int pw, int oh, int ow) {
     const long long row = blockIdx.x * 8LL + threadIdx.y;
     if (row >= rows) return;
-    const int top = row / ow % oh * sh - ph, left = row % ow * sw - pw, numbers = kh * kw * c;
+    int a = row / ow % oh * sh - ph, b = row % ow * sw - pw;  // a pixel of the image, counted on:
+    const int right = b + kw, numbers = kh * kw * c;          // divisions take longer than memory
     const float* image = x + row / ow / oh * h * w * c;
-    for (int i = threadIdx.x; i < numbers; i += 32) {
-        const int a = top + i / c / kw, b = left + i / c % kw;
+    for (int i = threadIdx.x, k = i; i < numbers; i += 32, k += 32) {
+        for (; k >= c; k -= c)
+            if (++b == right) b -= kw, a++;
         const bool inside = a >= 0 && a < h && b >= 0 && b < w;
-        patches[row * numbers + i] = inside ? image[(a * w + b) * c + i % c] : 0;
+        patches[row * numbers + i] = inside ? image[(a * w + b) * c + k] : 0;
     }
 }
 

@@ -22,10 +22,6 @@ def is_pointwise(w_shape: tuple, padding: Pair) -> bool:
     return w_shape[:2] == (1, 1) and padding == (0, 0)
 
 
-def strided_pixels(x: Array, stride: Pair) -> Array:
-    return np.ascontiguousarray(x[:, :: stride[0], :: stride[1]])  # (N, OH, OW, C)
-
-
 @for_float32(conv_output)
 def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     size = output_size(x.shape, w.shape, stride, padding)
@@ -84,7 +80,7 @@ def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: 
         return winograd.weight_gradient(gy, x, w_shape, padding[0], m)
     kh, kw, c, o = w_shape
     if is_pointwise(w_shape, padding):
-        x = strided_pixels(x, stride).reshape(-1, c)  # (N*OH*OW, C)
+        x = np.ascontiguousarray(x[:, :: stride[0], :: stride[1]]).reshape(-1, c)  # (N*OH*OW, C)
         g = np.ascontiguousarray(gy).reshape(-1, o)  # (N*OH*OW, O)
         gw = np.empty((c, o), gy.dtype)
         parallel(lambda i, k: np.matmul(x[:, i:k].T, g, out=gw[i:k]), c)
@@ -109,7 +105,7 @@ def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -
     n, h, w, c = x.shape
     (kh, kw), (sh, sw), (ph, pw), (oh, ow) = w_shape[:2], stride, padding, size
     if is_pointwise(w_shape, padding):
-        return strided_pixels(x, stride).reshape(-1, c)  # a view for a stride of 1
+        return np.ascontiguousarray(x[:, ::sh, ::sw]).reshape(-1, c)  # a view for a stride of 1
     if ph or pw:
         padded = np.zeros((n, h + 2 * ph, w + 2 * pw, c), x.dtype)
         padded[:, ph : ph + h, pw : pw + w] = x

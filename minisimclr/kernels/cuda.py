@@ -33,27 +33,28 @@ ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
 NORM: Any = moments, scale_shift, gradient_sums, input_gradient
-OTHERS: Any = unfold, fold, square_of_all, update_all, apply_views
+PASSES: Any = *NORM, unfold, fold, square_of_all, update_all, apply_views
 
 
 def register(library: Any) -> None:
     """Use cuda_NAME for pass NAME on the arrays of `library`: CuPy, once it is there."""
-    for reference in NORM + OTHERS:
+    for reference in PASSES:
         for_float32(reference, library.ndarray)(globals()[f"cuda_{reference.__name__}"])
 
 
 @cache
-def module(library: Any, file: str) -> Any:
-    return library.RawModule(code=Path(__file__).with_name(f"{file}.cu").read_text())
+def function(library: Any, file: str, kernel: str) -> Any:
+    code = Path(__file__).with_name(f"{file}.cu").read_text()
+    return library.RawModule(code=code).get_function(kernel)
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
     """Run a kernel; numbers become what C calls int and float, None a null pointer."""
     xp = cupy()
-    convert: Any = {type(None): lambda _: np.intp(0), int: np.int32, float: np.float32}
-    convert[xp.ndarray] = xp.ascontiguousarray
+    convert: Any = {int: np.int32, float: np.float32, xp.ndarray: xp.ascontiguousarray}
+    convert |= {type(None): lambda _: np.intp(0), bool: xp.asarray, np.bool_: xp.asarray}
     given = tuple(convert.get(type(a), lambda a: a)(a) for a in args)
-    module(xp, file).get_function(kernel)(grid, block, given)
+    function(xp, file, kernel)(grid, block, given)
 
 
 def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
@@ -110,8 +111,8 @@ def for_each_row(kernel: str, source: Array, out: Array, *geometry: tuple) -> Ar
 def cuda_unfold(x, kernel, stride, padding, size):
     if kernel == (1, 1):  # a view, or one copy
         return unfold.dispatch(object)(x, kernel, stride, padding, size)
-    shape = len(x) * size[0] * size[1], kernel[0] * kernel[1] * x.shape[3]
-    out = cupy().empty(shape, np.float32)
+    (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
+    out = cupy().empty((n * oh * ow, kh * kw * c), np.float32)
     return for_each_row("unfold", x, out, x.shape[1:], kernel, stride, padding, size)
 
 
@@ -127,10 +128,9 @@ def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:
         arrays = p.data, g, optimizer.velocity[name]
         if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in arrays):
             raise ValueError(f"{name}: not in one piece of float32, like the first parameter")
-        where = (a.data.ptr for a in arrays)
         eeta = getattr(optimizer, "eeta", 0.0) if p.kind == WEIGHT else 0.0
         rates = (0.0, 0.0) if plain else (optimizer.decay_of(p), eeta)
-        rows.append((*where, g.size, *rates))
+        rows.append((*(a.data.ptr for a in arrays), g.size, *rates))
         gradients.append(g)
     return cupy().asarray(np.array(rows, ROW).view(np.uint8)), gradients
 

@@ -50,11 +50,7 @@ def block_c(o: int) -> list:
     ]
 
 
-BLOCK_B = [
-    [("branch3x3", 384, 3, 2)],
-    chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)),
-    [MAX],
-]
+BLOCK_B = [[("branch3x3", 384, 3, 2)], chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)), [MAX]]
 BLOCK_D = [
     chain("branch3x3", (192, 1), (320, 3, 2)),
     chain("branch7x7x3", (192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)),

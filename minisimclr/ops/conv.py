@@ -68,10 +68,11 @@ def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     """x (N, H, W, C) and w (KH, KW, C, O) -> (N, OH, OW, O)"""
     size = output_size(x.shape, w.shape, stride, padding)
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
+    xp = xp_of(x)
+    y = xp.empty((len(x), *size, w.shape[3]), x.dtype)
     for block in image_blocks(x, size[0] * size[1] * len(matrix)):
         patches = unfold(x[block], w.shape[:2], stride, padding, size)
-        y[block] = (patches @ matrix).reshape(-1, *size, w.shape[3])  # (n*OH*OW, O)
+        xp.matmul(patches, matrix, out=y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
     return y
 
 
@@ -80,11 +81,14 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
     """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
     size = gy.shape[1:3]
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    gx = xp_of(gy).empty(x_shape, gy.dtype)
+    xp = xp_of(gy)
+    gx = xp.empty(x_shape, gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
-        block_shape = gx[block].shape
-        gx[block] = fold(g @ matrix.T, block_shape, w.shape[:2], stride, padding, size)
+        if (*w.shape[:2], *stride, *padding) == (1, 1, 1, 1, 0, 0):  # patches are pixels
+            xp.matmul(g, matrix.T, out=gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
+        else:
+            gx[block] = fold(g @ matrix.T, gx[block].shape, w.shape[:2], stride, padding, size)
     return gx
 
 

@@ -42,7 +42,7 @@ def max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> t
     for k, window in enumerate(windows(x, kernel, stride, size)):
         larger = window > y
         y = xp.where(larger, window, y)
-        argmax[larger] = k
+        argmax = xp.where(larger, xp.uint8(k), argmax)
     return y, argmax
 
 
