@@ -303,7 +303,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     code, out, _ = call("probe", file, "--data", pictures)
     assert "ImageNet" in out
     code, _, err = call("probe", file, "--finetune")
-    assert code == 2 and "--epochs and --view go with a run folder" in err
+    assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")
     assert code == 3 and "nowhere" in err and len(err.splitlines()) == 1
 

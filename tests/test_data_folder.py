@@ -119,7 +119,7 @@ def test_missing_folder_broken_link_and_bad_values(tmp_path):
         open_dataset(tmp_path / "toydog")
     save(tmp_path / "a/1.png")
     for size in (0, 7, 1025):
-        with pytest.raises(ConfigError, match=f"{size} px to store: choose 8 to 1024"):
+        with pytest.raises(ConfigError, match=f"cannot be stored with {size} px: choose 8 to 1024"):
             open_dataset(tmp_path, size)
     for options in ({"crop": "boxes"}, {"labels_per_class": 0}, {"crop": "left"}):
         with pytest.raises(ConfigError):

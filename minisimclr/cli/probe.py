@@ -30,13 +30,15 @@ def probe(
     """
     from .. import embed
 
+    if epochs and not finetune:
+        raise ConfigError("--epochs goes with --finetune")
     if path.is_dir():
-        if block or (epochs and not finetune):
-            raise ConfigError("--block goes with a file of weights, --epochs with --finetune")
+        if block:
+            raise ConfigError("--block goes with a file of weights")
         run = embed.open_trained(path, device)
-        return show_probe(run, data, labels, finetune * (epochs or 60) or None, view, json_file)
-    if finetune or epochs or view:
-        raise ConfigError("--finetune, --epochs and --view go with a run folder")
+        return show_probe(run, data, labels, (epochs or 60) if finetune else None, view, json_file)
+    if finetune or view:
+        raise ConfigError("--finetune and --view go with a run folder")
     from ..data import open_dataset
     from ..probe import table
     from ..weights import read

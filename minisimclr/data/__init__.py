@@ -47,15 +47,15 @@ def open_dataset(
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
         return cache.load(path)
-    sizes = other_sizes(path)
     made = load_if_valid(path)
+    sizes = [] if made else other_sizes(path)
     if str(name_or_path) != "stanford-dogs":
         like = made or next((d for d in map(load_if_valid, reversed(sizes)) if d), None)
         return prepare(name_or_path, image_size, like.options if like else DEFAULTS, progress)
     if made is None or not current(made):
         raise DataError(
             f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}"
-            f"{f', only as {sizes[-1].name}' if sizes and not made else ''}: run "
+            f"{f', only as {sizes[-1].name}' if sizes else ''}: run "
             f"`minisimclr data prepare stanford-dogs --image-size {size}`"
         )
     return made
@@ -178,7 +178,8 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
         size = toydogs.IMAGE_SIZE
     if size not in SIZES:
         raise ConfigError(
-            f"{size} px to store: choose {SIZES[0]} to {SIZES[-1]} (views: 4/5 of it)"
+            f"pictures cannot be stored with {size} px: choose {SIZES[0]} to {SIZES[-1]} "
+            "(training views have 4/5 of that)"
         )
     if stem not in ("toydogs", "stanford-dogs"):
         if path.is_file():
