@@ -11,9 +11,9 @@ PyTorch's, lower is better) is that of the median times.
 PyTorch runs float32 in channels_last. Memory is the peak resident set above that after import.
 
 On a GPU steps are larger and take CUDA events' time, memory is what the allocator holds, and one
-process follows the other, since two may not fit. There both also run with TF32, and PyTorch with
-bfloat16 (autocast), compiled, and as a CUDA graph; cuDNN tries its algorithms first in each case.
-Ratios are those of our step, with TF32 beside TF32 and float32 beside all else.
+process follows the other, since two may not fit. There both also run with TF32 and bfloat16
+(PyTorch's by autocast), and PyTorch compiled and as a CUDA graph; cuDNN tries its algorithms first
+in each case. Ratios are those of our step in the same precision.
 """
 
 import argparse
@@ -46,6 +46,7 @@ SIDES = {
         "torch",
         "ours-tf32",
         "torch-tf32",
+        "ours-bf16",
         "torch-bf16",
         "torch-compile",
         "torch-graph",
@@ -91,13 +92,13 @@ def our_step(case: str, threads: int, device: str, kind: str):
     """A step, what times it, and the peak memory so far."""
     import numpy as np
 
-    from minisimclr import backend
+    from minisimclr import backend, cores
     from minisimclr.ops.loss import nt_xent
     from minisimclr.optim import SGD
     from minisimclr.simclr import Model
     from minisimclr.tensor import Tensor
 
-    backend.set_threads(threads)
+    cores.set_threads(threads)
     encoder, stem, size, n = sizes(case, device)
     before = resident()
     where = "cpu" if device == "cpu" else "cuda:0"

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from minisimclr import augment, optim, profile
-from minisimclr.backend import cupy, peak_memory, try_gpu
+from minisimclr.backend import cupy, peak_memory, precision, try_gpu
 from minisimclr.errors import ConfigError
 from minisimclr.nn import ENCODERS
-from minisimclr.ops import conv, norm
+from minisimclr.ops import conv, loss, norm, pool
 from minisimclr.ops.conv import output_size
+from minisimclr.tensor import Tensor
 
 HERE = Path(__file__).parent
 TURNS = 3  # inputs of a measurement
@@ -48,6 +49,7 @@ class Sizes:
                 ((512, 56, 56, 64), (1, 1, 64, 256), 1),
             ]
         )
+        self.losses = [(4, 8)] if small else [(512, 128), (4096, 128)]
         self.views = [(3, 12, 8)] if small else [(512, 40, 32), (128, 256, 224)]
         self.encoder, self.width = ("resnet_small", 4) if small else ("resnet50", 64)
         self.matrix, self.vector = (64, 1 << 12) if small else (8192, 1 << 28)
@@ -120,7 +122,7 @@ def randn(*shape):
     return tiled[:count].reshape(shape)
 
 
-def row(name: str, f, inputs: list[tuple], sizes: Sizes, moved: int) -> dict:
+def row(name: str, f, inputs: list[tuple], sizes: Sizes, moved: float) -> dict:
     """A kernel beside the readable pass."""
     fast = seconds(f, inputs, sizes.rounds)
     readable = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 10))
@@ -145,12 +147,32 @@ def kernels(sizes: Sizes) -> list[dict]:
         few = shape[0] // 8, *shape[1:]  # patches are nine times as large as images
         around = (3, 3), (1, 1), (1, 1), shape[1:3]
         patches = [randn(int(np.prod(few[:3])), 9 * shape[3]) for _ in range(TURNS)]
+        window = (3, 3), (2, 2), ((1, 1), (1, 1))
+        pooled = [pool.max_pool_output(each, *window) for each in x]
         cases = {
-            conv.unfold: [(x[i][: few[0]], *around) for i in range(TURNS)],
-            conv.fold: [(patches[i], few, *around) for i in range(TURNS)],
+            conv.unfold: ([(x[i][: few[0]], *around) for i in range(TURNS)], "3x3", 10 / 8),
+            conv.fold: ([(patches[i], few, *around) for i in range(TURNS)], "3x3", 10 / 8),
+            pool.max_pool_output: ([(each, *window) for each in x], "3x3/2", 1.3),
+            pool.max_pool_input_gradient: ([(*p, shape, *window) for p in pooled], "3x3/2", 1.3),
         }
-        for f, inputs in cases.items():
-            rows.append(row(f"{f.__name__} 3x3 {name} / 8", f, inputs, sizes, 10 * nbytes // 8))
+        for f, (inputs, kernel, passes) in cases.items():
+            name = "x".join(map(str, few if kernel == "3x3" else shape))
+            rows.append(row(f"{f.__name__} {kernel} {name}", f, inputs, sizes, passes * nbytes))
+    return rows
+
+
+def losses(sizes: Sizes) -> list[dict]:
+    """NT-Xent, forward and backward, and what it holds at most beside its input."""
+    rows = []
+    for views, dim in sizes.losses:
+        z = [Tensor(randn(views, dim), requires_grad=True) for _ in range(2)]
+        peak = cupy().get_default_memory_pool()
+        peak.free_all_blocks()
+        before = peak.total_bytes()
+        taken = seconds(lambda a, b: loss.nt_xent(a, b, 0.5).backward(), [tuple(z)], sizes.rounds)
+        held = peak.total_bytes() - before
+        name = f"NT-Xent and its gradient, 2 x {views} x {dim}"
+        rows.append({"pass": name, "ms": taken * 1e3, "mib": held / 2**20})
     return rows
 
 
@@ -166,9 +188,12 @@ def convolutions(sizes: Sizes) -> list[dict]:
             "weight": (conv.conv_weight_gradient, (randn(*gy), randn(*x), w, stride, padding)),
         }
         for which, (f, given) in calls.items():
-            taken = seconds(f, [given], sizes.rounds)
             name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
-            rows.append({"pass": name, "ms": taken * 1e3, "tflops": flops / taken / 1e12})
+            for kind in ("fp32", "tf32", "bf16"):
+                with precision(kind, "cuda:0"):
+                    taken = seconds(f, [given], sizes.rounds)
+                rows.append({"pass": name, "precision": kind, "ms": taken * 1e3,
+                             "tflops": flops / taken / 1e12})  # fmt: skip
     return rows
 
 
@@ -276,7 +301,7 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-PARTS = (facts, tests, ceilings, kernels, convolutions, views, lars, steps)
+PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, steps)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:

@@ -1,4 +1,4 @@
-"""Which array library, device and threads: the only file that knows both NumPy and CuPy.
+"""Which array library and device: the only file that knows both NumPy and CuPy.
 
 The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both
 live in one process and nothing is chosen at import time. CuPy is imported where a GPU is asked for,
@@ -9,11 +9,10 @@ import ctypes
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +71,32 @@ def to_device(array: np.ndarray, device: str) -> Array:
         return array
     with cupy().cuda.Device(int(device.removeprefix("cuda:"))):
         return cupy().asarray(array)
+
+
+def uploaded(batches: Iterable[np.ndarray], device: str) -> Iterator[Array]:
+    """Host arrays on `device`, each on its way, by a stream of its own, while the GPU still works
+    on what was asked of it with the one before.
+    """
+    if device == "cpu":
+        yield from batches
+        return
+    copies, ready = cupy().cuda.Stream(non_blocking=True), None
+    for batch in batches:
+        with copies:
+            x = to_device(batch, device)  # by way of pinned memory: nobody waits
+            following = x, copies.record()
+        if ready:
+            yield _arrived(*ready)
+            # Before the memory of this batch is taken again:
+            copies.wait_event(cupy().cuda.get_current_stream().record())
+        ready = following
+    if ready:
+        yield _arrived(*ready)
+
+
+def _arrived(x: Array, copied: Any) -> Array:
+    cupy().cuda.get_current_stream().wait_event(copied)
+    return x
 
 
 _landing: deque = deque(maxlen=64)  # kept: copies may be on their way here, though nobody waits
@@ -155,12 +180,16 @@ def try_gpu(index: int) -> str:
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
 
+rounding: ContextVar[str] = ContextVar("rounding", default="fp32")  # the `precision` in force
+
+
 @contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """Within the block, matrix products of float32 on a GPU round what they multiply to TF32's 10
-    bits of mantissa ("tf32"; sums stay in float32), or do not ("fp32").
+    """Within the block, what matrix products of float32 multiply on a GPU is rounded: to TF32's 10
+    bits of mantissa ("tf32"), to bfloat16's 7 in convolutions and linear layers ("bf16"), or not at
+    all ("fp32"). Sums, weights and activations stay float32.
 
-    Raises ConfigError for TF32 where there is none: on a CPU, and on GPUs before Ampere.
+    Raises ConfigError where there is no such thing: on a CPU, and on GPUs before Ampere.
     """
     if name == "fp32":
         yield
@@ -175,10 +204,12 @@ def precision(name: str, device: str) -> Iterator[None]:
         tf32, before = types.COMPUTE_TYPE_TF32, types.get_compute_type(np.float32)
     except AttributeError as error:
         raise ConfigError(f"precision {name}: CuPy {xp.__version__} has no such switch") from error
-    switch(np.float32, tf32)
+    switch(np.float32, tf32 if name == "tf32" else before)
+    token = rounding.set(name)
     try:
         yield
     finally:
+        rounding.reset(token)
         switch(np.float32, before)
 
 
@@ -196,105 +227,3 @@ def peak_memory(device: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reuse_memory() -> bool:
-    """Keep freed memory in the process, ready for the next array; true if the C library can.
-
-    Otherwise glibc gives every large array back to the system at once, and the next one's pages
-    come one fault at a time: a ReLU of 33 MB takes 6.1 ms, not 3.1. On a GPU CuPy has a pool.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max = -1, -4  # of <malloc.h>
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
-
-
-# Threads. NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain
-# Python threads that each work on their own images run side by side. Threads of BLAS keep a core
-# busy for a while after a product, waiting for the next, and get in their way (with other work on
-# the machine, a step took twice as long): once `parallel` is in use they only do large products.
-
-
-def available_cores() -> int:
-    """Cores this process may run on (not those of the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_threads = available_cores()
-_pool: ThreadPoolExecutor | None = None
-
-
-def threads() -> int:
-    """Threads that `parallel` and BLAS use."""
-    return _threads
-
-
-def set_threads(n: int) -> None:
-    """Use `n` threads from now on, in `parallel` and in BLAS; 0: as many as there are cores."""
-    global _threads, _pool
-    if n < 0:
-        raise ConfigError(f"threads must be at least 0, not {n}")
-    _threads = n = n or available_cores()
-    if _pool is not None:
-        _pool.shutdown()
-        _pool = None
-    _set_blas_threads(n)
-
-
-def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
-    """Call work(start, stop) on contiguous parts of range(n), one part a thread; their results in
-    order.
-
-    Parts are multiples of `block` long (but for the last). Results must not depend on how many
-    parts there are if a run is to be repeatable with another thread count. Do not nest.
-    """
-    global _pool
-    size = block * -(-n // (block * _threads))
-    parts = [(start, min(n, start + size)) for start in range(0, n, size)]
-    if len(parts) == 1:
-        return [work(*parts[0])]
-    if _pool is None:
-        _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minisimclr")
-    _set_blas_threads(1)
-    futures = [_pool.submit(work, *part) for part in parts[1:]]
-    try:
-        return [work(*parts[0])] + [future.result() for future in futures]
-    finally:
-        wait(futures)  # after an error too: nobody writes into arrays that others reuse
-
-
-@cache
-def _openblas() -> Any:
-    """Sets the threads of the OpenBLAS inside NumPy's wheel; None for another BLAS."""
-    folder = Path(np.__file__).parent
-    names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
-    for name in names:
-        library = ctypes.CDLL(str(name))
-        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
-            setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
-            if setter is not None:
-                return setter
-    return None
-
-
-_blas_threads = 0  # what was asked for last
-
-
-def _set_blas_threads(n: int) -> None:
-    global _blas_threads
-    if n != _blas_threads and (library := _openblas()) is not None:
-        library(n)
-    _blas_threads = n
-
-
-@contextmanager
-def threaded_blas() -> Iterator[None]:
-    """Let BLAS use all threads within the block: for work that is large matrix products."""
-    before = _blas_threads
-    _set_blas_threads(_threads)
-    try:
-        yield
-    finally:
-        _set_blas_threads(before or _threads)

@@ -52,7 +52,9 @@ class TrainConfig:
     threads: int = setting(0, "CPU threads; 0: as many as there are cores", 0)
     device: str = setting("auto", "auto, cpu, or cuda:0, cuda:1, ...")
     precision: str = setting(
-        "fp32", "of matrix products; tf32: faster, on a GPU only", choices=("fp32", "tf32")
+        "fp32",
+        "of matrix products; tf32 and bf16: faster, on a GPU only",
+        choices=("fp32", "tf32", "bf16"),
     )
 
     def __post_init__(self) -> None:

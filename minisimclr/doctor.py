@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import augment, profile
-from .backend import available_cores, choose_device, cuda_driver, threads, to_device, try_gpu
+from .backend import choose_device, cuda_driver, to_device, try_gpu
+from .cores import available_cores, threads
 from .data import cache_folder, toydogs
 from .errors import ConfigError
 from .ops.loss import nt_xent

@@ -12,7 +12,8 @@ import numpy as np
 
 from . import checkpoint
 from .augment import center_view
-from .backend import Array, choose_device, set_threads, to_device, to_host
+from .backend import Array, choose_device, to_device, to_host
+from .cores import set_threads
 from .data import Dataset, cache_folder, open_dataset
 from .data.cache import Progress
 from .errors import ConfigError, DataError

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .augment import crop_resize, draw_views
-from .backend import choose_device, set_threads, to_device, to_host, xp_of
+from .backend import choose_device, to_device, to_host, xp_of
+from .cores import set_threads
 from .data import Dataset, batches
 from .data.cache import Progress
 from .embed import Notify

@@ -21,16 +21,8 @@ from typing import Any
 import numpy as np
 
 from . import tensor
-from .backend import (
-    choose_device,
-    peak_memory,
-    set_threads,
-    synchronize,
-    threaded_blas,
-    threads,
-    to_device,
-    xp_of,
-)
+from .backend import choose_device, peak_memory, synchronize, to_device, xp_of
+from .cores import set_threads, threaded_blas, threads
 from .errors import ConfigError
 from .files import write_bytes
 from .ops.basic import Linear

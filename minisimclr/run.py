@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from . import checkpoint
-from .backend import available_cores, choose_device
+from .backend import choose_device
 from .config import TrainConfig
+from .cores import available_cores
 from .errors import DataError, OutputError
 from .files import sync, write_bytes
 from .optim import LARS, SGD

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from . import augment, backend
-from .backend import Array, choose_device, peak_memory, set_threads, to_device, to_host
+from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded
 from .checkpoint import listed
 from .config import TrainConfig
+from .cores import set_threads
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import locked, require_writable
@@ -146,6 +147,7 @@ def train(
     config, model, optimizer = run.config, run.model, run.optimizer
     pool, n = dataset.split("pretrain"), config.batch_size
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
+    arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
     losses: list[float] = []
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
@@ -159,9 +161,8 @@ def train(
         while run.step < plan.total and not run.stopped:
             begin = time.perf_counter()
             mark = mark if open_steps else begin
-            _, batch, _ = next(source)
+            images = next(arriving)  # (N, S, S, 3) uint8
             waited = time.perf_counter() - begin
-            images = to_device(batch, device)  # (N, S, S, 3) uint8
 
             model.train()
             optimizer.lr = plan.rate(run.step)

@@ -19,6 +19,16 @@
 #define __device__
 #define __shared__ static __attribute__((section("shared")))
 #define __syncthreads() host::barrier(__LINE__)
+static unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static float __int_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 using std::max;
 using std::min;
 

@@ -8,6 +8,7 @@ that only NumPy has is an error. Where CuPy takes NumPy arrays and copies them w
 one refuses: such a copy in a training loop is a leak as well.
 """
 
+import ctypes
 import operator
 import sys
 from types import ModuleType, SimpleNamespace
@@ -27,9 +28,11 @@ where zeros zeros_like"""
 LINALG = "cholesky eigh eigvalsh norm qr slogdet solve svd"
 TYPES = "bool_ float16 float32 float64 int8 int16 int32 int64 intp uint8 uint16 uint32 uint64"
 WAITING_FUNCTIONS = "argwhere flatnonzero histogram nonzero unique"  # bincount, too
-BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lt le eq ne gt ge"
+BINARY = "add sub mul truediv floordiv mod pow matmul rshift and or xor lt le eq ne gt ge"
 PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchronize
-cuda.Stream.record
+cuda.Stream.record cuda.Stream.wait_event
+cuda.cublas.CUBLAS_COMPUTE_32F cuda.cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP cuda.cublas.gemmEx
+cuda.get_cublas_handle cuda.runtime.CUDA_R_16BF cuda.runtime.CUDA_R_32F
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
 cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
 _core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.get_compute_type"""
@@ -37,10 +40,10 @@ ON_DEVICE = "NumPy array given to CuPy: copy it with asarray first"
 
 
 class Counter:
-    """What a run made the host do: `syncs` and `uploads`, in words, in order."""
+    """What a run did: `syncs` and `uploads` of the host, `order` of streams, in words."""
 
     def __init__(self):
-        self.syncs, self.uploads, self.waits = [], [], 0
+        self.syncs, self.uploads, self.waits, self.order = [], [], 0, []
 
     def clear(self):
         self.__init__()
@@ -51,7 +54,7 @@ def build(launcher=None):
 
     launcher: what RawModule is to be; without one kernels do nothing.
     """
-    counter = Counter()
+    counter, current = Counter(), []
 
     def lower(value):
         """Host values of device arrays, also within lists and dictionaries."""
@@ -217,7 +220,12 @@ def build(launcher=None):
         if isinstance(value, ndarray):
             return value if dtype in (None, value.dtype) else value.astype(dtype)
         counter.uploads.append(np.shape(value))
-        return ndarray(np.array(value, dtype=dtype, order=order or "K"))
+        counter.order.append(f"upload by {current[-1].name}")
+        x = ndarray(np.array(value, dtype=dtype, order=order or "K"))
+        if current[-1].name == "side":
+            current[-1].queue.append((x._host, x._host.copy()))
+            x._host.fill(77)  # whoever does not wait finds this
+        return x
 
     def asnumpy(value):
         return value.get() if isinstance(value, ndarray) else np.asarray(value)
@@ -225,22 +233,26 @@ def build(launcher=None):
     cupy.asarray, cupy.asnumpy = asarray, asnumpy
     cupy.array = lambda value, dtype=None: asarray(value, dtype).copy()
 
-    # The device.
+    # The device. What is copied in a stream arrives when somebody waits for an event behind it.
     class Event:
         def __init__(self, stream=None):
-            self.queue = list(stream.queue) if stream else []
+            self.stream, self.queue = stream, list(stream.queue) if stream else []
 
         def record(self, stream=None):
-            self.__init__(stream or current)
+            self.__init__(stream or current[-1])
 
-        def synchronize(self):
-            counter.waits += 1
+        def arrive(self):
             for out, values in self.queue:
                 out[...] = values
 
+        def synchronize(self):
+            counter.waits += 1
+            self.arrive()
+
     class Stream:
         def __init__(self, non_blocking=False):
-            self.queue = []
+            self.queue, self.name = [], "side" if current else "main"
+            assert non_blocking or not current, "it would wait for the stream that computes"
 
         def record(self, event=None):
             done = Event(self)
@@ -249,7 +261,18 @@ def build(launcher=None):
 
         def synchronize(self):
             counter.syncs.append("stream")
-            self.record().synchronize()
+            self.record().arrive()
+
+        def wait_event(self, event):
+            counter.order.append(f"{self.name} waits for {event.stream.name}")
+            event.arrive()
+
+        def __enter__(self):
+            current.append(self)
+            return self
+
+        def __exit__(self, *exception):
+            current.pop()
 
     class Device:
         def __init__(self, index=0):
@@ -284,14 +307,18 @@ def build(launcher=None):
         def get_function(self, name):
             return lambda grid, block, args: None
 
-    current = Stream()
+    current.append(Stream())
     properties = {"name": b"Fake", "totalGlobalMem": 1 << 30}
     cupy.cuda = SimpleNamespace(
-        Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: current,
-        get_elapsed_time=lambda start, stop: 1.0,
+        Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: current[-1],
+        get_elapsed_time=lambda start, stop: 1.0, get_cublas_handle=lambda: 4711,
+        cublas=SimpleNamespace(
+            gemmEx=gemm, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT_TENSOR_OP=99
+        ),
         runtime=SimpleNamespace(
             getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda index: properties,
+            CUDA_R_32F=0, CUDA_R_16BF=14,
         ),
     )  # fmt: skip
     cupy.RawModule = launcher or Idle
@@ -308,6 +335,26 @@ def build(launcher=None):
     )
     cupyx.empty_pinned = empty_pinned
     return cupy, cupyx
+
+
+def gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
+         compute, algorithm):  # fmt: skip
+    """cublasGemmEx: C (m, n) = op(A) op(B), matrices by columns, sums in float32."""
+    assert (handle, compute, algorithm) == (4711, 68, 99)
+
+    def numbers(pointer, columns, ld, kind):
+        ctype, dtype = {0: (ctypes.c_float, np.float32), 14: (ctypes.c_uint16, np.uint16)}[kind]
+        raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctype)), (columns, ld))
+        assert raw.dtype == dtype
+        return raw if kind == 0 else (raw.astype(np.uint32) << 16).view(np.float32)
+
+    one, zero = (numbers(p, 1, 1, 0)[0, 0] for p in (alpha, beta))
+    assert one == 1 and zero == 0 and c_type == 0
+    assert lda >= (k if ta else m) and ldb >= (n if tb else k) and ldc >= m
+    x = numbers(a, m if ta else k, lda, a_type)[:, : k if ta else m]
+    y = numbers(b, k if tb else n, ldb, b_type)[:, : n if tb else k]
+    result = (x if ta else x.T) @ (y if tb else y.T)  # (m, k) @ (k, n)
+    numbers(c, n, ldc, c_type)[:, :m] = result.T
 
 
 def install(monkeypatch, launcher=None):

@@ -19,7 +19,8 @@ import numpy as np
 HEADER = Path(__file__).with_name("cuda_host.h")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 NUMBERS = {"int": np.int32, "long long": np.int64, "float": np.float32}
-ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_}  # others: bytes
+ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_, "bfloat16": np.uint16}
+# Arrays of anything else are bytes.
 
 #: order: of the threads; ignored_line: of a barrier that is left out; sanitize: with
 #: AddressSanitizer; plant: (old, new), a mistake to make in the text

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 import minisimclr  # noqa: F401  (registers the fast versions)
 from minisimclr import augment
 from minisimclr.augment import apply_views, center_view, crop_resize, draw_views, two_views
-from minisimclr.backend import set_threads, threads
+from minisimclr.cores import set_threads, threads
 from minisimclr.errors import ConfigError
 
 # The readable version and the one in use (the same where kernels are switched off).

@@ -90,6 +90,21 @@ def test_a_loud_leak_is_counted(cupy):
     assert cupy.counter.uploads == [(3,)]
 
 
+def test_copies_travel_beside_the_work(cupy):
+    """By a stream of its own, one batch ahead; nobody reads one early, or writes over one in use"""
+    batches = [np.full(3, i, np.uint8) for i in range(4)]
+    arriving = backend.uploaded(batches, "cuda:0")
+    for i, x in enumerate(arriving):
+        np.testing.assert_array_equal(x._host, batches[i])
+        ahead = min(i + 2, len(batches))
+        assert cupy.counter.order.count("upload by side") == ahead
+        if i in (1, 2):  # the next copy waited for what was asked for meanwhile
+            order = ["side waits for main", "upload by side", "main waits for side"]
+            assert cupy.counter.order[-3:] == order
+    assert i == len(batches) - 1 and not cupy.counter.syncs and not cupy.counter.waits
+    assert list(backend.uploaded(batches, "cpu")) == batches
+
+
 def test_a_leak_planted_in_an_operation_is_caught(cupy, monkeypatch):
     x = Tensor(cupy.asarray(randn(4, 3)), True)
     monkeypatch.setattr(basic.ReLU, "backward", lambda self, gy: gy * np.greater(self.y, 0))
@@ -106,9 +121,12 @@ def test_the_stand_in_offers_what_cupy_offers():
     assert all(hasattr(real, name) for text in names for name in text.split())
     assert all(hasattr(real.ndarray, name) for name in fake_cupy.METHODS.split())
     assert all(hasattr(real.linalg, name) for name in fake_cupy.LINALG.split())
-    for path in fake_cupy.PLACES.split():
-        operator.attrgetter(path)(real)
     assert importlib.import_module("cupyx").empty_pinned
+    for path in fake_cupy.PLACES.split():
+        try:
+            operator.attrgetter(path)(real)
+        except ImportError as error:  # CuPy without the toolkit
+            pytest.skip(f"{path}: {error}")
 
 
 # Operations.

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; within a floor, a room may import those to its right.
 FLOORS = [
     ["files", "errors"],
-    ["backend"],
+    ["backend", "cores"],
     ["tensor", "distributed", "data", "schedule", "config"],
     ["ops", "augment"],
     ["simclr", "nn", "optim"],
@@ -125,7 +125,7 @@ def test_budget():
     for path in PACKAGE.glob("kernels/*.cu"):  # whose comments are whole lines
         lines = (line.strip() for line in path.read_text().splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
-    assert kernels <= 900
+    assert kernels <= 1000
     assert count.pop("weights", 0) <= 450
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text().splitlines()) for p in pages) <= 1000
@@ -134,7 +134,7 @@ def test_budget():
     assert count.pop("cli") <= 705
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 620
-    assert sum(count.values()) <= 2720, count
+    assert sum(count.values()) <= 2775, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

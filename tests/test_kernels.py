@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import backend, kernels, ops
+from minisimclr import cores, kernels, ops
 from minisimclr.augment import draw_views
 from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
@@ -73,7 +73,11 @@ def spread(shape):
     return np.broadcast_to(randn(shape[-1]), shape)
 
 
-POOLS = [((3, 9, 11, 5), (3, 3), TWO, ((1, 0), (1, 1))), ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE))]
+POOLS = [
+    ((3, 9, 11, 5), (3, 3), TWO, ((1, 0), (1, 1))),
+    ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE)),
+    ((2, 7, 5, 33), (3, 3), TWO, (ONE, ONE)),  # windows that reach over every border
+]
 
 
 def pool_samples(backward):
@@ -196,10 +200,10 @@ def test_same_numbers_whatever_the_threads(name, threads):
 
 @pytest.fixture(params=[1, 2, 3], ids="threads={}".format)
 def threads(request):
-    before = backend.threads()
-    backend.set_threads(request.param)
+    before = cores.threads()
+    cores.set_threads(request.param)
     yield
-    backend.set_threads(before)
+    cores.set_threads(before)
 
 
 @pytest.mark.parametrize("name", [n for n in SAMPLES if n not in AUGMENTATION])
@@ -309,10 +313,10 @@ def test_the_environment_chooses():
 
 def test_parallel_covers_the_range_once_in_order(threads):
     for n, block in ((1, 1), (2, 1), (7, 2), (64, 8), (65, 8)):
-        parts = backend.parallel(lambda i, k: (i, k), n, block)
+        parts = cores.parallel(lambda i, k: (i, k), n, block)
         assert [i for part in parts for i in range(*part)] == list(range(n))
         assert all(start % block == 0 for start, _ in parts)
-        assert len(parts) <= backend.threads()
+        assert len(parts) <= cores.threads()
 
 
 def test_parallel_waits_for_all_before_it_raises():
@@ -324,26 +328,26 @@ def test_parallel_waits_for_all_before_it_raises():
         time.sleep(0.05)
         done.append(start)
 
-    backend.set_threads(2)
+    cores.set_threads(2)
     try:
         with pytest.raises(ConfigError, match="first part"):
-            backend.parallel(work, 4)
+            cores.parallel(work, 4)
         assert done == [2]
     finally:
-        backend.set_threads(backend.available_cores())
+        cores.set_threads(cores.available_cores())
 
 
 def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     asked = []
-    monkeypatch.setattr(backend, "_openblas", lambda: asked.append)
-    backend.set_threads(3)
-    backend.parallel(lambda i, k: None, 6)
-    backend.parallel(lambda i, k: None, 6)
-    with backend.threaded_blas():
+    monkeypatch.setattr(cores, "_openblas", lambda: asked.append)
+    cores.set_threads(3)
+    cores.parallel(lambda i, k: None, 6)
+    cores.parallel(lambda i, k: None, 6)
+    with cores.threaded_blas():
         assert asked == [3, 1, 3]
     assert asked == [3, 1, 3, 1]
     monkeypatch.undo()
-    backend.set_threads(backend.available_cores())
+    cores.set_threads(cores.available_cores())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -356,7 +360,7 @@ def test_memory_is_reused():
             np.empty(1 << 26, np.uint8).fill(1)  # 64 MiB: 500 faults and more if they are new
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    assert backend.reuse_memory()
+    assert cores.reuse_memory()
     faults(1)
     assert faults(4) < 100
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import backend, checkpoint
+from minisimclr import checkpoint, cores
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.run import open_run, read_config, stop_signals
@@ -184,10 +184,10 @@ def test_another_device_can_go_on(config, tmp_path):
 
 def test_no_threads_means_all_cores(config, tmp_path):
     pretrain(replace(config, epochs=1, threads=1), tmp_path / "one")
-    assert backend.threads() == 1
+    assert cores.threads() == 1
     run = pretrain(replace(config, epochs=1, threads=0), tmp_path / "all")
-    assert backend.threads() == backend.available_cores()
-    assert json.loads((run.path / "env.json").read_text())["threads"] == backend.threads()
+    assert cores.threads() == cores.available_cores()
+    assert json.loads((run.path / "env.json").read_text())["threads"] == cores.threads()
 
 
 def test_a_killed_run_goes_on(finished, config, tmp_path):

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from ..backend import available_cores
+from ..cores import available_cores
 from ..errors import DataError, OutputError
 from ..files import publish
 from .source import SPLITS, Job, Options, Plan

@@ -14,7 +14,8 @@ _choice = os.environ.get("MINISIMCLR_KERNELS", "fast")
 if _choice not in ("fast", "reference"):
     raise ConfigError(f"MINISIMCLR_KERNELS is {_choice!r}: use fast or reference")
 if _choice == "fast":
-    from ..backend import on_cupy, reuse_memory
+    from ..backend import on_cupy
+    from ..cores import reuse_memory
     from . import augment, conv, norm, optim, pool  # noqa: F401
 
     reuse_memory()

@@ -10,7 +10,7 @@ Views do not depend on each other, so results do not depend on grouping or threa
 import numpy as np
 
 from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
-from ..backend import parallel, threads
+from ..cores import parallel, threads
 
 GROUP_BYTES = 1024 * 1024  # float32 pixels of a group of views
 

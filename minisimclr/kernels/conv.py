@@ -10,7 +10,8 @@ with threaded BLAS, since copies and small products then run side by side as wel
 
 import numpy as np
 
-from ..backend import Array, parallel
+from ..backend import Array
+from ..cores import parallel
 from ..ops.conv import Pair, conv_input_gradient, conv_output, conv_weight_gradient, output_size
 from . import winograd
 from .registry import blocks, for_float32

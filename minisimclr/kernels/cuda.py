@@ -3,12 +3,14 @@
     norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
                  two for the gradients
     optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
-    conv.cu      patches of images and back, which makes a convolution one matrix product
+    conv.cu      patches of images and back, which makes a convolution one matrix product; rounding
+    pool.cu      maxima of windows, and the way back
     augment.cu   both views of a batch in one launch; the blur of large ones is a matrix product
 
 CuPy compiles them with NVRTC on first use and keeps the binaries on disk. All sums run in a fixed
 order, so a run repeats to the bit. Matrix products are cuBLAS's; the loss, made of them, stays as
-it can be read.
+it can be read. CuPy has no product of bfloat16 matrices whose sums stay float32, so cuBLAS is asked
+for those directly.
 """
 
 from functools import cache
@@ -18,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from ..augment import SMALL, Views, apply_views, blur
-from ..backend import Array, cupy
+from ..backend import Array, cupy, rounding
 from ..ops.conv import fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
+from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
+from ..ops.product import matmul
 from ..optim import SGD, square_of_all, update_all
 from ..tensor import WEIGHT
 from .registry import for_float32
@@ -33,7 +37,8 @@ ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
 NORM: Any = moments, scale_shift, gradient_sums, input_gradient
-PASSES: Any = *NORM, unfold, fold, square_of_all, update_all, apply_views
+IMAGES: Any = unfold, fold, matmul, max_pool_output, max_pool_input_gradient
+PASSES: Any = *NORM, *IMAGES, square_of_all, update_all, apply_views
 
 
 def register(library: Any) -> None:
@@ -100,24 +105,69 @@ def cuda_input_gradient(g, x, mean, scale, a, b):
     return apply(x, mean, -b, -a, g, scale, 0)
 
 
-def for_each_row(kernel: str, source: Array, out: Array, *geometry: tuple) -> Array:
-    """Fill out (..., K), a row of K numbers at a time."""
-    rows = out.size // out.shape[-1]
-    given = source, out, np.int64(rows), *sum(geometry, ())
-    launch("conv", kernel, (-(-rows // LANES),), (CHANNELS, LANES), *given)
-    return out
+def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:
+    """Fill the last array, (..., K), a row of K numbers at a time."""
+    rows = others[-1].size // others[-1].shape[-1]
+    given = x, *others, np.int64(rows), *sum(geometry, ())
+    launch(file, kernel, (-(-rows // LANES),), (CHANNELS, LANES), *given)
+    return others[-1]
 
 
 def cuda_unfold(x, kernel, stride, padding, size):
     if kernel == (1, 1):  # a view, or one copy
         return unfold.dispatch(object)(x, kernel, stride, padding, size)
     (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
-    out = cupy().empty((n * oh * ow, kh * kw * c), np.float32)
-    return for_each_row("unfold", x, out, x.shape[1:], kernel, stride, padding, size)
+    name, dtype = ("unfold_bf16", np.uint16) if rounding.get() == "bf16" else ("unfold", np.float32)
+    out = cupy().empty((n * oh * ow, kh * kw * c), dtype)
+    geometry = x.shape[1:], kernel, stride, padding, size
+    return for_each_row("conv", name, x, out, geometry=geometry)
 
 
 def cuda_fold(patches, x_shape, *geometry):
-    return for_each_row("fold", patches, cupy().empty(x_shape, np.float32), x_shape[1:], *geometry)
+    out = cupy().empty(x_shape, np.float32)
+    return for_each_row("conv", "fold", patches, out, geometry=(x_shape[1:], *geometry))
+
+
+def cuda_max_pool_output(x, kernel, stride, padding):
+    size, (before, _) = output_size(x.shape, kernel, stride, padding), zip(*padding, strict=True)
+    y, argmax = (cupy().empty((len(x), *size, x.shape[3]), t) for t in (np.float32, np.uint8))
+    geometry = x.shape[1:], kernel, stride, before, size
+    return for_each_row("pool", "max_pool", x, argmax, y, geometry=geometry), argmax
+
+
+def cuda_max_pool_input_gradient(gy, argmax, x_shape, kernel, stride, padding):
+    gx, (before, _) = cupy().empty(x_shape, np.float32), zip(*padding, strict=True)
+    geometry = x_shape[1:], kernel, stride, before, gy.shape[1:3]
+    return for_each_row("pool", "max_pool_gradient", gy, argmax, gx, geometry=geometry)
+
+
+def as_bfloat16(a: Array) -> tuple[Array, bool]:
+    """A matrix rounded (the bits as uint16), and whether its columns, not rows, lie in memory."""
+    turned = not a.flags.c_contiguous and a.flags.f_contiguous
+    a = cupy().ascontiguousarray(a.T if turned else a)
+    if a.dtype == np.uint16:  # patches are already
+        return a, turned
+    out = cupy().empty(a.shape, np.uint16)
+    launch("conv", "round_all", (-(-a.size // THREADS),), (THREADS,), a, out, np.int64(a.size))
+    return out, turned
+
+
+def cuda_matmul(a, b, out=None):
+    xp, (n, k), m = cupy(), a.shape, b.shape[1]
+    if rounding.get() != "bf16":
+        return xp.matmul(a, b, out=out)
+    out = xp.empty((n, m), np.float32) if out is None else out
+    (a, a_turned), (b, b_turned) = as_bfloat16(a), as_bfloat16(b)
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    blas, bf16, f32 = xp.cuda.cublas, xp.cuda.runtime.CUDA_R_16BF, xp.cuda.runtime.CUDA_R_32F
+    # cuBLAS counts down columns: what is a matrix here is its transpose there, and C' = B' A'.
+    blas.gemmEx(
+        xp.cuda.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k,
+        one.ctypes.data, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],
+        zero.ctypes.data, out.data.ptr, f32, m,
+        blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+    )  # fmt: skip
+    return out
 
 
 def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..backend import Array, parallel
+from ..backend import Array
+from ..cores import parallel
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from .registry import for_float32
 

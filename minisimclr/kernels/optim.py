@@ -4,7 +4,8 @@ threads.
 
 import numpy as np
 
-from ..backend import Array, parallel
+from ..backend import Array
+from ..cores import parallel
 from ..optim import momentum_update
 from ..tensor import added
 from .registry import for_float32

@@ -4,7 +4,8 @@ multiplies.
 
 import numpy as np
 
-from ..backend import Array, parallel
+from ..backend import Array
+from ..cores import parallel
 from ..ops.conv import Pair
 from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
 from .registry import blocks, for_float32

@@ -24,7 +24,8 @@ from math import gcd
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ..backend import Array, parallel
+from ..backend import Array
+from ..cores import parallel
 from ..ops.conv import Pair
 from .registry import blocks
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
+from .product import matmul
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
@@ -140,14 +141,14 @@ class Linear(Function):
 
     def forward(self, x, w, b=None):
         self.x, self.w = x, w
-        y = x @ w.T  # (N, C) @ (C, O)
+        y = matmul(x, w.T)  # (N, C) @ (C, O)
         if b is not None:
             y += b
         return y
 
     def backward(self, gy):
-        gx = gy @ self.w if self.needs[0] else None  # (N, O) @ (O, C)
-        gw = gy.T @ self.x if self.needs[1] else None  # (O, N) @ (N, C)
+        gx = matmul(gy, self.w) if self.needs[0] else None  # (N, O) @ (O, C)
+        gw = matmul(gy.T, self.x) if self.needs[1] else None  # (O, N) @ (N, C)
         return (gx, gw, gy.sum(axis=0)) if len(self.needs) == 3 else (gx, gw)
 
 

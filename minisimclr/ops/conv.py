@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
+from .product import matmul
 
 Pair = tuple[int, int]
 WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
@@ -68,11 +69,10 @@ def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     """x (N, H, W, C) and w (KH, KW, C, O) -> (N, OH, OW, O)"""
     size = output_size(x.shape, w.shape, stride, padding)
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    xp = xp_of(x)
-    y = xp.empty((len(x), *size, w.shape[3]), x.dtype)
+    y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
     for block in image_blocks(x, size[0] * size[1] * len(matrix)):
         patches = unfold(x[block], w.shape[:2], stride, padding, size)
-        xp.matmul(patches, matrix, out=y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
+        matmul(patches, matrix, y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
     return y
 
 
@@ -81,14 +81,14 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
     """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
     size = gy.shape[1:3]
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    xp = xp_of(gy)
-    gx = xp.empty(x_shape, gy.dtype)
+    gx = xp_of(gy).empty(x_shape, gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
         if (*w.shape[:2], *stride, *padding) == (1, 1, 1, 1, 0, 0):  # patches are pixels
-            xp.matmul(g, matrix.T, out=gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
+            matmul(g, matrix.T, gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
         else:
-            gx[block] = fold(g @ matrix.T, gx[block].shape, w.shape[:2], stride, padding, size)
+            patches = matmul(g, matrix.T)  # (n*OH*OW, KH*KW*C)
+            gx[block] = fold(patches, gx[block].shape, w.shape[:2], stride, padding, size)
     return gx
 
 
@@ -99,7 +99,8 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
     gw = xp_of(gy).zeros((w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]), gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(gw)):
         patches = unfold(x[block], w_shape[:2], stride, padding, size)
-        gw += patches.T @ gy[block].reshape(-1, w_shape[3])  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
+        g = gy[block].reshape(-1, w_shape[3])  # (n*OH*OW, O)
+        gw += matmul(patches.T, g)  # (KH*KW*C, n*OH*OW) @ (n*OH*OW, O)
     return gw.reshape(w_shape)
 
 

@@ -13,6 +13,8 @@ k] the softmax of row i without k = i, each pair of views pulls or pushes by G =
     du = (G + G') u            dz = (du - u (u . du)) / |z|,  the part of du along the unit sphere
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..backend import Array, to_host, xp_of
@@ -20,6 +22,7 @@ from ..tensor import Function, Tensor
 from .basic import concatenate
 
 NORM_FLOOR = 1e-12  # a zero vector stays zero when it is normalised
+BLOCK = 1 << 22  # similarities in memory at a time: all of them up to V = 2048
 
 
 def normalize(z: Array) -> tuple[Array, Array]:
@@ -40,6 +43,18 @@ def log_softmax(s: Array) -> Array:
     return s - xp.log(xp.exp(s).sum(axis=1, keepdims=True))
 
 
+def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, Array]]:
+    """The matrix s, some rows i at a time: i, where in them the partners are, and s[i] (b, V)."""
+    xp, views = xp_of(u), len(u)
+    partner, step = partners(views, xp), max(1, BLOCK // views)
+    for start in range(0, views, step):
+        i = slice(start, min(start + step, views))
+        s = u[i] @ u.T / temperature  # (b, D) @ (D, V)
+        row = xp.arange(len(s))
+        s[row, row + start] = -xp.inf  # no view is compared with itself
+        yield i, (row, partner[i]), s
+
+
 class NTXent(Function):
     """Mean loss of the views z (V, D), the two halves facing each other."""
 
@@ -47,20 +62,22 @@ class NTXent(Function):
         self.temperature = temperature
 
     def forward(self, z):
-        xp = xp_of(z)
         self.u, self.length = normalize(z)
-        s = self.u @ self.u.T / self.temperature  # (V, D) @ (D, V)
-        xp.fill_diagonal(s, -xp.inf)  # no view is compared with itself
-        log_p = log_softmax(s)
-        self.p = xp.exp(log_p)  # (V, V)
-        return -log_p[xp.arange(len(z)), partners(len(z), xp)].mean()
+        total = 0
+        for _, partner, s in similarities(self.u, self.temperature):
+            log_p = log_softmax(s)  # (b, V)
+            total = total - log_p[partner].sum()
+        return total / len(z)
 
     def backward(self, gy):
-        u, p, views = self.u, self.p, len(self.u)
-        xp = xp_of(u)
-        p[xp.arange(views), partners(views, xp)] -= 1
-        g = p * (gy / (views * self.temperature))  # (V, V)
-        du = (g + g.T) @ u  # (V, V) @ (V, D)
+        u, views = self.u, len(self.u)
+        du = xp_of(u).zeros_like(u)
+        for i, partner, s in similarities(u, self.temperature):
+            g = xp_of(u).exp(log_softmax(s))  # p, (b, V), made again: less to keep
+            g[partner] -= 1
+            g *= gy / (views * self.temperature)
+            du[i] += g @ u  # (b, V) @ (V, D)
+            du += g.T @ u[i]  # (V, b) @ (b, D)
         return (du - u * (u * du).sum(axis=1, keepdims=True)) / self.length
 
 
@@ -82,11 +99,9 @@ def contrastive_accuracy(z1: Array, z2: Array) -> Array:
     """Share of the views whose most similar one among the 2N - 1 others is their partner: a number
     on their device.
     """
-    xp = xp_of(z1)
-    u, _ = normalize(xp.concatenate([z1, z2]))
-    s = u @ u.T  # (V, D) @ (D, V)
-    xp.fill_diagonal(s, -xp.inf)
-    return (s.argmax(axis=1) == partners(len(u), xp)).mean()
+    u, _ = normalize(xp_of(z1).concatenate([z1, z2]))
+    hits = ((s.argmax(axis=1) == at[1]).sum() for _, at, s in similarities(u, 1.0))
+    return sum(hits) / len(u)
 
 
 class CrossEntropy(Function):

@@ -40,7 +40,7 @@ def max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> t
     y = xp.full((len(x), *size, x.shape[3]), -xp.inf, x.dtype)
     argmax = xp.zeros(y.shape, xp.uint8)
     for k, window in enumerate(windows(x, kernel, stride, size)):
-        larger = window > y
+        larger = (window > y) | xp.isnan(window)  # what is not a number stays seen
         y = xp.where(larger, window, y)
         argmax = xp.where(larger, xp.uint8(k), argmax)
     return y, argmax

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, threaded_blas, to_host, xp_of
+from ..backend import Array, to_host, xp_of
+from ..cores import threaded_blas
 from ..errors import ConfigError, DataError
 
 

@@ -16,7 +16,7 @@ from .. import augment, tensor
 from ..data import Dataset
 from ..nn import ProjectionHead
 from ..ops.basic import Linear
-from ..ops.loss import NTXent, log_softmax, normalize, nt_xent, partners
+from ..ops.loss import NTXent, log_softmax, normalize, nt_xent, partners, similarities
 from ..optim import LARS, momentum_update, trust_ratio
 from ..simclr import Model, training_step
 from ..tensor import Function, Tensor, no_grad
@@ -34,7 +34,7 @@ class Walk:
     images: np.ndarray  # uint8 (N, S, S, 3)
     drawn: augment.Views
     views: tuple[np.ndarray, np.ndarray]  # two (N, SIZE, SIZE, 3)
-    seen: dict[str, np.ndarray]  # h (V, D); z, u, dz (V, 2); length (V, 1); p (V, V)
+    seen: dict[str, np.ndarray]  # h (V, D); z, u, dz (V, 2); length (V, 1)
     loss: float
     weights: dict[str, dict[str, float]]  # name -> norms of w, g and the step, trust ratio
     u_after: np.ndarray  # (V, 2): the same views after the update
@@ -53,14 +53,18 @@ class Walk:
     @property
     def s(self) -> np.ndarray:
         """Cosines over temperature (V, V), -inf on the diagonal."""
-        s = self.seen["u"] @ self.seen["u"].T / TEMPERATURE  # (V, 2) @ (2, V)
-        np.fill_diagonal(s, -np.inf)
+        ((_, _, s),) = similarities(self.seen["u"], TEMPERATURE)
         return s
+
+    @property
+    def p(self) -> np.ndarray:
+        """The softmax of each row of s, (V, V)"""
+        return np.exp(log_softmax(self.s))
 
     @property
     def force(self) -> np.ndarray:
         """G + G' (V, V): how hard each pair is pushed apart (+) or pulled together (-)."""
-        g = self.seen["p"].copy()
+        g = self.p
         g[np.arange(len(g)), self.partner] -= 1
         return (g + g.T) / (len(g) * TEMPERATURE)
 
@@ -78,7 +82,7 @@ def walk(images: np.ndarray, seed: int = 0) -> Walk:
     def observe(function: Function, direction: str, run: Any, arrays: tuple) -> Any:
         result = run(*arrays)
         if isinstance(function, NTXent) and direction == "forward":
-            seen.update(z=arrays[0], u=function.u, length=function.length, p=function.p.copy())
+            seen.update(z=arrays[0], u=function.u, length=function.length)
         elif isinstance(function, NTXent):
             seen["dz"] = result
         elif isinstance(function, Linear) and direction == "forward":
@@ -174,7 +178,7 @@ def similarity(w: Walk) -> str:
     """
     lengths = zip(w.names, w.seen["length"][:, 0], *w.seen["u"].T, strict=True)
     units = table("u, z made 1 long", ("view", "|z|", "u[0]", "u[1]"), lengths)
-    lines = excerpt(NTXent.forward, "self.u, self.length", "fill_diagonal")
+    lines = excerpt(similarities)
     return excerpt(normalize) + units + lines + matrix("s", w.s, w.names, w.partner)
 
 
@@ -186,11 +190,11 @@ def terms(w: Walk) -> str:
     s, i = w.s, np.arange(len(w.names))
     own, among = s[i, w.partner], np.log(np.exp(s).sum(axis=1))
     columns = (w.names, w.names[len(i) // 2 :] + w.names[: len(i) // 2], own, among, among - own,
-               w.seen["p"][i, w.partner])  # fmt: skip
+               w.p[i, w.partner])  # fmt: skip
     head = ("i", "j", "s[i, j]", "log Σ exp s[i, k]", "l(i)", "p[i, j]")
     said = f"Loss: {w.loss:.4f}. A network to which all views look alike has "
     said += f"ln {len(i) - 1} = {np.log(len(i) - 1):.4f}."
-    lines = excerpt(log_softmax) + excerpt(NTXent.forward, "log_p = ")
+    lines = excerpt(log_softmax) + excerpt(NTXent.forward)
     return lines + table("Terms of the loss", head, zip(*columns, strict=True)) + paragraph(said)
 
 

@@ -1,0 +1,41 @@
+// Maxima over windows of images (n, h, w, c), and the way back: a block is 32 channels wide and has
+// 8 windows, or pixels. kh ... ow as in conv.cu; t and l pad at the top and on the left.
+extern "C" __global__ void max_pool(const float* x, unsigned char* argmax, float* y,
+        long long windows, int h, int w, int c, int kh, int kw, int sh, int sw, int t, int l,
+        int oh, int ow) {
+    const long long window = blockIdx.x * 8LL + threadIdx.y;
+    if (window >= windows) return;
+    const int top = window / ow % oh * sh - t, left = window % ow * sw - l;
+    const float* image = x + window / ow / oh * h * w * c;
+    for (int k = threadIdx.x; k < c; k += 32) {
+        float best = __int_as_float(0xff800000);  // -inf
+        int winner = 0;
+        for (int a = max(0, -top); a < kh && top + a < h; a++)
+            for (int b = max(0, -left); b < kw && left + b < w; b++) {
+                const float v = image[((top + a) * w + left + b) * c + k];
+                if (v > best || v != v) best = v, winner = a * kw + b;
+            }
+        y[window * c + k] = best;
+        argmax[window * c + k] = winner;
+    }
+}
+
+// Each pixel takes the gradients of the windows that it was the maximum of.
+extern "C" __global__ void max_pool_gradient(const float* gy, const unsigned char* argmax,
+        float* gx, long long pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
+        int t, int l, int oh, int ow) {
+    const long long pixel = blockIdx.x * 8LL + threadIdx.y;
+    if (pixel >= pixels) return;
+    const int row = pixel / w % h + t, column = pixel % w + l;
+    const long long first = pixel / w / h * oh * ow;  // window of this image
+    for (int k = threadIdx.x; k < c; k += 32) {
+        float sum = 0;
+        for (int a = row % sh; a < kh && a <= row; a += sh)
+            for (int b = column % sw; b < kw && b <= column; b += sw) {
+                const int i = (row - a) / sh, j = (column - b) / sw;
+                const long long from = (first + i * ow + j) * c + k;
+                if (i < oh && j < ow && argmax[from] == a * kw + b) sum += gy[from];
+            }
+        gx[pixel * c + k] = sum;
+    }
+}
