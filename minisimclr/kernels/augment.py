@@ -1,22 +1,29 @@
-"""Augmentation on the CPU: views that share one order of colour operations are made together.
+"""Augmentation on the CPU: as few passes over as few numbers, in as few calls, as NumPy allows.
 
-Four things make it fast. A group of views fits into a core's cache, so its passes never wait for
-memory. Channels lie in planes (n, 3, S, S), so every operation runs over contiguous numbers, mostly
-in place. Resizing is one matrix product an axis for all channels of an image. And the hue comes
-from a formula without cases, because choosing elementwise costs NumPy more than arithmetic.
+Channels lie in planes (n, 3, S, S), so every operation runs over contiguous numbers, mostly in
+place. Resizing and blur are matrix products, of blocks of BAND output pixels and no more than the
+input pixels under them: a product with all of them is three to six times as large. The hue comes
+from a formula without cases, because choosing elementwise costs NumPy more than arithmetic. And
+views are sorted by the order of their colour operations, so that each is one call for many: two
+threads that make many short calls spend their time waiting for the interpreter's lock.
 Views do not depend on each other, so results do not depend on grouping or threads.
 """
 
+from itertools import pairwise
+
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
 from ..cores import parallel, threads
+from .registry import blocks
 
-GROUP_BYTES = 1024 * 1024  # float32 pixels of a group of views
+GROUP = 1 << 19  # numbers in a block of views
+BAND = 16  # output pixels that are made of the same input pixels: a cache line of weights
 
 
 @apply_views.register(np.ndarray)
-def apply_views_grouped(
+def apply_views_sorted(
     images: np.ndarray, views: Views, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     n = len(images)
@@ -24,30 +31,25 @@ def apply_views_grouped(
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
     )
     jittered = (factors != (1, 1, 1, 0)).any(axis=1)  # (2N,)
-    kind = np.where(jittered, orders @ (64, 16, 4, 1), -1)
-    rows = np.argsort(kind, kind="stable")
-    most = max(1, GROUP_BYTES // (12 * size**2))
-    groups = [
-        alike[i : i + most]
-        for alike in np.split(rows, np.flatnonzero(np.diff(kind[rows])) + 1)
-        for i in range(0, len(alike), most)
-    ]
-    groups = [g for first in range(threads()) for g in groups[first :: threads()]]  # equal shares
+    rows = np.lexsort((*orders.T[::-1], jittered))  # by order; those that stay as they are first
+    still, rest = np.split(rows, [2 * n - np.count_nonzero(jittered)])
+    halves = [np.array_split(part, threads()) for part in (still, rest)]
+    shares = [np.concatenate(pair) for pair in zip(*halves, strict=True)]  # of equal work
     out = np.empty((2 * n, size, size, 3), np.float32)
 
     def work(start: int, stop: int) -> None:
-        for g in groups[start:stop]:
-            x = _crop(images[g % n], boxes[g], flips[g], size)
-            if kind[g[0]] >= 0:
-                for op in orders[g[0]]:
-                    _JITTER[op](x, factors[g, op][:, None, None])
-            _grey(x, np.flatnonzero(greys[g]))
-            if size > SMALL:
-                _blur(x, sigmas[g])
-            np.clip(x, 0, 1, out=x)
-            out[g] = _interleaved(x)
+        for share in shares[start:stop]:
+            for block in blocks(0, len(share), GROUP // (3 * size**2)):
+                i = share[block]
+                x = _crop(images, i % n, boxes[i], flips[i], size)
+                moving = np.flatnonzero(jittered[i])
+                _jitter(x[len(i) - len(moving) :], factors[i[moving]], orders[i[moving]])
+                _grey(x, np.flatnonzero(greys[i]))
+                if size > SMALL:
+                    _blur(x, sigmas[i])
+                out[i] = _interleaved(x)
 
-    parallel(work, len(groups))
+    parallel(work, len(shares))
     return out[:n], out[n:]
 
 
@@ -56,59 +58,85 @@ def crop_resize_planes(
     images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
     out = np.empty((len(images), size, size, 3), np.float32)
-    block = max(1, GROUP_BYTES // (12 * size**2))
 
     def work(start: int, stop: int) -> None:
-        for i in range(start, stop, block):
-            part = slice(i, min(i + block, stop))
-            out[part] = _interleaved(_crop(images[part], boxes[part], flips[part], size))
+        for i in blocks(start, stop, GROUP // (3 * size**2)):
+            each = np.arange(i.start, i.stop)
+            out[i] = _interleaved(_crop(images, each, boxes[i], flips[i], size))
 
     parallel(work, len(images))
     return out
 
 
 def _interleaved(x: np.ndarray) -> np.ndarray:
-    """Planes (n, 3, S, S) -> (n, S, S, 3), a channel at a time: NumPy is slow at all three."""
+    """Planes (n, 3, S, S), cut to [0, 1], as (n, S, S, 3): a channel at a time, as NumPy is slow
+    at all three.
+    """
     y = np.empty((len(x), *x.shape[2:], 3), np.float32)
     for channel in range(3):
-        y[..., channel] = x[:, channel]
+        np.clip(x[:, channel], 0, 1, out=y[..., channel])
     return y
 
 
-def _crop(images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray:
-    """crop_resize into planes (n, 3, S, S)."""
-    n, height, width, _ = images.shape
+def _crop(
+    images: np.ndarray, which: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
+) -> np.ndarray:
+    """crop_resize of the images (N, H, W, 3) `which` (n,) into planes (n, 3, S, S)."""
+    n, (_, height, width, _) = len(which), images.shape
     left, top, across, down = boxes.T
-    rows = np.zeros((n, size, height), np.float32)
-    _triangles(_centres(top, down, size), down / size, rows)
-    columns = np.zeros((n, width, size), np.float32)
-    centres = _centres(left, across, size)
-    centres = np.where(flips[:, None], centres[:, ::-1], centres)
-    _triangles(centres, across / size, columns.swapaxes(1, 2))
-    x = rows @ images.astype(np.float32).reshape(n, height, width * 3)  # (S, H) @ (H, W 3)
-    x = np.ascontiguousarray(x.reshape(n, size, width, 3).transpose(0, 3, 1, 2))  # (n, 3, S, W)
-    columns *= np.float32(1 / 255)
-    return (x.reshape(n, 3 * size, width) @ columns).reshape(n, 3, size, size)  # (3 S, W) @ (W, S)
+    taps, weight = _bands(top, down, np.zeros(n, bool), size, height)  # (n, b, T), (n, b, T, B)
+    x = images[which[:, None, None], taps].astype(np.float32)  # (n, b, T, W, 3)
+    x = x.reshape(*taps.shape, -1).swapaxes(2, 3)  # (n, b, W 3, T)
+    x = _side_by_side(x, weight).reshape(n, width, 3, -1)  # (n, W, 3, S)
+    taps, weight = _bands(left, across, flips, size, width)
+    weight *= np.float32(1 / 255)
+    x = x[np.arange(n)[:, None, None], taps].transpose(0, 3, 1, 4, 2)  # (n, 3, b, S, T)
+    x = _side_by_side(x, weight[:, None])  # (S, T) @ (T, B)
+    return np.ascontiguousarray(x[:, :, :size, :size])
 
 
-def _centres(start: np.ndarray, length: np.ndarray, size: int) -> np.ndarray:
-    """Where the output pixels lie in the input: (n, size)."""
-    step = (length / size)[:, None]
-    return start[:, None] + step * (np.arange(size, dtype=np.float32) + np.float32(0.5))
+def _side_by_side(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x @ weight, (..., b, M, T) @ (..., b, T, B), each product beside the last: (..., M, b B)."""
+    *outer, count, m, _ = x.shape
+    y = np.empty((*outer, m, count, weight.shape[-1]), np.float32)
+    np.matmul(x, weight, out=y.swapaxes(-3, -2))
+    return y.reshape(*outer, m, count * weight.shape[-1])
 
 
-def _triangles(centres: np.ndarray, scale: np.ndarray, into: np.ndarray) -> None:
-    """`resampling` about centres (n, S), added to the zeros `into` (n, S, n_in)."""
-    n, size, n_in = into.shape
-    reach = np.maximum(scale, 1)[:, None]  # input pixels to either side
-    first = np.floor(centres - reach + np.float32(0.5)).astype(np.intp)  # (n, S)
-    taps = np.arange(np.ceil(2 * reach.max()).astype(int))[:, None, None] + first  # (taps, n, S)
-    weights = 1 - np.abs(taps.astype(np.float32) + np.float32(0.5) - centres) / reach
-    weights = np.where((taps >= 0) & (taps < n_in), np.maximum(weights, 0), np.float32(0))
-    weights /= weights.sum(axis=0)
-    place = np.arange(n)[:, None], np.arange(size)
-    for pixel, weight in zip(np.clip(taps, 0, n_in - 1), weights, strict=True):
-        into[(*place, pixel)] += weight
+def _bands(
+    start: np.ndarray, length: np.ndarray, flips: np.ndarray, size: int, n_in: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`resampling` in blocks of B output pixels, which lie over T neighbouring input pixels: those
+    (n, b, T), and their weights (n, b, T, B). Past the end the last output pixel is repeated.
+    """
+    count = -(-size // BAND)
+    place = np.minimum(np.arange(count * -(-size // count)), size - 1)
+    place = np.where(flips[:, None], size - 1 - place, place).reshape(len(start), count, -1)
+    scale = (length / size)[:, None, None]
+    reach = np.maximum(scale, 1)  # input pixels to either side
+    centre = start[:, None, None] + scale * (place.astype(np.float32) + np.float32(0.5))
+    most = int(np.ceil(place.shape[2] * scale.max() + 2 * reach.max()))
+    first = np.floor(centre.min(axis=2, keepdims=True) - reach + np.float32(0.5))
+    first = first.clip(0, max(0, n_in - most))  # (n, b, 1)
+    tap = np.arange(min(most, n_in), dtype=np.float32)
+    # With the T outermost every operation goes over long rows.
+    weight = tap[:, None, None, None] - (centre - first - np.float32(0.5))  # (T, n, b, B)
+    np.abs(weight, out=weight)
+    np.subtract(reach, weight, out=weight)
+    np.maximum(weight, np.zeros_like(centre), out=weight)
+    weight /= weight.sum(axis=0)
+    return (first + tap).astype(np.intp), weight.transpose(1, 2, 0, 3)
+
+
+def _jitter(x: np.ndarray, factors: np.ndarray, orders: np.ndarray) -> None:
+    """colour_jitter of planes in place; where neighbours are due the same operation, at once."""
+    for place in range(4):
+        before = orders[:, : place + 1]
+        edges = np.flatnonzero((before[1:] != before[:-1]).any(axis=1)) + 1
+        for i, k in pairwise((0, *edges, len(x))):
+            if k > i:
+                kind = orders[i, place]
+                _JITTER[kind](x[i:k], factors[i:k, kind, None, None])
 
 
 def _brightness(x: np.ndarray, factor: np.ndarray) -> None:
@@ -176,16 +204,23 @@ def _grey(x: np.ndarray, chosen: np.ndarray) -> None:
 
 
 def _blur(x: np.ndarray, sigmas: np.ndarray) -> None:
-    """Both axes with the symmetric weights of `gaussian`, then divided by their sums."""
+    """As in _crop, blocks of B pixels are products of weights and the T pixels they are made of."""
     chosen, size = np.flatnonzero(sigmas), x.shape[2]
-    bell = np.zeros((len(chosen), 2 * size - 1), np.float32)  # by distance, -(size - 1) and up
-    near = slice(size - 1 - size // 10 // 2, size + size // 10 // 2)
-    distance = np.arange(1 - size, size, dtype=np.float32)[near]
-    bell[:, near] = np.exp(-0.5 * (distance / sigmas[chosen][:, None]) ** 2)
-    windows = np.lib.stride_tricks.sliding_window_view(bell, size, axis=1)
-    weight = np.ascontiguousarray(windows[:, ::-1])  # (m, S, S)
-    scale = 1 / np.einsum("nij->ni", weight)  # (m, S)
-    part = x[chosen].reshape(-1, 3 * size, size) @ weight  # (3 S, S) @ (S, S)
-    part = weight[:, None] @ part.reshape(-1, 3, size, size)  # (S, S) @ (S, S)
-    part *= (scale[:, :, None] * scale[:, None])[:, None]
-    x[chosen] = part
+    n, reach, count = len(chosen), size // 10 // 2, -(-size // BAND)
+    band = -(-size // count)
+    side, taps = count * band, band + 2 * reach
+    bell = np.zeros((n, taps + band - 1), np.float32)
+    distance = np.arange(-reach, reach + 1, dtype=np.float32)
+    bell[:, band - 1 : taps] = np.exp(-0.5 * (distance / sigmas[chosen][:, None]) ** 2)
+    weight = sliding_window_view(bell, taps, axis=1)[:, None, ::-1]  # (n, 1, B, T)
+    inside = np.pad(np.ones(size, np.float32), (reach, side + reach - size))
+    weight = weight * sliding_window_view(inside, taps)[::band, None]  # (n, b, B, T)
+    weight /= np.maximum(weight.sum(axis=3, keepdims=True), 1e-12)  # 0 only past the end
+
+    y = np.zeros((n, 3, side + 2 * reach, side + 2 * reach), np.float32)
+    y[:, :, reach : reach + size, reach : reach + size] = x[chosen]
+    windows = sliding_window_view(y, taps, 2)[:, :, ::band].swapaxes(3, 4)  # (n, 3, b, T, W)
+    y = (weight[:, None] @ windows).reshape(n, 3, side, side + 2 * reach)  # (B, T) @ (T, W)
+    windows = sliding_window_view(y, taps, 3)[:, :, :, ::band].swapaxes(2, 3)  # (n, 3, b, H, T)
+    y = _side_by_side(windows, weight[:, None].swapaxes(3, 4))  # (H, T) @ (T, B)
+    x[chosen] = y[:, :, :size, :size]
