@@ -115,7 +115,9 @@ SAMPLES = {
         for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
     ],
     "input_gradient": lambda: [
-        (g, randn(*s), *vectors(s, 4)) for s in ROWS for g in (randn(*s), spread(s))
+        (g, randn(*s), *vectors(s, 4), *spare)
+        for s in ROWS
+        for g, spare in ((randn(*s), ()), (spread(s), ()), (randn(*s), (randn(*s),)))
     ],
     "max_pool_output": lambda: pool_samples(backward=False),
     "max_pool_input_gradient": lambda: pool_samples(backward=True),

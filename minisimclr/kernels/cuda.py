@@ -77,9 +77,9 @@ def tile_sums(x: Array, *args: Any) -> Array:
     return part
 
 
-def apply(x: Array, *args: Any) -> Array:
+def apply(x: Array, *args: Any, out: Array | None = None) -> Array:
     grid, shape = tiles(x)
-    out = cupy().empty(x.shape, np.float32)
+    out = cupy().empty(x.shape, np.float32) if out is None else out
     launch("norm", "apply", grid, (CHANNELS, LANES), x, *args, out, *shape)
     return out
 
@@ -101,8 +101,8 @@ def cuda_gradient_sums(gy, x, mean, inv_std, y):
     return sum_g, sum_gd * inv_std, g
 
 
-def cuda_input_gradient(g, x, mean, scale, a, b):
-    return apply(x, mean, -b, -a, g, scale, 0)
+def cuda_input_gradient(g, x, mean, scale, a, b, out=None):
+    return apply(x, mean, -b, -a, g, scale, 0, out=out)
 
 
 def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:

@@ -231,20 +231,25 @@ def weight_gradient(gy: Array, x: Array, w_shape: tuple, padding: int, m: int) -
     def product(v: Array, t: Array, out: Array) -> Array:
         return np.matmul(v.transpose(0, 2, 1), t, out=out)  # (C, tiles) @ (tiles, O)
 
-    gu = np.zeros((ff, c, o), x.dtype)
     if c * o <= SMALL:
         # Each block ends with an addition of (f f, C, O) numbers, so it should not be too small.
         size = max(BLOCK, 6 * ff * c * o) // (source.tiles * ff * (c + o))
 
         def work(start: int, stop: int) -> Array:
-            total, part = np.zeros((2, ff, c, o), x.dtype)
+            total, part = np.empty((2, ff, c, o), x.dtype)
             for block in blocks(start, stop, size):
-                total += product(take_tiles(x[block], source), take_tiles(gy[block], target), part)
+                v, t = take_tiles(x[block], source), take_tiles(gy[block], target)
+                if block.start == start:
+                    product(v, t, total)
+                else:
+                    total += product(v, t, part)
             return total
 
-        for total in parallel(work, len(x)):
+        gu, *others = parallel(work, len(x))
+        for total in others:
             gu += total
     else:
+        gu = np.empty((ff, c, o), x.dtype)
         v, t = take_all(x, source), take_all(gy, target)
         parallel(lambda i, k: product(v[i:k], t[i:k], gu[i:k]), ff)
     _, g, _ = matrices(m)

@@ -76,9 +76,11 @@ def gradient_sums(
 
 
 @singledispatch
-def input_gradient(g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array) -> Array:
-    """gx = scale * g - a - b * (x - mean); vectors are (C,)"""
-    return scale * g - (a + b * (x - mean))
+def input_gradient(
+    g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
+) -> Array:
+    """gx = scale * g - a - b * (x - mean), into `out` if given; vectors are (C,)"""
+    return xp_of(g).subtract(scale * g, a + b * (x - mean), out=out)
 
 
 class BatchNorm(Function):
@@ -118,7 +120,8 @@ class BatchNorm(Function):
             a, b = (scale * sum_g / count, scale * sum_gx * self.inv_std / count)
             if not self.training:
                 a, b = a * 0, b * 0
-            gx = input_gradient(g, self.x, self.mean, scale, a, b)
+            out = g if g is not gy and len(self.needs) == 3 else None  # no residual wants it
+            gx = input_gradient(g, self.x, self.mean, scale, a, b, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
 
 
