@@ -22,7 +22,6 @@ from functools import cache
 from math import gcd
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from ..backend import Array
 from ..cores import parallel
@@ -91,11 +90,9 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     tiles = np.ascontiguousarray(tiles).view(x.dtype)
     wide = grid.matrix @ tiles.reshape(n, a, -1)  # (f, a) @ (a, height*row)
     s = row * wide.itemsize
-    slabs = as_strided(  # rows of tiles overlap in memory as they do in the image
-        wide,
-        (n, f, grid.rows, a, row),
-        (f * height * s, height * s, grid.step * s, s, wide.itemsize),
-    )
+    shape = n, f, grid.rows, a, row  # rows of tiles overlap in memory as they do in the image
+    strides = f * height * s, height * s, grid.step * s, s, wide.itemsize
+    slabs = np.ndarray(shape, x.dtype, wide, 0, strides)
     cells = out.reshape(f, f, n, grid.rows, row).transpose(2, 1, 3, 0, 4)  # (n, f, rows, f, row)
     np.matmul(grid.matrix, slabs, out=cells)  # (f, a) @ (a, row)
     return out.reshape(f * f, -1, c) if out.flags.c_contiguous else out
