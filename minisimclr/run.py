@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import checkpoint
+from . import __version__, checkpoint
 from .backend import choose_device
 from .config import TrainConfig
 from .cores import available_cores
@@ -110,7 +109,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         k: {"value": v, "origin": origins.get(k, "default")} for k, v in config.to_dict().items()
     }
     environment = {
-        "minisimclr": version("minisimclr"),
+        "minisimclr": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),

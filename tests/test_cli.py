@@ -205,6 +205,10 @@ def test_no_labels_train_and_say_why_there_is_no_probe(tmp_path):
     assert "training pictures of a data set" in (tmp_path / "a" / "report.html").read_text()
 
 
+def test_memory_that_runs_out_is_one_line():
+    fails(2, "out of memory: a smaller --batch-size", "profile", "--batch-size", 10**9)
+
+
 def test_debug_shows_where_an_error_comes_from():
     done = run("train", "--data", "/nonexistent/folder", "--debug")
     assert "Traceback" in done.stderr

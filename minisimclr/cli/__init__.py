@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
-    except (MinisimclrError, OSError, click.exceptions.Exit, click.ClickException) as error:
+    except (
+        MinisimclrError, OSError, MemoryError, click.exceptions.Exit, click.ClickException
+    ) as error:  # fmt: skip
         if debug:
             raise
         code = explain(error)
@@ -75,6 +77,8 @@ def explain(error: Exception | str, code: int = 1) -> int:
             return 0
         case MinisimclrError():
             text, code = str(error), error.exit_code
+        case MemoryError():  # NumPy's and CuPy's as well
+            text, code = f"out of memory: a smaller --batch-size or --image-size helps ({error})", 2
         case OSError():
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
         case _:

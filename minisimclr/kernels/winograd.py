@@ -90,9 +90,9 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     tiles = np.ascontiguousarray(tiles).view(x.dtype)
     wide = grid.matrix @ tiles.reshape(n, a, -1)  # (f, a) @ (a, height*row)
     s = row * wide.itemsize
-    shape = n, f, grid.rows, a, row  # rows of tiles overlap in memory as they do in the image
-    strides = f * height * s, height * s, grid.step * s, s, wide.itemsize
-    slabs = np.ndarray(shape, x.dtype, wide, 0, strides)
+    # Rows of tiles overlap in memory as they do in the image.
+    steps = f * height * s, height * s, grid.step * s, s, wide.itemsize
+    slabs = np.ndarray((n, f, grid.rows, a, row), x.dtype, wide, 0, steps)
     cells = out.reshape(f, f, n, grid.rows, row).transpose(2, 1, 3, 0, 4)  # (n, f, rows, f, row)
     np.matmul(grid.matrix, slabs, out=cells)  # (f, a) @ (a, row)
     return out.reshape(f * f, -1, c) if out.flags.c_contiguous else out

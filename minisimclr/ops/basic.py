@@ -6,7 +6,6 @@ NumPy, and a gradient is summed back over the axes that were stretched.
 
 from __future__ import annotations
 
-from functools import singledispatch
 from typing import Any
 
 from ..backend import Array, xp_of
@@ -95,13 +94,6 @@ class Log(Function):
         return gy / self.x
 
 
-@singledispatch
-def relu_output(x: Array) -> Array:
-    """max(x, 0)"""
-    return xp_of(x).maximum(x, 0)
-
-
-@singledispatch
 def relu_gradient(gy: Array, y: Array) -> Array:
     """gy where the output y was positive, else 0"""
     return gy * (y > 0)
@@ -111,7 +103,7 @@ class ReLU(Function):
     """max(x, 0); saves its output, which the next layer keeps anyway"""
 
     def forward(self, x):
-        self.y = relu_output(x)
+        self.y = xp_of(x).maximum(x, 0)
         return self.y
 
     def backward(self, gy):

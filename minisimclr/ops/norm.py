@@ -117,9 +117,8 @@ class BatchNorm(Function):
             scale = self.gamma * self.inv_std
             count = gy.size // gy.shape[-1]  # M
             # In evaluation the statistics are constants: x does not reach y through them.
-            a, b = (scale * sum_g / count, scale * sum_gx * self.inv_std / count)
-            if not self.training:
-                a, b = a * 0, b * 0
+            shared = scale / count if self.training else 0 * scale
+            a, b = shared * sum_g, shared * sum_gx * self.inv_std
             out = g if g is not gy and len(self.needs) == 3 else None  # no residual wants it
             gx = input_gradient(g, self.x, self.mean, scale, a, b, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
