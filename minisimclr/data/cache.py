@@ -34,7 +34,7 @@ from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
 BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
-CHUNK = 32  # pictures in a message to a worker
+CHUNK, STEPS = 128, 50  # pictures in a message to a worker, at most; messages, at least
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
 
@@ -106,7 +106,7 @@ def fill(
     digests, bad, done = [b""] * total, {}, 0
     work = partial(make, Path(file.name), start)
     workers = min(available_cores(), total // PER_WORKER)
-    for made, failed in parallel_map(work, chunks(plan.jobs(size)), workers):
+    for made, failed in parallel_map(work, chunks(plan.jobs(size), total), workers):
         for row, digest in made:
             digests[row] = digest
         for row, reason in failed:
@@ -129,9 +129,9 @@ def fill(
     return {}
 
 
-def chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:
     jobs = iter(jobs)
-    while chunk := list(islice(jobs, CHUNK)):
+    while chunk := list(islice(jobs, max(1, min(CHUNK, total // STEPS)))):
         yield chunk
 
 
