@@ -21,6 +21,15 @@ def setting(default: Any, help: str, low: float | None = None, choices: tuple[st
 ENCODERS = ("resnet_small", "resnet10", "resnet18", "resnet34", "resnet50")
 
 
+def first_layers(stem: str, encoder: str, image_size: int) -> str:
+    """The stem that is meant by "auto"; any other is itself."""
+    if stem != "auto":
+        return stem
+    if encoder == "resnet_small":
+        return "small"
+    return "cifar" if image_size <= 48 else "imagenet"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `pretrain`. Raises ConfigError that lists every bad value."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from . import tensor
 from .backend import choose_device, peak_memory, synchronize, to_device, xp_of
+from .config import first_layers
 from .cores import set_threads, threaded_blas, threads
 from .errors import ConfigError
 from .files import write_bytes
@@ -37,7 +38,7 @@ WARMUP, BATCHES = 2, 3  # untimed steps; input batches taken in turn, so that no
 
 def profile(
     encoder: str = "resnet18",
-    stem: str = "cifar",
+    stem: str = "auto",
     width: int = 0,
     image_size: int = 32,
     batch_size: int = 64,
@@ -58,6 +59,7 @@ def profile(
             raise ConfigError(f"{name} must be at least {least}, not {value}")
     set_threads(thread_count)
     device, _ = choose_device(device)
+    stem = first_layers(stem, encoder, image_size)
     model = Model.build(encoder, stem, width, seed=0)
     for _, module in model.parts():
         module.to(device)

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import __version__, checkpoint
 from .backend import choose_device
-from .config import TrainConfig
+from .config import TrainConfig, first_layers
 from .cores import available_cores
 from .errors import DataError, OutputError
 from .files import sync, write_bytes
@@ -65,10 +65,7 @@ class Run:
 
 def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
     """A run at step 0 that nothing has been written of."""
-    stem = config.stem
-    if stem == "auto":
-        small = "small" if config.encoder == "resnet_small" else "cifar"
-        stem = small if config.image_size <= 48 or small == "small" else "imagenet"
+    stem = first_layers(config.stem, config.encoder, config.image_size)
     model = Model.build(config.encoder, stem, config.width, config.seed)
     for _, module in model.parts():
         module.to(device)

@@ -286,3 +286,10 @@ def test_profile(tmp_path):
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"X"}
     assert len(events) == sum(r["calls"] for r in result["ops"])
+
+
+def test_profile_has_the_network_that_is_trained():
+    options = ("--image-size", 16, "--batch-size", 4, "--steps", 1, "--json")
+    for encoder, stem in (("resnet_small", "small"), ("resnet10", "cifar")):
+        done = run("profile", "--encoder", encoder, "--width", 4, *options)
+        assert json.loads(done.stdout)["stem"] == stem

@@ -7,12 +7,13 @@ import click
 from ..config import TrainConfig
 from .options import json_option, write_json
 
-ENCODERS = TrainConfig.__dataclass_fields__["encoder"].metadata["choices"]
+FIELDS = TrainConfig.__dataclass_fields__
+CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("encoder", "stem")}
 
 
 @click.command()
-@click.option("--encoder", type=click.Choice(ENCODERS), default="resnet18", help="Network.")
-@click.option("--stem", type=click.Choice(("cifar", "imagenet", "small")), default="cifar")
+@click.option("--encoder", type=CHOICE["encoder"], default="resnet18", help="Network.")
+@click.option("--stem", type=CHOICE["stem"], default="auto", help="First layers.")
 @click.option("--width", default=0, help="Channels of the first stage; 0: the encoder's own.")
 @click.option("--image-size", default=32, help="Side of the views, in px.")
 @click.option("--batch-size", default=64, help="Images in a step; each has two views.")
