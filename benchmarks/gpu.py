@@ -156,7 +156,11 @@ def kernels(sizes: Sizes) -> list[dict]:
         pooled = [pool.max_pool_output(each, *window) for each in x]
         cases = {
             conv.unfold: ([(x[i][: few[0]], *around) for i in range(TURNS)], "3x3", 10 / 8),
-            conv.fold: ([(patches[i], few, *around) for i in range(TURNS)], "3x3", 10 / 8),
+            conv.fold: (
+                [(patches[i], g[i][: few[0]], *around) for i in range(TURNS)],
+                "3x3",
+                10 / 8,
+            ),
             pool.max_pool_output: ([(each, *window) for each in x], "3x3/2", 1.3),
             pool.max_pool_input_gradient: ([(*p, shape, *window) for p in pooled], "3x3/2", 1.3),
         }

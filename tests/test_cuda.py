@@ -84,7 +84,7 @@ def folded():
     for x, kernel, stride, padding, size in unfolded():
         rows, numbers = len(x) * size[0] * size[1], kernel[0] * kernel[1] * x.shape[3]
         patches = rng.standard_normal((rows, numbers), np.float32)
-        yield patches, x.shape, kernel, stride, padding, size
+        yield patches, np.full_like(x, 7), kernel, stride, padding, size
 
 
 def multiplied():

@@ -123,9 +123,8 @@ def cuda_unfold(x, kernel, stride, padding, size):
     return for_each_row("conv", name, x, out, geometry=geometry)
 
 
-def cuda_fold(patches, x_shape, *geometry):
-    out = cupy().empty(x_shape, np.float32)
-    return for_each_row("conv", "fold", patches, out, geometry=(x_shape[1:], *geometry))
+def cuda_fold(patches, out, *geometry):
+    return for_each_row("conv", "fold", patches, out, geometry=(out.shape[1:], *geometry))
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):

@@ -44,17 +44,19 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
 
 
 @singledispatch
-def fold(patches: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
-    """The transpose of `unfold`: each pixel of (N, H, W, C) sums what its patches hold of it."""
-    xp = xp_of(patches)
+def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
+    """The transpose of `unfold`, into `out`: each pixel of (N, H, W, C) sums what its patches hold
+    of it.
+    """
     (kh, kw), (sh, sw), (ph, pw), (oh, ow) = kernel, stride, padding, size
-    n, h, w, c = x_shape
+    n, h, w, c = out.shape
     patches = patches.reshape(n, oh, ow, kh, kw, c)
-    x = xp.zeros((n, h + 2 * ph, w + 2 * pw, c), patches.dtype)
+    x = xp_of(patches).zeros((n, h + 2 * ph, w + 2 * pw, c), patches.dtype)
     for i in range(kh):
         for j in range(kw):
             x[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += patches[:, :, :, i, j]
-    return x[:, ph : ph + h, pw : pw + w]
+    out[...] = x[:, ph : ph + h, pw : pw + w]
+    return out
 
 
 def image_blocks(x: Array, row_size: int) -> list[slice]:
@@ -88,7 +90,7 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
             matmul(g, matrix.T, gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
         else:
             patches = matmul(g, matrix.T)  # (n*OH*OW, KH*KW*C)
-            gx[block] = fold(patches, gx[block].shape, w.shape[:2], stride, padding, size)
+            fold(patches, gx[block], w.shape[:2], stride, padding, size)
     return gx
 
 
