@@ -31,7 +31,8 @@ def apply_views_sorted(
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
     )
     jittered = (factors != (1, 1, 1, 0)).any(axis=1)  # (2N,)
-    rows = np.lexsort((*orders.T[::-1], jittered))  # by order; those that stay as they are first
+    places = np.argsort(orders, axis=1)  # of each operation; that of the dearest, hue, sorts first
+    rows = np.lexsort((*places.T, jittered))  # after those that stay as they are
     still, rest = np.split(rows, [2 * n - np.count_nonzero(jittered)])
     halves = [np.array_split(part, threads()) for part in (still, rest)]
     shares = [np.concatenate(pair) for pair in zip(*halves, strict=True)]  # of equal work
@@ -43,7 +44,8 @@ def apply_views_sorted(
                 i = share[block]
                 x = _crop(images, i % n, boxes[i], flips[i], size)
                 moving = np.flatnonzero(jittered[i])
-                _jitter(x[len(i) - len(moving) :], factors[i[moving]], orders[i[moving]])
+                if len(moving):
+                    _jitter(x[moving[0] :], factors[i[moving]], orders[i[moving]])
                 _grey(x, np.flatnonzero(greys[i]))
                 if size > SMALL:
                     _blur(x, sigmas[i])
@@ -72,9 +74,10 @@ def _interleaved(x: np.ndarray) -> np.ndarray:
     """Planes (n, 3, S, S), cut to [0, 1], as (n, S, S, 3): a channel at a time, as NumPy is slow
     at all three.
     """
+    np.clip(x, 0, 1, out=x)
     y = np.empty((len(x), *x.shape[2:], 3), np.float32)
     for channel in range(3):
-        np.clip(x[:, channel], 0, 1, out=y[..., channel])
+        y[..., channel] = x[:, channel]
     return y
 
 
@@ -130,13 +133,9 @@ def _bands(
 
 def _jitter(x: np.ndarray, factors: np.ndarray, orders: np.ndarray) -> None:
     """colour_jitter of planes in place; where neighbours are due the same operation, at once."""
-    for place in range(4):
-        before = orders[:, : place + 1]
-        edges = np.flatnonzero((before[1:] != before[:-1]).any(axis=1)) + 1
-        for i, k in pairwise((0, *edges, len(x))):
-            if k > i:
-                kind = orders[i, place]
-                _JITTER[kind](x[i:k], factors[i:k, kind, None, None])
+    for kinds in orders.T:  # (n,), at each place
+        for i, k in pairwise((0, *np.flatnonzero(np.diff(kinds)) + 1, len(x))):
+            _JITTER[kinds[i]](x[i:k], factors[i:k, kinds[i], None, None])
 
 
 def _brightness(x: np.ndarray, factor: np.ndarray) -> None:
@@ -182,7 +181,9 @@ def _hue(x: np.ndarray, turns: np.ndarray) -> None:
     sixths += spread
     sixths -= lowest
     sixths /= np.clip(spread, 1e-12, 1)
-    np.copysign(sixths, green - blue, out=sixths)
+    # What copysign does where nothing is negative, in less than half its time.
+    sign = (green - blue).view(np.uint32) & np.uint32(1 << 31)
+    np.bitwise_xor(sixths.view(np.uint32), sign, out=sixths.view(np.uint32))
     sixths += 6 * turns
     sixths -= 6 * np.floor(sixths / 6)  # in [0, 6)
     for plane, opposite in ((red, 3), (green, 2), (blue, 4)):
