@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ def available_cores() -> int:
 
 
 _threads = available_cores()
-_helpers: list[Thread] = []
-_tasks: SimpleQueue = SimpleQueue()  # (work, part, place, done), None to end a helper
+_workers: list[Thread] = []
+_tasks: SimpleQueue = SimpleQueue()  # (work, part, place, done); None ends a worker
+_in_use = Lock()  # of the workers
 
 
 def threads() -> int:
@@ -41,11 +42,12 @@ def set_threads(n: int) -> None:
     global _threads
     if n < 0:
         raise ConfigError(f"threads must be at least 0, not {n}")
-    _threads = n = n or available_cores()
-    while len(_helpers) >= n:
-        _tasks.put(None)
-        _helpers.pop()
-    _set_blas_threads(n)
+    with _in_use:
+        _threads = n = n or available_cores()
+        while len(_workers) >= n:
+            _tasks.put(None)
+            _workers.pop()
+        _set_blas_threads(n)
 
 
 def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
@@ -53,40 +55,81 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
     order.
 
     Parts are multiples of `block` long (but for the last). Results must not depend on how many
-    parts there are if a run is to be repeatable with another thread count. Do not nest.
+    parts there are if a run is to be repeatable with another thread count. Where the threads are
+    taken, by another thread or by the caller of `work`, it does all parts itself.
     """
-    size = block * -(-n // (block * _threads))
-    parts = [(start, min(n, start + size)) for start in range(0, n, size)]
-    if len(parts) == 1:
-        return [work(*parts[0])]
-    while len(_helpers) < _threads - 1:
-        _helpers.append(Thread(target=_help, name="minisimclr", daemon=True))
-        _helpers[-1].start()
-    _set_blas_threads(1)
-    done: SimpleQueue = SimpleQueue()
-    for place, part in enumerate(parts[1:]):
-        _tasks.put((work, part, place, done))
+    size = max(block, block * -(-n // (block * _threads)))
+    parts = [(start, min(n, start + size)) for start in range(0, n, size)] or [(0, 0)]
+    if len(parts) == 1 or not _in_use.acquire(blocking=False):
+        return [work(*part) for part in parts]
     try:
+        return _side_by_side(work, parts)
+    finally:
+        _in_use.release()
+
+
+def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]]) -> list[Any]:
+    while len(_workers) < len(parts) - 1:
+        worker = Thread(target=_serve, args=(_tasks,), name="minisimclr", daemon=True)
+        worker.start()
+        _workers.append(worker)
+    _set_blas_threads(1)
+    outcomes: list[Any] = [None] * (len(parts) - 1)  # (result, error) of each
+    done: SimpleQueue = SimpleQueue()
+    sent = 0
+    try:
+        for part in parts[1:]:
+            _tasks.put((work, part, outcomes, sent, done))
+            sent += 1
         first = work(*parts[0])
     finally:  # after an error too: nobody writes into arrays that others reuse
-        rest = sorted((done.get() for _ in parts[1:]), key=lambda outcome: outcome[0])
-    for _, _, error in rest:
-        if error is not None:
-            raise error
-    return [first, *(result for _, result, _ in rest)]
-
-
-def _help() -> None:
-    """A helper's life. The executor of the standard library does the same, but takes 40 us more for
-    each handing over, and a training step has 75 of them.
-    """
-    while (task := _tasks.get()) is not None:
-        work, part, place, done = task
+        _wait_for(outcomes, sent, done)
+    errors = [error for _, error in outcomes if error is not None]
+    if errors:
         try:
-            done.put((place, work(*part), None))
+            raise errors[0]
+        finally:
+            del errors, outcomes  # else the error holds this frame, and this frame the error
+    return [first, *(result for result, _ in outcomes)]
+
+
+def _wait_for(outcomes: list, count: int, done: SimpleQueue) -> None:
+    """Until the first `count` are there; Ctrl-C has to wait as well, and may swallow a notice."""
+    interrupt = None
+    while True:
+        try:
+            while any(outcome is None for outcome in outcomes[:count]):
+                done.get()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _serve(tasks: SimpleQueue) -> None:
+    """The life of a worker. The executor of the standard library would do, but takes 10 to 40 us
+    more for each handing over, and a training step has 70 to 200 of them.
+    """
+    while (task := tasks.get()) is not None:
+        work, part, outcomes, place, done = task
+        try:
+            outcomes[place] = work(*part), None
         except BaseException as error:
-            done.put((place, None, error))
-        del task, work, done  # and the arrays they hold
+            outcomes[place] = None, error
+        done.put(None)
+        del task, work, outcomes, done  # and the arrays they hold
+
+
+def _forget_workers() -> None:
+    """In the child of a fork, where there are none of these threads."""
+    global _tasks, _in_use
+    _tasks, _in_use = SimpleQueue(), Lock()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 @cache

@@ -9,8 +9,10 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -333,6 +335,60 @@ def test_parallel_waits_for_all_before_it_raises():
     cores.set_threads(2)
     try:
         with pytest.raises(ConfigError, match="first part"):
+            cores.parallel(work, 4)
+        assert done == [2]
+    finally:
+        cores.set_threads(cores.available_cores())
+
+
+def test_threads_that_are_taken_are_not_waited_for():
+    """Within `work`, in another thread, and in the child of a fork."""
+
+    def count(start, stop):
+        return stop - start
+
+    def nested(start, stop):
+        return sum(cores.parallel(count, 10))
+
+    cores.set_threads(2)
+    try:
+        assert cores.parallel(nested, 4) == [10, 10]
+        results = []
+        others = [
+            threading.Thread(target=lambda: results.append(cores.parallel(nested, 4)))
+            for _ in range(8)
+        ]
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join(20)
+        assert results == [[10, 10]] * 8
+        child = os.fork() if hasattr(os, "fork") else -1
+        if child == 0:
+            os._exit(0 if cores.parallel(count, 4) == [2, 2] else 1)
+        if child > 0:
+            end = time.monotonic() + 20
+            while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < end:
+                time.sleep(0.01)
+            if time.monotonic() >= end:
+                os.kill(child, signal.SIGKILL)
+                pytest.fail("the child of a fork hangs")
+    finally:
+        cores.set_threads(cores.available_cores())
+
+
+def test_an_interrupt_waits_for_the_others():
+    done = []
+
+    def work(start, stop):
+        if start:
+            time.sleep(0.3)
+            done.append(start)
+
+    cores.set_threads(2)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
             cores.parallel(work, 4)
         assert done == [2]
     finally:

@@ -111,6 +111,27 @@ def test_batch_norm(relu, training, residual, shape):
         np.testing.assert_allclose(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_batch_norm_writes_only_into_its_own(relu, residual):
+    """In float32, where it may run in place, with a gradient that others need as well."""
+
+    def gradients(dtype):
+        shapes = ((8, 3, 5, 6), (6,), (6,), (8, 3, 5, 6))
+        x, gamma, beta, r = leaves = [
+            Tensor(randn(*shape, seed=i).astype(dtype), True) for i, shape in enumerate(shapes)
+        ]
+        h, extra = x * 2.0, r * 2.0 if residual else None
+        y = h + batch_norm(h, gamma, beta, running(6), True, residual=extra, relu=relu)
+        gy = randn(*shapes[0], seed=4).astype(dtype)
+        gy.flags.writeable = False
+        y.backward(gy)
+        return [leaf.grad for leaf in leaves[: 4 if residual else 3]]
+
+    for ours, exact in zip(gradients(np.float32), gradients(np.float64), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-3, atol=1e-4)
+
+
 def test_batch_norm_matches_torch_with_running_statistics():
     torch = pytest.importorskip("torch")
     x = randn(4, 5, 5, 3)

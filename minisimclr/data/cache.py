@@ -34,7 +34,8 @@ from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
 BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
-CHUNK, STEPS = 128, 50  # pictures in a message to a worker, at most; messages, at least
+CHUNK = 128  # pictures in a message to a worker, at most
+CHUNKS = 50  # messages, at least, if there are as many pictures: progress should be seen
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
 
@@ -130,8 +131,9 @@ def fill(
 
 
 def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:
+    """`total` jobs in lists, each for one message."""
     jobs = iter(jobs)
-    while chunk := list(islice(jobs, max(1, min(CHUNK, total // STEPS)))):
+    while chunk := list(islice(jobs, max(1, min(CHUNK, total // CHUNKS)))):
         yield chunk
 
 

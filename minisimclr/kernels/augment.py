@@ -1,12 +1,13 @@
 """Augmentation on the CPU: as few passes over as few numbers, in as few calls, as NumPy allows.
 
 Channels lie in planes (n, 3, S, S), so every operation runs over contiguous numbers, mostly in
-place. Resizing and blur are matrix products, of blocks of BAND output pixels and no more than the
+place. Resizing and blur are matrix products, of blocks of output pixels and no more than the
 input pixels under them: a product with all of them is three to six times as large. The hue comes
 from a formula without cases, because choosing elementwise costs NumPy more than arithmetic. And
 views are sorted by the order of their colour operations, so that each is one call for many: two
 threads that make many short calls spend their time waiting for the interpreter's lock.
-Views do not depend on each other, so results do not depend on grouping or threads.
+Views do not depend on each other, so from 8 px on results do not depend on grouping or threads, to
+the bit.
 """
 
 from itertools import pairwise
@@ -18,8 +19,8 @@ from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks
 
-GROUP = 1 << 19  # numbers in a block of views
-BAND = 16  # output pixels that are made of the same input pixels: a cache line of weights
+GROUP = 800_000  # numbers in a block of views, or of the pictures they are made of
+BAND = 16  # output pixels in a block, at most: a cache line of weights
 
 
 @apply_views.register(np.ndarray)
@@ -40,7 +41,7 @@ def apply_views_sorted(
 
     def work(start: int, stop: int) -> None:
         for share in shares[start:stop]:
-            for block in blocks(0, len(share), GROUP // (3 * size**2)):
+            for block in blocks(0, len(share), views_in_block(images, size)):
                 i = share[block]
                 x = _crop(images, i % n, boxes[i], flips[i], size)
                 moving = np.flatnonzero(jittered[i])
@@ -62,12 +63,16 @@ def crop_resize_planes(
     out = np.empty((len(images), size, size, 3), np.float32)
 
     def work(start: int, stop: int) -> None:
-        for i in blocks(start, stop, GROUP // (3 * size**2)):
+        for i in blocks(start, stop, views_in_block(images, size)):
             each = np.arange(i.start, i.stop)
             out[i] = _interleaved(_crop(images, each, boxes[i], flips[i], size))
 
     parallel(work, len(images))
     return out
+
+
+def views_in_block(images: np.ndarray, size: int) -> int:
+    return GROUP // (3 * max(images[0, ..., 0].size, size**2))
 
 
 def _interleaved(x: np.ndarray) -> np.ndarray:

@@ -28,8 +28,9 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
             np.copyto(best, views[0])
             for view in views[1:]:
                 np.maximum(best, view, out=best)
-            # The first window pixel that equals the maximum is the one of highest rank.
-            rank, equal = np.zeros(best.shape, np.uint8), np.empty(best.shape, bool)
+            # The first window pixel that equals the maximum is the one of highest rank; where none
+            # does, as the maximum is no number, it is the last.
+            rank, equal = np.ones(best.shape, np.uint8), np.empty(best.shape, bool)
             for k, view in enumerate(views):
                 np.equal(view, best, out=equal)
                 ranked = equal.view(np.uint8)

@@ -15,10 +15,10 @@ def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], 
 
     def register(version: Callable) -> Callable:
         @wraps(version)
-        def choose(*args: Any) -> Any:
-            arrays = (a for a in args if isinstance(a, kind))
+        def choose(*args: Any, **named: Any) -> Any:
+            arrays = (a for a in (*args, *named.values()) if isinstance(a, kind))
             plain = all(a.dtype == np.float32 for a in arrays if a.dtype.kind == "f")
-            return (version if plain else reference.dispatch(object))(*args)
+            return (version if plain else reference.dispatch(object))(*args, **named)
 
         return reference.register(kind)(choose)
 

@@ -22,7 +22,7 @@ from ..tensor import Function, Tensor
 from .basic import concatenate
 
 NORM_FLOOR = 1e-12  # a zero vector stays zero when it is normalised
-BLOCK = 1 << 22  # similarities in memory at a time: all of them up to V = 2048
+BLOCK = 1 << 22  # similarities in a block: all of them up to V = 2048
 
 
 def normalize(z: Array) -> tuple[Array, Array]:
@@ -44,7 +44,9 @@ def log_softmax(s: Array) -> Array:
 
 
 def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, Array]]:
-    """The matrix s, some rows i at a time: i, where in them the partners are, and s[i] (b, V)."""
+    """s (V, V) of u (V, D), b rows at a time: their slice i, the index (b,), (b,) of their partners
+    in them, and s[i] (b, V).
+    """
     xp, views = xp_of(u), len(u)
     partner, step = partners(views, xp), max(1, BLOCK // views)
     for start in range(0, views, step):

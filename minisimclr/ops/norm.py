@@ -79,7 +79,9 @@ def gradient_sums(
 def input_gradient(
     g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
 ) -> Array:
-    """gx = scale * g - a - b * (x - mean), into `out` if given; vectors are (C,)"""
+    """gx = scale * g - a - b * (x - mean); vectors are (C,). Into `out` if given, which lies in one
+    piece and may be g.
+    """
     return xp_of(g).subtract(scale * g, a + b * (x - mean), out=out)
 
 
@@ -117,9 +119,10 @@ class BatchNorm(Function):
             scale = self.gamma * self.inv_std
             count = gy.size // gy.shape[-1]  # M
             # In evaluation the statistics are constants: x does not reach y through them.
-            shared = scale / count if self.training else 0 * scale
-            a, b = shared * sum_g, shared * sum_gx * self.inv_std
-            out = g if g is not gy and len(self.needs) == 3 else None  # no residual wants it
+            of_mean = scale / count if self.training else 0 * scale
+            a, b = of_mean * sum_g, of_mean * sum_gx * self.inv_std
+            # Behind ReLU g is ours to write over, unless it is the gradient of a residual as well.
+            out = g if self.relu and len(self.needs) == 3 else None
             gx = input_gradient(g, self.x, self.mean, scale, a, b, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
 

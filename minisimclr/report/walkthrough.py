@@ -53,8 +53,7 @@ class Walk:
     @property
     def s(self) -> np.ndarray:
         """Cosines over temperature (V, V), -inf on the diagonal."""
-        ((_, _, s),) = similarities(self.seen["u"], TEMPERATURE)
-        return s
+        return np.concatenate([s for _, _, s in similarities(self.seen["u"], TEMPERATURE)])
 
     @property
     def p(self) -> np.ndarray:
