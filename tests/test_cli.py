@@ -1,5 +1,6 @@
 """The command line as a user meets it: a real process, its output, its exit code."""
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 import minisimclr
+from minisimclr.cli.display import Display
 from minisimclr.config import TrainConfig
 
 SMALL = [
@@ -203,6 +205,32 @@ def test_no_labels_train_and_say_why_there_is_no_probe(tmp_path):
     done = run("report", tmp_path / "run", "--out", tmp_path / "a" / "report.html")
     assert done.returncode == 0, done.stderr
     assert "training pictures of a data set" in (tmp_path / "a" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 140])
+def test_a_bar_fits_its_terminal(columns, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def fileno(self):
+            return 2
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+    display = Display()
+    for step in range(1, 4):
+        figures = {"loss": 5.0, "chance": 5.541, "accuracy": 0.3, "views_per_second": 1234.0}
+        display.on_step(step=step, steps=620, **figures)
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", sys.stderr.getvalue()))
+    assert max(map(len, lines)) <= columns
+    assert ("loss 5.000" in lines[-1]) == (columns >= 80)
+
+
+def test_no_command_shows_them_all():
+    done = run()
+    assert done.returncode == 2 and done.stderr.startswith("Usage: minisimclr")
+    assert "walkthrough  " in done.stderr and done.stderr.count("\n") > 20
 
 
 def test_memory_that_runs_out_is_one_line():

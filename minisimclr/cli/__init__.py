@@ -70,6 +70,9 @@ def explain(error: Exception | str, code: int = 1) -> int:
     match error:
         case click.exceptions.Exit():
             return error.exit_code
+        case click.ClickException() if error.format_message().startswith("Usage"):
+            click.echo(error.format_message(), err=True)  # no command was given
+            return error.exit_code
         case click.ClickException():
             text, code = error.format_message(), error.exit_code
         case BrokenPipeError():  # the reader, such as `head`, has seen enough

@@ -1,5 +1,6 @@
 """What a training run says while it works: a bar on a terminal, one line an epoch elsewhere."""
 
+import os
 import sys
 from typing import Any
 
@@ -36,11 +37,17 @@ class Display:
             if done >= total and label not in ("training", "preparing data"):
                 self.say(f"{label}: {total:,} done")
             return
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        width = 24 if columns >= 100 else 10
         if self.bar is None or self.bar.label != label:
             self.close_bar()
             self.bar = click.progressbar(
-                length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=24
+                length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=width
             )
+        while len(item) > max(
+            0, columns - len(label) - width - 26
+        ):  # else each step has a new line
+            item = item.rpartition("  ")[0]
         self.bar.update(done - self.bar.pos, item)
         if done >= total:
             self.close_bar()

@@ -87,6 +87,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         show_probe(run)
     except DataError as error:  # training without labels is what this is for
         click.echo(f"note: {error}", err=True)
+    click.echo(f"to see more: minisimclr report {run.path}", err=True)
     return 0
 
 

@@ -236,7 +236,9 @@ def load(path: Path) -> Dataset:
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over
-        raise DataError(f"{path}: no minisimclr cache can be read there ({error})") from error
+        raise DataError(
+            f"{path}: no minisimclr cache can be read there ({error}); of pictures, name the folder"
+        ) from error
 
 
 def fits(dataset: Dataset) -> bool:
