@@ -10,7 +10,8 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from contextvars import copy_context
+from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -28,7 +29,7 @@ def available_cores() -> int:
 
 _threads = available_cores()
 _workers: list[Thread] = []
-_tasks: SimpleQueue = SimpleQueue()  # (work, part, place, done); None ends a worker
+_tasks: SimpleQueue = SimpleQueue()  # (work, outcomes, place, done); None ends a worker
 _in_use = Lock()  # of the workers
 
 
@@ -51,8 +52,8 @@ def set_threads(n: int) -> None:
 
 
 def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
-    """Call work(start, stop) on contiguous parts of range(n), one part a thread; their results in
-    order.
+    """Call work(start, stop) on contiguous parts of range(n), one part a thread, in the caller's
+    context; their results in order.
 
     Parts are multiples of `block` long (but for the last). Results must not depend on how many
     parts there are if a run is to be repeatable with another thread count. Where the threads are
@@ -79,7 +80,7 @@ def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]])
     sent = 0
     try:
         for part in parts[1:]:
-            _tasks.put((work, part, outcomes, sent, done))
+            _tasks.put((partial(copy_context().run, work, *part), outcomes, sent, done))
             sent += 1
         first = work(*parts[0])
     finally:  # after an error too: nobody writes into arrays that others reuse
@@ -112,9 +113,9 @@ def _serve(tasks: SimpleQueue) -> None:
     more for each handing over, and a training step has 70 to 200 of them.
     """
     while (task := tasks.get()) is not None:
-        work, part, outcomes, place, done = task
+        work, outcomes, place, done = task
         try:
-            outcomes[place] = work(*part), None
+            outcomes[place] = work(), None
         except BaseException as error:
             outcomes[place] = None, error
         done.put(None)

@@ -154,6 +154,7 @@ def train(
     open_steps: deque[tuple[Step, dict, dict]] = deque()
     mark = 0.0  # when the step before was read
     with (
+        np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("a") as metrics,
         (run.path / "timings.jsonl").open("a") as timings,

@@ -227,6 +227,13 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     assert ("loss 5.000" in lines[-1]) == (columns >= 80)
 
 
+def test_divergence_is_said_once(pictures, tmp_path):
+    out, settings = tmp_path / "run", [*SMALL[:-1], "2"]
+    done = run("train", "--data", pictures, "--out", out, *settings, "--lr", 1e12)
+    assert done.returncode == 5
+    assert "diverged at step" in done.stderr and "Warning" not in done.stderr
+
+
 def test_no_command_shows_them_all():
     done = run()
     assert done.returncode == 2 and done.stderr.startswith("Usage: minisimclr")

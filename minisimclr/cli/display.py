@@ -44,9 +44,8 @@ class Display:
             self.bar = click.progressbar(
                 length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=width
             )
-        while len(item) > max(
-            0, columns - len(label) - width - 26
-        ):  # else each step has a new line
+        room = max(0, columns - len(label) - width - 26)
+        while len(item) > room:  # a bar that is wider than its line starts a new one at each step
             item = item.rpartition("  ")[0]
         self.bar.update(done - self.bar.pos, item)
         if done >= total:
