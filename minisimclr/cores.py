@@ -30,7 +30,7 @@ def available_cores() -> int:
 _threads = available_cores()
 _workers: list[Thread] = []
 _tasks: SimpleQueue = SimpleQueue()  # (work, outcomes, place, done); None ends a worker
-_in_use = Lock()  # of the workers
+_busy = Lock()  # held while the workers work
 
 
 def threads() -> int:
@@ -43,7 +43,7 @@ def set_threads(n: int) -> None:
     global _threads
     if n < 0:
         raise ConfigError(f"threads must be at least 0, not {n}")
-    with _in_use:
+    with _busy:
         _threads = n = n or available_cores()
         while len(_workers) >= n:
             _tasks.put(None)
@@ -61,12 +61,12 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
     """
     size = max(block, block * -(-n // (block * _threads)))
     parts = [(start, min(n, start + size)) for start in range(0, n, size)] or [(0, 0)]
-    if len(parts) == 1 or not _in_use.acquire(blocking=False):
+    if len(parts) == 1 or not _busy.acquire(blocking=False):
         return [work(*part) for part in parts]
     try:
         return _side_by_side(work, parts)
     finally:
-        _in_use.release()
+        _busy.release()
 
 
 def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]]) -> list[Any]:
@@ -124,8 +124,8 @@ def _serve(tasks: SimpleQueue) -> None:
 
 def _forget_workers() -> None:
     """In the child of a fork, where there are none of these threads."""
-    global _tasks, _in_use
-    _tasks, _in_use = SimpleQueue(), Lock()
+    global _tasks, _busy
+    _tasks, _busy = SimpleQueue(), Lock()
     _workers.clear()
 
 

@@ -72,7 +72,7 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     if config.batch_size > n:
         raise ConfigError(
             f"batch_size {config.batch_size} is larger than "
-            f"the {n} unlabelled images of {config.data}: try --batch-size {max(2, n // 2)}"
+            f"the {n} unlabelled images of {config.data}: lower --batch-size"
         )
     return dataset
 

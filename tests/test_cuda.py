@@ -475,6 +475,15 @@ def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
 
 
+def test_tests_that_hang_do_not_cost_the_rest(monkeypatch):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "TESTS", 0.2)
+    sizes = gpu.Sizes(small=True)
+    sizes.left = lambda: 60.0
+    (row,) = gpu.tests(sizes)
+    assert row["summary"].startswith("no end after") and not row["passed"]
+
+
 def test_a_step_beside_pytorch_on_a_gpu(cupy, monkeypatch):
     compare = script("compare_torch")
     monkeypatch.setitem(compare.GPU_CASES, "tiny", ("resnet_small", "small", 8, 4))

@@ -23,7 +23,10 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace.")
 @json_option
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
-    """Time a training step, then each of its operations against this machine's roofline."""
+    """Time a training step, then each of its operations against this machine's roofline.
+
+    An operation may pass the roof where it multiplies less than is counted, as Winograd's does.
+    """
     from .. import profile as profiling
 
     result = profiling.profile(**settings, thread_count=threads)

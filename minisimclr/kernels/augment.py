@@ -72,7 +72,9 @@ def crop_resize_planes(
 
 
 def views_in_block(images: np.ndarray, size: int) -> int:
-    return GROUP // (3 * max(images[0, ..., 0].size, size**2))
+    """How many views of images (N, H, W, 3) are made at a time."""
+    _, height, width, channels = images.shape
+    return GROUP // (channels * max(height * width, size**2))
 
 
 def _interleaved(x: np.ndarray) -> np.ndarray:

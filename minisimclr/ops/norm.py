@@ -64,7 +64,9 @@ def scale_shift(
 def gradient_sums(
     gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Sums of g and of g x^ over the rows, each (C,), and g: gy, where y > 0 if y is given."""
+    """Sums of g and of g x^ over the rows, each (C,), and g: gy itself, or, if y is given, an array
+    of its own that is gy where y > 0 and else 0.
+    """
     g = gy if y is None else relu_gradient(gy, y)
     xp, g_rows, x_rows = xp_of(g), rows(g), rows(x)
     sum_g, sum_gx = xp.zeros((2, g.shape[-1]), g.dtype)
