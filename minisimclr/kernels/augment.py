@@ -4,8 +4,9 @@ Channels lie in planes (n, 3, S, S), so every operation runs over contiguous num
 place. Resizing and blur are matrix products, of blocks of output pixels and no more than the
 input pixels under them: a product with all of them is three to six times as large. The hue comes
 from a formula without cases, because choosing elementwise costs NumPy more than arithmetic. And
-views are sorted by the order of their colour operations, so that each is one call for many: two
-threads that make many short calls spend their time waiting for the interpreter's lock.
+views are sorted, for the crops by their size, so that small ones gather few pixels, then by the
+order of their colour operations, so that each is one call for many: two threads that make many
+short calls spend their time waiting for the interpreter's lock.
 Views do not depend on each other, so from 8 px on results do not depend on grouping or threads, to
 the bit.
 """
@@ -13,13 +14,12 @@ the bit.
 from itertools import pairwise
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks
 
-GROUP = 800_000  # numbers in a block of views, or of the pictures they are made of
+GROUP = 1_200_000  # numbers in a block of views; with those of their pictures, in one of crops
 BAND = 16  # output pixels in a block, at most: a cache line of weights
 
 
@@ -38,12 +38,14 @@ def apply_views_sorted(
     halves = [np.array_split(part, threads()) for part in (still, rest)]
     shares = [np.concatenate(pair) for pair in zip(*halves, strict=True)]  # of equal work
     out = np.empty((2 * n, size, size, 3), np.float32)
+    planes = out.reshape(2 * n, 3, size, size)  # the crops lie where their views will
 
     def work(start: int, stop: int) -> None:
         for share in shares[start:stop]:
-            for block in blocks(0, len(share), views_in_block(images, size)):
+            _crop_into(planes, share, images, boxes, flips)
+            for block in blocks(0, len(share), GROUP // (3 * size**2)):
                 i = share[block]
-                x = _crop(images, i % n, boxes[i], flips[i], size)
+                x = planes[i]
                 moving = np.flatnonzero(jittered[i])
                 if len(moving):
                     _jitter(x[moving[0] :], factors[i[moving]], orders[i[moving]])
@@ -61,20 +63,15 @@ def crop_resize_planes(
     images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
     out = np.empty((len(images), size, size, 3), np.float32)
+    planes = out.reshape(-1, 3, size, size)
 
     def work(start: int, stop: int) -> None:
-        for i in blocks(start, stop, views_in_block(images, size)):
-            each = np.arange(i.start, i.stop)
-            out[i] = _interleaved(_crop(images, each, boxes[i], flips[i], size))
+        _crop_into(planes, np.arange(start, stop), images, boxes, flips)
+        for i in blocks(start, stop, GROUP // (3 * size**2)):
+            out[i] = _interleaved(planes[i])
 
     parallel(work, len(images))
     return out
-
-
-def views_in_block(images: np.ndarray, size: int) -> int:
-    """How many views of images (N, H, W, 3) are made at a time."""
-    _, height, width, channels = images.shape
-    return GROUP // (channels * max(height * width, size**2))
 
 
 def _interleaved(x: np.ndarray) -> np.ndarray:
@@ -88,10 +85,24 @@ def _interleaved(x: np.ndarray) -> np.ndarray:
     return y
 
 
+def _crop_into(
+    planes: np.ndarray, rows: np.ndarray, images: np.ndarray, boxes: np.ndarray, flips: np.ndarray
+) -> None:
+    """crop_resize into the `rows` (n,) of planes (V, 3, S, S); view v is of image v modulo N.
+
+    Crops of like size go together: the largest of a block says how many pixels each is made of.
+    """
+    (_, height, width, _), size = images.shape, planes.shape[2]
+    rows = rows[np.argsort(boxes[rows, 2:].prod(axis=1))]
+    for block in blocks(0, len(rows), GROUP // (3 * (height * width + size**2))):
+        i = rows[block]
+        planes[i] = _crop(images, i % len(images), boxes[i], flips[i], size)
+
+
 def _crop(
     images: np.ndarray, which: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
-    """crop_resize of the images (N, H, W, 3) `which` (n,) into planes (n, 3, S, S)."""
+    """Planes (n, 3, S, S) of the images `which` (n,)."""
     n, (_, height, width, _) = len(which), images.shape
     left, top, across, down = boxes.T
     taps, weight = _bands(top, down, np.zeros(n, bool), size, height)  # (n, b, T), (n, b, T, B)
@@ -101,8 +112,7 @@ def _crop(
     taps, weight = _bands(left, across, flips, size, width)
     weight *= np.float32(1 / 255)
     x = x[np.arange(n)[:, None, None], taps].transpose(0, 3, 1, 4, 2)  # (n, 3, b, S, T)
-    x = _side_by_side(x, weight[:, None])  # (S, T) @ (T, B)
-    return np.ascontiguousarray(x[:, :, :size, :size])
+    return _side_by_side(x, weight[:, None])[:, :, :size, :size]  # (S, T) @ (T, B)
 
 
 def _side_by_side(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -212,23 +222,20 @@ def _grey(x: np.ndarray, chosen: np.ndarray) -> None:
 
 
 def _blur(x: np.ndarray, sigmas: np.ndarray) -> None:
-    """As in _crop, blocks of B pixels are products of weights and the T pixels they are made of."""
+    """As in _crop, blocks of B pixels are products of weights and the T pixels under them."""
     chosen, size = np.flatnonzero(sigmas), x.shape[2]
-    n, reach, count = len(chosen), size // 10 // 2, -(-size // BAND)
-    band = -(-size // count)
-    side, taps = count * band, band + 2 * reach
-    bell = np.zeros((n, taps + band - 1), np.float32)
-    distance = np.arange(-reach, reach + 1, dtype=np.float32)
-    bell[:, band - 1 : taps] = np.exp(-0.5 * (distance / sigmas[chosen][:, None]) ** 2)
-    weight = sliding_window_view(bell, taps, axis=1)[:, None, ::-1]  # (n, 1, B, T)
-    inside = np.pad(np.ones(size, np.float32), (reach, side + reach - size))
-    weight = weight * sliding_window_view(inside, taps)[::band, None]  # (n, b, B, T)
-    weight /= np.maximum(weight.sum(axis=3, keepdims=True), 1e-12)  # 0 only past the end
-
-    y = np.zeros((n, 3, side + 2 * reach, side + 2 * reach), np.float32)
-    y[:, :, reach : reach + size, reach : reach + size] = x[chosen]
-    windows = sliding_window_view(y, taps, 2)[:, :, ::band].swapaxes(3, 4)  # (n, 3, b, T, W)
-    y = (weight[:, None] @ windows).reshape(n, 3, side, side + 2 * reach)  # (B, T) @ (T, W)
-    windows = sliding_window_view(y, taps, 3)[:, :, :, ::band].swapaxes(2, 3)  # (n, 3, b, H, T)
-    y = _side_by_side(windows, weight[:, None].swapaxes(3, 4))  # (H, T) @ (T, B)
-    x[chosen] = y[:, :, :size, :size]
+    reach, pixel = size // 10 // 2, np.arange(size)
+    bell = np.exp(-0.5 * (pixel[: BAND + reach].astype(np.float32) / sigmas[chosen][:, None]) ** 2)
+    bell[:, reach + 1 :] = 0
+    bands = []
+    for b in blocks(0, size, BAND):
+        near = slice(max(0, b.start - reach), b.stop + reach)
+        weight = bell.take(np.abs(pixel[near, None] - pixel[b]), axis=1)  # (n, T, B)
+        weight /= weight.sum(axis=1, keepdims=True)
+        bands.append((b, near, weight[:, None]))
+    y, z = x[chosen], np.empty((len(chosen), 3, size, size), np.float32)
+    for b, near, weight in bands:
+        np.matmul(y[..., near], weight, out=z[..., b])  # (S, T) @ (T, B)
+    for b, near, weight in bands:
+        np.matmul(weight.swapaxes(2, 3), z[:, :, near], out=y[:, :, b])  # (B, T) @ (T, S)
+    x[chosen] = y
