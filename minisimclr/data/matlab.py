@@ -22,8 +22,9 @@ MATRIX, DEFLATED = 14, 15
 CELL, CHAR = 1, 4  # classes of arrays
 
 
-def load(content: bytes) -> dict[str, Any]:
-    """Variables by name: a cell array as a flat list, numbers as an array, text as str.
+def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
+    """Variables by name: a cell array as a flat list, numbers as an array, text as str; and None
+    for those not in `names`, which takes no time.
 
     Raises DataError for anything else, damaged or larger than a list can be.
     """
@@ -33,7 +34,7 @@ def load(content: bytes) -> dict[str, Any]:
     try:
         for kind, data in elements(content[128:]):
             if kind == MATRIX:
-                name, value = array(data)
+                name, value = array(data, names)
                 variables[name] = value
     except Exception as error:  # damage leads anywhere
         raise DataError(f"is a damaged MATLAB file ({error or type(error).__name__})") from error
@@ -63,11 +64,15 @@ def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield kind, body
 
 
-def array(data: bytes) -> tuple[str, Any]:
-    """Name and value of an array element: flags, dimensions, name, then cells, text or numbers."""
+def array(data: bytes, names: tuple[str, ...] = ()) -> tuple[str, Any]:
+    """Name and value of an array element: flags, dimensions, name, then cells, text or numbers. If
+    there are `names`, None for the value of another.
+    """
     parts = elements(data)
     flags, shape, label = (body for _, body in (next(parts), next(parts), next(parts)))
     name = label.decode("ascii")
+    if names and name not in names:
+        return name, None
     if flags[0] == CELL:
         value: Any = [array(body)[1] for _, body in parts]
     else:

@@ -144,7 +144,7 @@ def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray
 
 def read_list(content: bytes) -> dict[str, int]:
     """{file: label from 1} of one official list. Raises DataError."""
-    variables = matlab.load(content)
+    variables = matlab.load(content, ("file_list", "labels"))
     names, labels = variables.get("file_list"), variables.get("labels")
     if not (isinstance(names, list) and isinstance(labels, np.ndarray)):
         raise DataError("lacks file_list or labels")

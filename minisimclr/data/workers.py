@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from subprocess import PIPE, Popen
 from typing import Any
@@ -87,7 +87,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a function prints must not get between the answers
-    try:
+    with suppress(BrokenPipeError):  # then nobody is left to answer to
         while questions.peek(1):
             function, item = pickle.load(questions)
             try:
@@ -96,5 +96,4 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
-    except BrokenPipeError:  # nobody is left to answer to
-        os._exit(1)
+    os._exit(0)  # without tidying up, for which the other side would wait
