@@ -29,10 +29,12 @@ CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS 
 def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; rename it to `path` on success, remove it on any failure.
 
-    Makes the folders above it. Raises OSError where the directory cannot be written or the disk is
-    full; `path` is untouched then.
+    Makes the folders above it. Raises OSError where the directory cannot be written, the disk is
+    full or `path` is no file; it is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # renaming over it would replace a device
+        raise FileExistsError(errno.EEXIST, "is no file that could be replaced", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

@@ -44,7 +44,9 @@ class Model:
             module.train(training)
 
     def encode(self, x: Array) -> Array:
-        """h = f(x) with running statistics, for views x (N, H, W, 3); no graph."""
+        """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
+        if x.dtype.kind != "f":
+            raise TypeError(f"encode takes views, as center_view makes them, not {x.dtype}")
         self.encoder.eval()
         with no_grad():
             return self.encoder(Tensor(x)).data  # (N, D)

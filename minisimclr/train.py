@@ -15,7 +15,7 @@ import numpy as np
 from . import augment, backend
 from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded
 from .checkpoint import listed
-from .config import TrainConfig
+from .config import TrainConfig, first_layers
 from .cores import set_threads
 from .data import Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
@@ -52,7 +52,8 @@ def pretrain(
     """
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
-        raise ConfigError(f"{out} exists already: name another --out, or go on with --resume {out}")
+        way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
+        raise ConfigError(f"{out} exists already: name another --out{way}")
     with backend.precision(config.precision, choose_device(config.device)[0]):
         pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
@@ -149,7 +150,7 @@ def train(
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
-    losses: list[float] = []
+    seen: list[tuple[float, float]] = []  # loss and accuracy of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
     mark = 0.0  # when the step before was read
@@ -188,8 +189,8 @@ def train(
                     kept = listed(run.path / "checkpoints")
                     state = f"; the last good state is {kept[-1]}" if kept else ""
                     raise DivergedError(DIVERGED.format(line["step"], step.figures) + state)
-                losses.append(step.loss)
                 line |= step.figures
+                seen.append((line["loss"], line["accuracy"]))
                 timing["seconds"] = seconds = time.perf_counter() - mark
                 mark += seconds
                 timing["views_per_second"] = 2 * n / seconds
@@ -201,9 +202,10 @@ def train(
                     run.save(dataset.fingerprint)
                 notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
-                mean = float(np.mean(losses))
-                losses.clear()
-                notify("epoch", line | timing | {"mean_loss": mean, "epochs": config.epochs})
+                mean, accuracy = np.mean(seen, axis=0).tolist()
+                seen.clear()
+                means = {"mean_loss": mean, "mean_accuracy": accuracy}
+                notify("epoch", line | timing | means | {"epochs": config.epochs})
                 if run.step > plan.warmup and mean > chance_loss(n) - 0.01:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
 
@@ -264,8 +266,9 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
     return {
         "settings": config.to_dict(),
-        "device": f"{device} ({reason})",
+        "runs on": f"{device} ({reason})",
         "images": f"{len(pool):,} unlabelled of {dataset.name}",
+        "first layers": first_layers(config.stem, config.encoder, config.image_size),
         "parameters": sum(p.data.size for _, p in run.model.named_parameters()),
         "steps": f"{plan.total} ({plan.steps_per_epoch} an epoch)",
         "seconds a step": round(min(seconds), 3),

@@ -135,11 +135,25 @@ def test_settings_come_from_flag_environment_file_default_in_this_order(pictures
     assert settings["epochs"]["origin"] == "default"
 
 
+def test_a_bad_value_in_the_environment_is_named():
+    done = run("train", env={"MINISIMCLR_EPOCHS": "abc"})
+    assert done.returncode == 2 and "value for MINISIMCLR_EPOCHS: 'abc'" in done.stderr
+    assert "MINISIMCLR" not in run("train", "--epochs", "abc").stderr
+
+
+def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
+    out, _ = trained
+    assert f"go on with --resume {out}" in run("train", "--out", out).stderr
+    assert "--resume" not in run("train", "--out", tmp_path).stderr
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
     done = run("train", "--data", pictures, *SMALL, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("batch_size", "flag", "default", "steps", "minutes", "parameters"):
         assert word in done.stdout
+    names = [line.strip().split("  ")[0] for line in done.stdout.splitlines()]
+    assert len(set(names)) == len(names)
     assert not list(tmp_path.iterdir())
 
 

@@ -38,6 +38,15 @@ def test_any_failing_call_leaves_the_old_file_or_the_new_one(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == (["file"] if path.exists() else [])
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no devices and the like")
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "device")
+    for name in ("device", ""):
+        with pytest.raises(OSError, match="no file that could be replaced"):
+            files.write_bytes(tmp_path / name, b"new")
+    assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_interrupt_while_writing_removes_the_temporary_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.publish(tmp_path / "file") as temporary:
         temporary.write_bytes(b"half")

@@ -246,6 +246,16 @@ def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 2})
     pretrain(flat, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
     assert any(event == "warning" and "chance line" in v["text"] for event, v in heard)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for each in (v for event, v in heard if event == "epoch"):
+        of_epoch = [line for line in map(json.loads, logged) if line["epoch"] == each["epoch"]]
+        assert each["mean_loss"] == pytest.approx(np.mean([x["loss"] for x in of_epoch]))
+        assert each["mean_accuracy"] == pytest.approx(np.mean([x["accuracy"] for x in of_epoch]))
+
+
+def test_pictures_are_not_taken_for_views(finished):
+    with pytest.raises(TypeError, match="takes views, as center_view makes them, not uint8"):
+        finished.model.encode(np.zeros((2, 16, 16, 3), np.uint8))
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(config, tmp_path):

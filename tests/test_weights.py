@@ -318,6 +318,8 @@ def test_a_run_is_exported(tmp_path, capsys):
     make_run_folder(path, config, {})
     cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"], 3)
     assert "has no checkpoint yet" in capsys.readouterr().err
+    cli(["weights", "export", path, "--out", tmp_path / "a.pth"], 2)
+    assert "a.pth: name it *.safetensors" in capsys.readouterr().err
     run = new_run(path, config)
     run.step = 7
     run.save("data")

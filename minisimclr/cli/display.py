@@ -74,15 +74,15 @@ class Display:
             step,
             steps,
             "training",
-            f"loss {v['loss']:.3f} (chance {v['chance']:.3f})  pairs found {v['accuracy']:4.0%}  "
-            f"{v['views_per_second']:,.0f} views/s",
+            f"loss {v['loss']:.3f} (chance {v['chance']:.3f})  "
+            f"contrastive accuracy {v['accuracy']:4.0%}  {v['views_per_second']:,.0f} views/s",
         )
 
     def on_epoch(self, epoch: int, epochs: int, **v: Any) -> None:
         if not self.terminal:
             self.say(
                 f"epoch {epoch}/{epochs}  loss {v['mean_loss']:.3f} (chance {v['chance']:.3f})  "
-                f"pairs found {v['accuracy']:.0%}  alignment {v['alignment']:.2f}  "
+                f"contrastive accuracy {v['mean_accuracy']:.0%}  alignment {v['alignment']:.2f}  "
                 f"uniformity {v['uniformity']:.2f}  effective rank {v['effective_rank']:.1f}  "
                 f"{v['views_per_second']:,.0f} views/s  "
                 f"data wait {v['data_wait'] / v['seconds']:.1%}"

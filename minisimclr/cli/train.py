@@ -16,6 +16,14 @@ PRESETS = Path(__file__).parent.parent / "presets"
 SETTINGS = {f.name: f for f in fields(TrainConfig)}
 
 
+class Setting(click.Option):
+    """An option whose errors name the variable that a bad value came from."""
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        source = ctx and ctx.get_parameter_source(self.name or "")
+        return str(self.envvar) if source is ParameterSource.ENVIRONMENT else self.opts[0]
+
+
 def setting_options(function: Any) -> Any:
     """An option for every field of TrainConfig, also read from MINISIMCLR_<NAME>."""
     for f in reversed(SETTINGS.values()):
@@ -23,6 +31,7 @@ def setting_options(function: Any) -> Any:
         function = click.option(
             f"--{f.name.replace('_', '-')}",
             f.name,
+            cls=Setting,
             type=click.Choice(choices) if choices else f.type,
             default=f.default,
             envvar=f"MINISIMCLR_{f.name.upper()}",
@@ -68,7 +77,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
 
     given = {n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     if resume and (given - {"device"} or out or config or preset or dry_run):
-        raise ConfigError("--resume keeps a run's settings; only --time-limit, --device go with it")
+        raise ConfigError("--resume keeps all settings, epochs too: --time-limit and --device fit")
     with Display() as display:
         how: Any = {"time_limit": time_limit, "notify": display.notify}
         if resume:

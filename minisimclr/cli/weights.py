@@ -37,7 +37,9 @@ def inspect(file: Path, json_file: str | None) -> None:
             click.echo(f"{dtype:<10} {'x'.join(map(str, shape)) or 'scalar':<18} {name}")
 
 
-def check_free(out: Path) -> None:
+def check_out(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: name it *.safetensors, as that is what is written")
     if out.exists():
         raise ConfigError(f"{out} exists: choose another --out")
 
@@ -50,7 +52,7 @@ def import_(file: Path, out: Path, until: str | None) -> None:
     """Find the network that FILE fits and write its encoder with torchvision's names."""
     from ..weights import encoder, save
 
-    check_free(out)
+    check_out(out)
     module, preprocessing = encoder(file, until)
     save(module, out, preprocessing, until)
     click.echo(f"{out}: {type(module).__name__}, input {preprocessing}")
@@ -64,7 +66,7 @@ def export(run: Path, out: Path) -> None:
     from ..run import open_run
     from ..weights import Preprocessing, save
 
-    check_free(out)
+    check_out(out)
     opened, _ = open_run(run)
     if not opened.step:
         raise DataError(f"{run} has no checkpoint yet: train it first")

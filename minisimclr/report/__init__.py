@@ -53,7 +53,7 @@ def tiles(facts: Facts) -> str:
     if facts.epochs:
         last = facts.epochs[-1]
         values[f"loss (chance {last['chance']:.2f})"] = f"{last['loss']:.2f}"
-        values["views that found their partner"] = f"{last['accuracy']:.0%}"
+        values["contrastive accuracy"] = f"{last['accuracy']:.0%}"
         values["effective rank"] = f"{last['effective_rank']:.1f}"
         values["views per second"] = f"{last['views/s'] or 0:,.0f}"
     if probe := facts.files["probe"]:

@@ -25,8 +25,8 @@ def three(rows: Rows, key: str) -> Rows:
 def training(facts: Facts) -> str:
     """Training
 
-    The loss should leave the line of guessing early and flatten late. Each point is the mean of a
-    stretch of steps.
+    The loss should leave the line of guessing early and flatten late. Contrastive accuracy is the
+    share of views that found their partner. Each point is the mean of a stretch of steps.
     """
     steps = facts.need("metrics")
     stretches = np.array_split(np.arange(len(steps)), min(len(steps), 150))
@@ -37,7 +37,7 @@ def training(facts: Facts) -> str:
 
     return row(
         curve("loss", "loss", ("chance, ln(2N-1)", steps[-1]["chance"])),
-        curve("accuracy", "share of views that found their partner"),
+        curve("accuracy", "contrastive accuracy"),
         curve("gradient_norm", "gradient norm"),
         curve("lr", "learning rate"),
     )

@@ -164,7 +164,7 @@ def labels(facts: Facts) -> Finding | None:
 def unfinished(facts: Facts) -> Finding | None:
     """The run stopped before its end.
 
-    Go on with minisimclr train --resume.
+    Go on with minisimclr train --resume; if it diverged, train anew with a lower --lr.
     """
     said = f"It stands at step {facts.done:,} of {facts.total:,}."
     if facts.going:
