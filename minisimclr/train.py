@@ -1,6 +1,7 @@
 """Pre-training: epochs around Algorithm 1, with logs, checkpoints, and a way to stop and go on."""
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,20 +36,37 @@ def quiet(event: str, values: dict[str, Any]) -> None:
     """Tell nobody."""
 
 
+def say(event: str, values: dict[str, Any]) -> None:
+    """Print a line for every epoch, and warnings, to standard error."""
+    if event in ("epoch", "warning"):
+        print(values.get("text") or epoch_line(**values), file=sys.stderr, flush=True)
+
+
+def epoch_line(epoch: int, epochs: int, **v: Any) -> str:
+    """An epoch in figures."""
+    return (
+        f"epoch {epoch}/{epochs}  loss {v['mean_loss']:.3f} (chance {v['chance']:.3f})  "
+        f"contrastive accuracy {v['mean_accuracy']:.0%}  alignment {v['alignment']:.2f}  "
+        f"uniformity {v['uniformity']:.2f}  effective rank {v['effective_rank']:.1f}  "
+        f"{v['views_per_second']:,.0f} views/s  data wait {v['data_wait'] / v['seconds']:.1%}"
+    )
+
+
 def pretrain(
     config: TrainConfig,
     out: Path | None = None,
     *,
     origins: dict[str, str] | None = None,
     time_limit: float | None = None,
-    notify: Notify = quiet,
+    notify: Notify = say,
 ) -> Run:
     """Train encoder and head without labels and leave a run folder at `out`.
 
     out: must not exist (default runs/<time>-<encoder>). origins: where each setting came from,
     stored with it. time_limit: seconds after which to save and stop; it never changes the schedule.
-    notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values). Raises
-    ConfigError, DataError, OutputError, and DivergedError where the loss stops being a number.
+    notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values); `quiet` tells
+    nobody. Raises ConfigError, DataError, OutputError, and DivergedError where the loss stops being
+    a number.
     """
     out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
     if out.exists():
@@ -82,7 +100,7 @@ def resume(
     path: Path,
     *,
     time_limit: float | None = None,
-    notify: Notify = quiet,
+    notify: Notify = say,
     dataset: Dataset | None = None,
     device: str | None = None,
 ) -> Run:

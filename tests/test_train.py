@@ -17,7 +17,7 @@ from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.run import open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss
-from minisimclr.train import Plan, pretrain, resume
+from minisimclr.train import Plan, pretrain, quiet, resume
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,16 @@ def test_a_run_on_the_chance_line_says_so(config, tmp_path):
         of_epoch = [line for line in map(json.loads, logged) if line["epoch"] == each["epoch"]]
         assert each["mean_loss"] == pytest.approx(np.mean([x["loss"] for x in of_epoch]))
         assert each["mean_accuracy"] == pytest.approx(np.mean([x["accuracy"] for x in of_epoch]))
+
+
+def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys):
+    pretrain(config, tmp_path / "a")
+    said = capsys.readouterr()
+    assert not said.out and [x[:9] for x in said.err.splitlines()] == [
+        f"epoch {i}/3" for i in (1, 2, 3)
+    ]
+    pretrain(config, tmp_path / "b", notify=quiet)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_pictures_are_not_taken_for_views(finished):

@@ -78,15 +78,11 @@ class Display:
             f"contrastive accuracy {v['accuracy']:4.0%}  {v['views_per_second']:,.0f} views/s",
         )
 
-    def on_epoch(self, epoch: int, epochs: int, **v: Any) -> None:
+    def on_epoch(self, **values: Any) -> None:
+        from ..train import epoch_line
+
         if not self.terminal:
-            self.say(
-                f"epoch {epoch}/{epochs}  loss {v['mean_loss']:.3f} (chance {v['chance']:.3f})  "
-                f"contrastive accuracy {v['mean_accuracy']:.0%}  alignment {v['alignment']:.2f}  "
-                f"uniformity {v['uniformity']:.2f}  effective rank {v['effective_rank']:.1f}  "
-                f"{v['views_per_second']:,.0f} views/s  "
-                f"data wait {v['data_wait'] / v['seconds']:.1%}"
-            )
+            self.say(epoch_line(**values))
 
     def on_warning(self, text: str) -> None:
         self.say(f"warning: {text}")
