@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,7 +343,9 @@ def sanitized(files, old="", new=""):
            "ASAN_OPTIONS": "detect_leaks=0", "OPENBLAS_NUM_THREADS": "1",
            "PATH": ":".join(str(Path(shutil.which(x)).parent) for x in ("g++", "as"))}  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, files, old, new]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # one that is aborted cleans up nothing
+        env["TMPDIR"] = folder
+        return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 @needs_compiler
