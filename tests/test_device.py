@@ -475,7 +475,7 @@ def test_what_else_runs_on_the_device(config, cupy, tmp_path):
     assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 20
     profile.table(small)
     cupy.counter.clear()
-    assert train.dry_run(config, lambda *_: None)["device"].startswith("cuda:0 (Fake")
+    assert train.dry_run(config, lambda *_: None)["runs on"].startswith("cuda:0 (Fake")
     assert cupy.counter.syncs.count("stream") == 3  # or the time would be that of asking
     run, dataset = new_run(tmp_path, config, "cuda:0"), ms.data.open_dataset(config.data, 20)
     assert finetune(run, dataset, epochs=1)["rows"].keys() == {TUNED, SCRATCH}
