@@ -156,6 +156,16 @@ def test_a_run_that_lacks_parts_gets_a_page_that_says_so(harm, run, page, tmp_pa
     assert "Not shown" in lacking
 
 
+def test_trust_ratios_are_shown_for_lars_only(run, page, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["optimizer"]["value"] = "sgd"
+    path.write_text(json.dumps(settings))
+    assert "Trust ratios" in page
+    assert "Trust ratios" not in report.build_report(report.read(tmp_path / "run")).decode()
+
+
 def test_a_run_that_is_going_on_is_not_disturbed(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "profile.json").unlink(missing_ok=True)

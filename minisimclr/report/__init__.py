@@ -14,7 +14,7 @@ from pathlib import Path
 from .compare import build_comparison
 from .facts import Facts, read
 from .page import document, paragraph
-from .panels import PANELS
+from .panels import PANELS, trust
 from .verdict import Finding, headline, judge
 from .walkthrough import build_walkthrough
 
@@ -29,7 +29,8 @@ def build_report(facts: Facts) -> bytes:
     about = f"{c.encoder} on {Path(c.data).name}, {c.image_size} px, batches of {c.batch_size}, "
     about += f"{c.epochs} epochs, {c.optimizer}, temperature {c.temperature:g}"
     top = verdict_box(judge(facts), facts.missing) + tiles(facts)
-    sections = [partial(panel, facts) for panel in PANELS]
+    panels = [panel for panel in PANELS if panel is not trust or c.optimizer == "lars"]
+    sections = [partial(panel, facts) for panel in panels]
     return document("report", facts.name, about, top, sections)
 
 
