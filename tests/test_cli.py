@@ -254,6 +254,11 @@ def test_no_command_shows_them_all():
     assert "walkthrough  " in done.stderr and done.stderr.count("\n") > 20
 
 
+@pytest.mark.parametrize("name, said", [("trian", "did you mean 'train'"), ("xyz", "'xyz'")])
+def test_a_command_that_is_none_is_one_line(name, said):
+    fails(2, said, name)
+
+
 def test_memory_that_runs_out_is_one_line():
     fails(2, "out of memory: a smaller --batch-size", "profile", "--batch-size", 10**9)
 

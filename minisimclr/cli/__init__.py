@@ -6,6 +6,7 @@ written; 5 diverged; 130 and 143 after SIGINT and SIGTERM.
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -27,6 +28,8 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
+            if near := get_close_matches(name, COMMANDS, 1):
+                ctx.fail(f"no command {name!r}: did you mean {near[0]!r}?")
             return None
         return getattr(import_module(f".{HOMES.get(name, name)}", __package__), name)
 
