@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import subprocess
 import sys
 import tokenize
@@ -153,3 +154,12 @@ def test_heavy_libraries_wait():
     )
     for library in ("h5py", "PIL", "matplotlib", "cupy", "torch"):
         assert f"'{library}'" not in loaded.stdout
+
+
+def test_the_saved_baseline_has_every_benchmark():
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    files = [benchmarks / "test_ops.py", benchmarks / "test_augment.py"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=benchmarks.parent).stdout
+    saved = json.loads((benchmarks / "baseline.json").read_text())["benchmarks"]
+    assert {b["fullname"] for b in saved} == {n for n in listed.splitlines() if "::" in n}
