@@ -8,7 +8,8 @@ from .facts import Facts
 from .page import Missing, document, row, table
 from .verdict import headline, judge
 
-CURVES = ("loss", "accuracy", "alignment", "uniformity", "effective_rank")
+KEYS = ("loss", "accuracy", "alignment", "uniformity", "effective_rank")
+NAMES = ("loss", "contrastive accuracy", "alignment", "uniformity", "effective rank")
 
 
 def build_comparison(facts: list[Facts]) -> bytes:
@@ -27,17 +28,18 @@ def build_comparison(facts: list[Facts]) -> bytes:
 def results(runs: dict[str, Facts]) -> str:
     """Results
 
-    Figures of the last epoch. Losses of different batch sizes or temperatures are not comparable;
-    what the probe finds is.
+    Losses of different batch sizes or temperatures are not comparable; what the probe finds is.
     """
-    rows = []
+    found, figures = [], []
     for name, facts in runs.items():
-        last, probe = (facts.epochs or [{}])[-1], facts.files["probe"] or {}
+        last, probe = (facts.epochs or [{}])[-1], facts.files["probe"]
+        top1 = f"{probe['top1']:.1%}" if probe else None
         interval = "{:.1%} – {:.1%}".format(*probe["ci95"]) if probe else None
-        figures = [last.get(k) for k in ("step", "chance", *CURVES, "views/s")]
-        rows.append([name, headline(judge(facts))[1], probe.get("top1"), interval, *figures])
-    head = ("run", "verdict", "probe top-1", "95 % interval", "step", "chance", *CURVES, "views/s")
-    return table("At the last epoch", head, rows)
+        found.append([name, headline(judge(facts))[1], top1, interval])
+        figures.append([name, *(last.get(k) for k in ("step", "chance", *KEYS, "views/s"))])
+    outcome = table("What came of it", ("run", "verdict", "probe top-1", "95 % interval"), found)
+    head = ("run", "step", "chance", *NAMES, "views/s")
+    return outcome + table("At the last epoch", head, figures)
 
 
 def differences(runs: dict[str, Facts]) -> str:
@@ -61,11 +63,11 @@ def curves(runs: dict[str, Facts]) -> str:
         raise Missing("no run has ended an epoch")
     chances = {epochs[-1]["chance"] for epochs in ended.values()}
     drawn = []
-    for key in CURVES:
+    for key, title in zip(KEYS, NAMES, strict=True):
         level = ("chance", chances.copy().pop()) if key == "loss" and len(chances) == 1 else None
         series: Series = {
             name: ([e["epoch"] for e in epochs], [e[key] for e in epochs])
             for name, epochs in ended.items()
         }
-        drawn.append(lines(key.replace("_", " "), "epoch", series, level=level))
+        drawn.append(lines(title, "epoch", series, level=level))
     return row(*drawn)
