@@ -1,6 +1,6 @@
 """Augmentation on the CPU: as few passes over as few numbers, in as few calls, as NumPy allows.
 
-Channels lie in planes (n, 3, S, S), so every operation runs over contiguous numbers, mostly in
+Channels lie in planes (3, n, S, S), so every operation runs over long contiguous rows, mostly in
 place. Resizing and blur are matrix products, of blocks of output pixels and no more than the
 input pixels under them: a product with all of them is three to six times as large. The hue comes
 from a formula without cases, because choosing elementwise costs NumPy more than arithmetic. And
@@ -19,6 +19,7 @@ from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks
 
+SHARE = 1 << 23  # numbers in the views of a share, which is cropped as a whole
 GROUP = 1_200_000  # numbers in a block of views; with those of their pictures, in one of crops
 BAND = 16  # output pixels in a block, at most: a cache line of weights
 
@@ -35,20 +36,19 @@ def apply_views_sorted(
     places = np.argsort(orders, axis=1)  # of each operation; that of the dearest, hue, sorts first
     rows = np.lexsort((*places.T, jittered))  # after those that stay as they are
     still, rest = np.split(rows, [2 * n - np.count_nonzero(jittered)])
-    halves = [np.array_split(part, threads()) for part in (still, rest)]
+    count = threads() * -(-2 * n * 3 * size**2 // (threads() * SHARE))
+    halves = [np.array_split(part, count) for part in (still, rest)]
     shares = [np.concatenate(pair) for pair in zip(*halves, strict=True)]  # of equal work
     out = np.empty((2 * n, size, size, 3), np.float32)
-    planes = out.reshape(2 * n, 3, size, size)  # the crops lie where their views will
 
     def work(start: int, stop: int) -> None:
         for share in shares[start:stop]:
-            _crop_into(planes, share, images, boxes, flips)
+            planes = _crops(images, share % n, boxes[share], flips[share], size)
             for block in blocks(0, len(share), GROUP // (3 * size**2)):
-                i = share[block]
-                x = planes[i]
+                i, x = share[block], planes[:, block]
                 moving = np.flatnonzero(jittered[i])
                 if len(moving):
-                    _jitter(x[moving[0] :], factors[i[moving]], orders[i[moving]])
+                    _jitter(x[:, moving[0] :], factors[i[moving]], orders[i[moving]])
                 _grey(x, np.flatnonzero(greys[i]))
                 if size > SMALL:
                     _blur(x, sigmas[i])
@@ -63,46 +63,43 @@ def crop_resize_planes(
     images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
     out = np.empty((len(images), size, size, 3), np.float32)
-    planes = out.reshape(-1, 3, size, size)
 
     def work(start: int, stop: int) -> None:
-        _crop_into(planes, np.arange(start, stop), images, boxes, flips)
         for i in blocks(start, stop, GROUP // (3 * size**2)):
-            out[i] = _interleaved(planes[i])
+            which = np.arange(i.start, i.stop)
+            out[i] = _interleaved(_crops(images, which, boxes[i], flips[i], size))
 
     parallel(work, len(images))
     return out
 
 
 def _interleaved(x: np.ndarray) -> np.ndarray:
-    """Planes (n, 3, S, S), cut to [0, 1], as (n, S, S, 3): a channel at a time, as NumPy is slow
-    at all three.
-    """
-    np.clip(x, 0, 1, out=x)
-    y = np.empty((len(x), *x.shape[2:], 3), np.float32)
+    """Planes (3, n, S, S), cut to [0, 1], as (n, S, S, 3)."""
+    y = np.empty((*x.shape[1:], 3), np.float32)
     for channel in range(3):
-        y[..., channel] = x[:, channel]
+        x[channel].clip(0, 1, out=y[..., channel])
     return y
 
 
-def _crop_into(
-    planes: np.ndarray, rows: np.ndarray, images: np.ndarray, boxes: np.ndarray, flips: np.ndarray
-) -> None:
-    """crop_resize into the `rows` (n,) of planes (V, 3, S, S); view v is of image v modulo N.
+def _crops(
+    images: np.ndarray, which: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
+) -> np.ndarray:
+    """crop_resize of the images `which` (n,), as planes (3, n, S, S).
 
     Crops of like size go together: the largest of a block says how many pixels each is made of.
     """
-    (_, height, width, _), size = images.shape, planes.shape[2]
-    rows = rows[np.argsort(boxes[rows, 2:].prod(axis=1))]
-    for block in blocks(0, len(rows), GROUP // (3 * (height * width + size**2))):
-        i = rows[block]
-        planes[i] = _crop(images, i % len(images), boxes[i], flips[i], size)
+    planes = np.empty((3, len(which), size, size), np.float32)
+    order = np.argsort(boxes[:, 2:].prod(axis=1))
+    for block in blocks(0, len(which), GROUP // (3 * (images[0, ..., 0].size + size**2))):
+        i = order[block]
+        planes[:, i] = _crop(images, which[i], boxes[i], flips[i], size)
+    return planes
 
 
 def _crop(
     images: np.ndarray, which: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
-    """Planes (n, 3, S, S) of the images `which` (n,)."""
+    """Planes (3, n, S, S) of the images `which` (n,)."""
     n, (_, height, width, _) = len(which), images.shape
     left, top, across, down = boxes.T
     taps, weight = _bands(top, down, np.zeros(n, bool), size, height)  # (n, b, T), (n, b, T, B)
@@ -112,7 +109,8 @@ def _crop(
     taps, weight = _bands(left, across, flips, size, width)
     weight *= np.float32(1 / 255)
     x = x[np.arange(n)[:, None, None], taps].transpose(0, 3, 1, 4, 2)  # (n, 3, b, S, T)
-    return _side_by_side(x, weight[:, None])[:, :, :size, :size]  # (S, T) @ (T, B)
+    x = _side_by_side(x, weight[:, None])[:, :, :size, :size]  # (S, T) @ (T, B)
+    return x.swapaxes(0, 1)
 
 
 def _side_by_side(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -151,74 +149,79 @@ def _bands(
 def _jitter(x: np.ndarray, factors: np.ndarray, orders: np.ndarray) -> None:
     """colour_jitter of planes in place; where neighbours are due the same operation, at once."""
     for kinds in orders.T:  # (n,), at each place
-        for i, k in pairwise((0, *np.flatnonzero(np.diff(kinds)) + 1, len(x))):
-            _JITTER[kinds[i]](x[i:k], factors[i:k, kinds[i], None, None])
+        for i, k in pairwise((0, *np.flatnonzero(np.diff(kinds)) + 1, len(kinds))):
+            _JITTER[kinds[i]](x[:, i:k], factors[i:k, kinds[i], None, None])
 
 
 def _brightness(x: np.ndarray, factor: np.ndarray) -> None:
-    x *= factor[..., None]
-    np.clip(x, 0, 1, out=x)
+    x *= factor
+    x.clip(0, 1, out=x)
 
 
 def _contrast(x: np.ndarray, factor: np.ndarray) -> None:
-    factor = factor[..., None]
-    mean = np.einsum("ncyx->nc", x)[:, :, None, None] / x[0, 0].size
+    mean = np.einsum("cnyx->cn", x)[..., None, None] / x[0, 0].size
     x *= factor
     x += mean * (1 - factor)
-    np.clip(x, 0, 1, out=x)
+    x.clip(0, 1, out=x)
 
 
 def _extremes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest and the smallest channel, each (n, S, S)."""
-    value = np.maximum(x[:, 0], x[:, 1])
-    lowest = np.minimum(x[:, 0], x[:, 1])
-    return np.maximum(value, x[:, 2], out=value), np.minimum(lowest, x[:, 2], out=lowest)
+    value, lowest = np.maximum(x[0], x[1]), np.minimum(x[0], x[1])
+    return np.maximum(value, x[2], out=value), np.minimum(lowest, x[2], out=lowest)
 
 
 def _saturation(x: np.ndarray, factor: np.ndarray) -> None:
     value, spread = _extremes(x)
     np.subtract(value, spread, out=spread)
-    np.clip(spread, 1e-12, 1, out=spread)
+    spread.clip(1e-12, 1, out=spread)
     gain = np.divide(value, spread, out=spread)
     np.minimum(gain, factor, out=gain)
-    x *= gain[:, None]
+    x *= gain
     value -= np.multiply(value, gain, out=gain)
-    x += value[:, None]
+    x += value
 
 
 def _hue(x: np.ndarray, turns: np.ndarray) -> None:
     """With channels as shares of the spread above the lowest, H = +-(1 - R + G + B) sixths of a
-    turn, its sign that of G - B.
+    turn, its sign that of G - B. Then red is lowest + spread clip(|H - 3| - 1, 0, 1), and green and
+    blue are highest - spread clip(|H - 2 or 4| - 1, 0, 1). Clipped from 1 to 2 they need no
+    subtraction of 1 but for one in the other term.
     """
-    red, green, blue = x[:, 0], x[:, 1], x[:, 2]
+    red, green, blue = x
     value, lowest = _extremes(x)
     spread = value - lowest
     sixths = green + blue
     sixths -= red
     sixths += spread
     sixths -= lowest
-    sixths /= np.clip(spread, 1e-12, 1)
+    sign = (green - blue).view(np.uint32)
+    sign &= np.uint32(1 << 31)
+    sixths /= spread.clip(1e-12, 1)
     # What copysign does where nothing is negative, in less than half its time.
-    sign = (green - blue).view(np.uint32) & np.uint32(1 << 31)
     np.bitwise_xor(sixths.view(np.uint32), sign, out=sixths.view(np.uint32))
     sixths += 6 * turns
-    sixths -= 6 * np.floor(sixths / 6)  # in [0, 6)
-    for plane, opposite in ((red, 3), (green, 2), (blue, 4)):
-        np.subtract(sixths, opposite, out=plane)
+    whole = np.divide(sixths, 6, out=sign.view(np.float32))
+    np.floor(whole, out=whole)
+    whole *= 6
+    sixths -= whole  # in [0, 6)
+    np.subtract(sixths, CENTRES, out=x)
     np.abs(x, out=x)
-    x -= 1
-    np.clip(x, 0, 1, out=x)
-    x *= spread[:, None]
+    x.clip(1, 2, out=x)
+    x *= spread
+    lowest -= spread
     red += lowest
-    np.subtract(value[:, None], x[:, 1:], out=x[:, 1:])
+    value += spread
+    np.subtract(value, x[1:], out=x[1:])
 
 
 _JITTER = (_brightness, _contrast, _saturation, _hue)
+CENTRES = np.array([3, 2, 4], np.float32)[:, None, None, None]  # H of least red, most green, blue
 
 
 def _grey(x: np.ndarray, chosen: np.ndarray) -> None:
-    part = x[chosen]
-    x[chosen] = (LUMA[0] * part[:, 0] + LUMA[1] * part[:, 1] + LUMA[2] * part[:, 2])[:, None]
+    red, green, blue = x[:, chosen]
+    x[:, chosen] = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _blur(x: np.ndarray, sigmas: np.ndarray) -> None:
@@ -232,10 +235,10 @@ def _blur(x: np.ndarray, sigmas: np.ndarray) -> None:
         near = slice(max(0, b.start - reach), b.stop + reach)
         weight = bell.take(np.abs(pixel[near, None] - pixel[b]), axis=1)  # (n, T, B)
         weight /= weight.sum(axis=1, keepdims=True)
-        bands.append((b, near, weight[:, None]))
-    y, z = x[chosen], np.empty((len(chosen), 3, size, size), np.float32)
+        bands.append((b, near, weight))
+    y, z = x[:, chosen], np.empty((3, len(chosen), size, size), np.float32)
     for b, near, weight in bands:
         np.matmul(y[..., near], weight, out=z[..., b])  # (S, T) @ (T, B)
     for b, near, weight in bands:
-        np.matmul(weight.swapaxes(2, 3), z[:, :, near], out=y[:, :, b])  # (B, T) @ (T, S)
-    x[chosen] = y
+        np.matmul(weight.swapaxes(1, 2), z[:, :, near], out=y[:, :, b])  # (B, T) @ (T, S)
+    x[:, chosen] = y
