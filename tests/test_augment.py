@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-import minisimclr  # noqa: F401  (registers the fast versions)
+import minisimclr.kernels.augment  # registers the fast versions
 from minisimclr import augment
 from minisimclr.augment import apply_views, center_view, crop_resize, draw_views, two_views
 from minisimclr.cores import set_threads, threads
@@ -303,6 +303,20 @@ def test_parts_of_a_batch_see_the_views_of_the_whole(version):
         part = fn(images[start:stop], views.part(start, stop), 40)
         for a, b in zip(part, whole, strict=True):
             np.testing.assert_array_equal(a, b[start:stop])
+
+
+def test_a_batch_may_be_empty(version):
+    images, views = photos()[:0], draw_views(0, 0, 0, 40, 40)
+    for view in apply_views.dispatch(version)(images, views, 32):
+        assert view.shape == (0, 32, 32, 3) and view.dtype == np.float32
+
+
+def test_shares_of_a_large_batch_do_not_change_views(monkeypatch):
+    images, views = photos(9, 50, 70), draw_views(3, 1, 9, 50, 70, strength=1.0)
+    whole = apply_views(images, views, 48)
+    monkeypatch.setattr(minisimclr.kernels.augment, "SHARE", 3 * 48 * 48, raising=False)
+    for ours, theirs in zip(apply_views(images, views, 48), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_threads_do_not_change_views():

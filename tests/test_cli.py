@@ -137,7 +137,7 @@ def test_settings_come_from_flag_environment_file_default_in_this_order(pictures
 
 def test_a_bad_value_in_the_environment_is_named():
     done = run("train", env={"MINISIMCLR_EPOCHS": "abc"})
-    assert done.returncode == 2 and "value for MINISIMCLR_EPOCHS: 'abc'" in done.stderr
+    assert done.returncode == 2 and "value for 'MINISIMCLR_EPOCHS': 'abc'" in done.stderr
     assert "MINISIMCLR" not in run("train", "--epochs", "abc").stderr
 
 

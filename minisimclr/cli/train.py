@@ -21,7 +21,7 @@ class Setting(click.Option):
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         source = ctx and ctx.get_parameter_source(self.name or "")
-        return str(self.envvar) if source is ParameterSource.ENVIRONMENT else self.opts[0]
+        return f"'{self.envvar if source is ParameterSource.ENVIRONMENT else self.opts[0]}'"
 
 
 def setting_options(function: Any) -> Any:

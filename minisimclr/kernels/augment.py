@@ -36,7 +36,7 @@ def apply_views_sorted(
     places = np.argsort(orders, axis=1)  # of each operation; that of the dearest, hue, sorts first
     rows = np.lexsort((*places.T, jittered))  # after those that stay as they are
     still, rest = np.split(rows, [2 * n - np.count_nonzero(jittered)])
-    count = threads() * -(-2 * n * 3 * size**2 // (threads() * SHARE))
+    count = threads() * (1 + 2 * n * 3 * size**2 // (threads() * SHARE))
     halves = [np.array_split(part, count) for part in (still, rest)]
     shares = [np.concatenate(pair) for pair in zip(*halves, strict=True)]  # of equal work
     out = np.empty((2 * n, size, size, 3), np.float32)
@@ -88,9 +88,10 @@ def _crops(
 
     Crops of like size go together: the largest of a block says how many pixels each is made of.
     """
+    _, height, width, _ = images.shape
     planes = np.empty((3, len(which), size, size), np.float32)
     order = np.argsort(boxes[:, 2:].prod(axis=1))
-    for block in blocks(0, len(which), GROUP // (3 * (images[0, ..., 0].size + size**2))):
+    for block in blocks(0, len(which), GROUP // (3 * (height * width + size**2))):
         i = order[block]
         planes[:, i] = _crop(images, which[i], boxes[i], flips[i], size)
     return planes
