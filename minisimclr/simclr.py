@@ -96,8 +96,8 @@ def training_step(
     for a GPU.
     """
     n = len(images)
-    x1, x2 = augment.apply_views(images, views, size)  # t(x), t'(x): two (N, size, size, 3)
-    x = xp_of(x1).concatenate([x1, x2])  # (2N, size, size, 3)
+    # t(x), t'(x): (2N, size, size, 3)
+    x = xp_of(images).concatenate(augment.apply_views(images, views, size))
     h = model.encoder(Tensor(x))  # (2N, D)
     z = model.head(h)  # (2N, d_out)
     loss = nt_xent(z[:n], z[n:], temperature)

@@ -141,7 +141,7 @@ def views(w: Walk) -> str:
     the network what they show.
     """
     cards = view_cards(w.images, w.drawn, w.views, len(w.images))
-    return excerpt(training_step, "x1, x2 =", "x = ") + cards
+    return excerpt(training_step, "# t(x)", "x = ") + cards
 
 
 def vectors(w: Walk, key: str) -> str:
