@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from minisimclr import augment, optim, profile
-from minisimclr.backend import cupy, peak_memory, precision, try_gpu
+from minisimclr.backend import activations, cupy, peak_memory, precision, try_gpu
 from minisimclr.errors import ConfigError
 from minisimclr.nn import ENCODERS
 from minisimclr.ops import conv, loss, norm, pool
@@ -191,16 +191,18 @@ def convolutions(sizes: Sizes) -> list[dict]:
         stride, padding = (s, s), (w[0] // 2, w[1] // 2)
         gy = (x[0], *output_size(x, w, stride, padding), w[3])
         flops = 2 * int(np.prod(gy)) * int(np.prod(w[:3]))
-        calls = {
-            "output": (conv.conv_output, (randn(*x), randn(*w), stride, padding)),
-            "input": (conv.conv_input_gradient, (randn(*gy), randn(*w), x, stride, padding)),
-            "weight": (conv.conv_weight_gradient, (randn(*gy), randn(*x), w, stride, padding)),
-        }
-        for which, (f, given) in calls.items():
+        images, weight, gradient = randn(*x), randn(*w), randn(*gy)
+        for which in ("output", "input", "weight"):
             name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
             for kind in ("fp32", "tf32", "bf16"):
                 with precision(kind, "cuda:0"):
-                    taken = seconds(f, [given], sizes.rounds)
+                    a, b = (y.astype(activations.get() or y.dtype) for y in (images, gradient))
+                    f, *given = {
+                        "output": (conv.conv_output, a, weight),
+                        "input": (conv.conv_input_gradient, b, weight, x),
+                        "weight": (conv.conv_weight_gradient, b, a, w),
+                    }[which]
+                    taken = seconds(f, [(*given, stride, padding)], sizes.rounds)
                 rows.append({"pass": name, "precision": kind, "ms": taken * 1e3,
                              "tflops": flops / taken / 1e12})  # fmt: skip
     return rows

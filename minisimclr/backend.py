@@ -180,16 +180,30 @@ def try_gpu(index: int) -> str:
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
 
-rounding: ContextVar[str] = ContextVar("rounding", default="fp32")  # the `precision` in force
+#: Type of what the layers of an encoder pass on, by the `precision` in force; None: the images'.
+activations: ContextVar[Any] = ContextVar("activations", default=None)
+
+
+def bfloat16() -> np.dtype:
+    """NumPy's type of that name, which ml_dtypes adds, if CuPy can add up arrays of it."""
+    if not on_cupy:
+        raise ConfigError("precision bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS")
+    if "EE->E" not in cupy().add.types:
+        needs = "ml_dtypes and NumPy 2.1.2 or newer: pip install ml_dtypes 'numpy>=2.1.2'"
+        raise ConfigError(f"precision bf16: CuPy {cupy().__version__} needs {needs}")
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 @contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """Within the block, what matrix products of float32 multiply on a GPU is rounded: to TF32's 10
-    bits of mantissa ("tf32"), to bfloat16's 7 in convolutions and linear layers ("bf16"), or not at
-    all ("fp32"). Sums, weights and activations stay float32.
+    """Within the block a GPU rounds: to TF32's 10 bits of mantissa what matrix products of float32
+    multiply ("tf32"), to bfloat16's 7 what the layers of an encoder pass on ("bf16"), or nothing
+    ("fp32"). Sums, statistics, weights, the head and the loss stay float32.
 
-    Raises ConfigError where there is no such thing: on a CPU, and on GPUs before Ampere.
+    Raises ConfigError where there is no such thing: on a CPU, on GPUs before Ampere, and, bfloat16,
+    without the kernels or the type.
     """
     if name == "fp32":
         yield
@@ -199,17 +213,18 @@ def precision(name: str, device: str) -> Iterator[None]:
     xp, index = cupy(), int(device.removeprefix("cuda:"))
     if int(xp.cuda.Device(index).compute_capability) < 80:
         raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
+    kind = bfloat16() if name == "bf16" else None
     try:  # not public; what is, CUPY_TF32 in the environment, is read only once
         switch, types = xp._core.set_compute_type, xp._core._routines_linalg
         tf32, before = types.COMPUTE_TYPE_TF32, types.get_compute_type(np.float32)
     except AttributeError as error:
         raise ConfigError(f"precision {name}: CuPy {xp.__version__} has no such switch") from error
     switch(np.float32, tf32 if name == "tf32" else before)
-    token = rounding.set(name)
+    token = activations.set(kind)
     try:
         yield
     finally:
-        rounding.reset(token)
+        activations.reset(token)
         switch(np.float32, before)
 
 

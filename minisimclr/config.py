@@ -62,7 +62,7 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, or cuda:0, cuda:1, ...")
     precision: str = setting(
         "fp32",
-        "of matrix products; tf32 and bf16: faster, on a GPU only",
+        "rounding on a GPU: tf32 is faster, bf16 also takes half the memory",
         choices=("fp32", "tf32", "bf16"),
     )
 

@@ -40,7 +40,8 @@ def no_grad() -> Iterator[None]:
 class Tensor:
     """An array that remembers the operation that made it.
 
-    data: numpy or cupy array, float32 or float64 kept as given, anything else made float32.
+    data: numpy or cupy array, float32, float64 and bfloat16 kept as given, anything else
+        made float32.
     grad: None, or an array like `data` once `backward` has reached this leaf.
     """
 
@@ -72,7 +73,7 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)):
             data = np.asarray(data)
-        if data.dtype not in (np.float32, np.float64):
+        if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
         self.data = data
         self.requires_grad = requires_grad

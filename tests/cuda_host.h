@@ -24,11 +24,12 @@ static unsigned __float_as_uint(float x) {
     memcpy(&bits, &x, 4);
     return bits;
 }
-static float __int_as_float(unsigned bits) {
+static float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
 }
+static float __int_as_float(int bits) { return __uint_as_float(bits); }
 using std::max;
 using std::min;
 

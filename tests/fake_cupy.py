@@ -13,6 +13,7 @@ import operator
 import sys
 from types import ModuleType, SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 
 METHODS = """all any argmax argmin argpartition argsort clip copy cumsum diagonal dot fill flatten
@@ -29,7 +30,7 @@ LINALG = "cholesky eigh eigvalsh norm qr slogdet solve svd"
 TYPES = "bool_ float16 float32 float64 int8 int16 int32 int64 intp uint8 uint16 uint32 uint64"
 WAITING_FUNCTIONS = "argwhere flatnonzero histogram nonzero unique"  # bincount, too
 BINARY = "add sub mul truediv floordiv mod pow matmul rshift and or xor lt le eq ne gt ge"
-PLACES = """RawModule asarray asnumpy array cuda.Device.use cuda.Event.synchronize
+PLACES = """RawModule add.types asarray asnumpy array cuda.Device.use cuda.Event.synchronize
 cuda.Stream.record cuda.Stream.wait_event
 cuda.cublas.CUBLAS_COMPUTE_32F cuda.cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP cuda.cublas.gemmEx
 cuda.get_cublas_handle cuda.runtime.CUDA_R_16BF cuda.runtime.CUDA_R_32F
@@ -210,6 +211,7 @@ def build(launcher=None):
     for name in FUNCTIONS.split():
         waits = "bincount" if name == "bincount" else ""  # looks for the largest number
         setattr(cupy, name, forward(getattr(np, name), waits))
+    cupy.add.types = ["ee->e", "EE->E", "ff->f"]
     for name in WAITING_FUNCTIONS.split():
         setattr(cupy, name, forward(getattr(np, name), waits=name))
     for name in (*TYPES.split(), "inf", "nan", "pi", "newaxis"):
@@ -343,16 +345,15 @@ def gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c
     assert (handle, compute, algorithm) == (4711, 68, 99)
 
     def numbers(pointer, columns, ld, kind):
-        ctype, dtype = {0: (ctypes.c_float, np.float32), 14: (ctypes.c_uint16, np.uint16)}[kind]
-        raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctype)), (columns, ld))
-        assert raw.dtype == dtype
-        return raw if kind == 0 else (raw.astype(np.uint32) << 16).view(np.float32)
+        bits, dtype = {0: (ctypes.c_uint32, "f4"), 14: (ctypes.c_uint16, ml_dtypes.bfloat16)}[kind]
+        raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(bits)), (columns, ld))
+        return raw.view(dtype)
 
     one, zero = (numbers(p, 1, 1, 0)[0, 0] for p in (alpha, beta))
-    assert one == 1 and zero == 0 and c_type == 0
+    assert one == 1 and zero == 0 and a_type == b_type
     assert lda >= (k if ta else m) and ldb >= (n if tb else k) and ldc >= m
-    x = numbers(a, m if ta else k, lda, a_type)[:, : k if ta else m]
-    y = numbers(b, k if tb else n, ldb, b_type)[:, : n if tb else k]
+    x = numbers(a, m if ta else k, lda, a_type)[:, : k if ta else m].astype(np.float32)
+    y = numbers(b, k if tb else n, ldb, b_type)[:, : n if tb else k].astype(np.float32)
     result = (x if ta else x.T) @ (y if tb else y.T)  # (m, k) @ (k, n)
     numbers(c, n, ldc, c_type)[:, :m] = result.T
 
@@ -375,5 +376,5 @@ def remove():
     from minisimclr import backend
     from minisimclr.kernels import cuda
 
-    for cached in (backend.cupy, backend.try_gpu, cuda.function):
+    for cached in (backend.cupy, backend.try_gpu, cuda.module, cuda.function):
         cached.cache_clear()

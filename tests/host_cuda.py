@@ -14,12 +14,14 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 
 HEADER = Path(__file__).with_name("cuda_host.h")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 NUMBERS = {"int": np.int32, "long long": np.int64, "float": np.float32}
-ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_, "bfloat16": np.uint16}
+ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_}
+ARRAYS["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 # Arrays of anything else are bytes.
 
 #: order: of the threads; ignored_line: of a barrier that is left out; sanitize: with
@@ -60,6 +62,8 @@ class HostModule:
 
     def get_function(self, name):
         (parameters,) = (p for n, p in KERNEL.findall(self.code) if n == name)
+        for real in re.findall(r"#define REAL (\w+)", self.code)[:1]:
+            parameters = parameters.replace("REAL", real)
         types = [
             re.sub(r"\s*\w+$", "", p.strip()).removeprefix("const ") for p in parameters.split(",")
         ]

@@ -155,6 +155,7 @@ OPERATIONS = {
     "ReLU": (basic.relu, [(3, 4)]),
     "MatMul": (lambda a, b: a @ b, [(5, 3, 4), (4, 2)]),
     "Linear": (basic.linear, [(5, 3), (4, 3), (4,)]),
+    "Cast": (lambda x: basic.cast(basic.cast(x, np.float64), np.float32), [(3, 4)]),
     "Sum": (lambda x: x.sum(axis=(0, 2)) + x.mean(), [(5, 3, 4)]),
     "Reshape": (lambda x: x.reshape(4, 3), [(3, 4)]),
     "Transpose": (lambda x: x.transpose(1, 2, 0), [(5, 3, 4)]),
@@ -459,6 +460,14 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
             super().__init__(index)
             self.compute_capability = "75"
 
+    bf16 = replace(config, precision="bf16")
+    with pytest.raises(ConfigError, match="bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS"):
+        pretrain(bf16, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "on_cupy", [None])
+        patch.setattr(cupy.add, "types", ["ee->e", "ff->f"])
+        with pytest.raises(ConfigError, match=r"fake needs ml_dtypes and NumPy 2\.1\.2 or newer"):
+            pretrain(bf16, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.delattr(cupy._core, "_routines_linalg")
         with pytest.raises(ConfigError, match=r"precision tf32: CuPy 14\.0\.fake has no such"):

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from test_cuda import (  # noqa: F401
     test_a_file_does_what_the_readable_passes_do,
+    test_a_training_step_in_bfloat16,
     test_a_training_step_waits_for_nothing,
+    test_activations_in_bfloat16_take_half_the_memory,
     test_bfloat16_costs_two_digits,
+    test_every_number_is_rounded_as_numpys_bfloat16_is,
+    test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast,
     test_large_views_are_blurred,
     test_nothing_moves_where_a_number_is_not_finite,
     test_what_is_not_a_number_or_infinite_stays_so,
@@ -78,7 +82,8 @@ def test_a_precision_rounds_as_much_as_it_should(cupy, kind, least, most):
     on_device = cupy.asarray(x), cupy.asarray(w), (1, 1), (1, 1)
     assert distance(conv_output(*on_device).get(), exact) < 1e-6
     with backend.precision(kind, "cuda:0"):
-        assert least < distance(conv_output(*on_device).get(), exact) < most
+        images = on_device[0].astype(backend.activations.get() or np.float32)
+        assert least < distance(conv_output(images, *on_device[1:]).get(), exact) < most
 
 
 def test_copies_arrive_in_order_and_whole(cupy):

@@ -3,14 +3,15 @@
     norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
                  two for the gradients
     optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
-    conv.cu      patches of images and back, which makes a convolution one matrix product; rounding
+    conv.cu      patches of images and back, which makes a convolution one matrix product
     pool.cu      maxima of windows, and the way back
     augment.cu   both views of a batch in one launch; the blur of large ones is a matrix product
 
 CuPy compiles them with NVRTC on first use and keeps the binaries on disk. All sums run in a fixed
 order, so a run repeats to the bit. Matrix products are cuBLAS's; the loss, made of them, stays as
-it can be read. CuPy has no product of bfloat16 matrices whose sums stay float32, so cuBLAS is asked
-for those directly.
+it can be read. CuPy has no product of bfloat16 matrices that stays float32, so cuBLAS is asked for
+those directly. Where activations are bfloat16, so are the images that a kernel reads and writes;
+the same text is compiled again, its REAL being that type (real.cuh).
 """
 
 from functools import cache
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..augment import SMALL, Views, apply_views, blur
-from ..backend import Array, cupy, rounding
+from ..backend import Array, cupy
 from ..ops.conv import fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
@@ -48,18 +49,33 @@ def register(library: Any) -> None:
 
 
 @cache
-def function(library: Any, file: str, kernel: str) -> Any:
+def module(library: Any, file: str, real: str) -> Any:
     code = Path(__file__).with_name(f"{file}.cu").read_text()
-    return library.RawModule(code=code).get_function(kernel)
+    include, header = '#include "real.cuh"', Path(__file__).with_name("real.cuh").read_text()
+    if code.startswith(include):  # here, as the compiler at run time sees no files
+        code = f"#define REAL {real}\n{header}#line 2\n" + code.removeprefix(f"{include}\n")
+    return library.RawModule(code=code)
+
+
+@cache
+def function(library: Any, file: str, kernel: str, real: str) -> Any:
+    return module(library, file, real).get_function(kernel)
+
+
+def is_bfloat16(x: Array) -> bool:
+    return x.dtype.name == "bfloat16"
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
-    """Run a kernel; numbers become what C calls int and float, None a null pointer."""
+    """Run a kernel, of the type of its first array; numbers become what C calls int and float, None
+    a null pointer.
+    """
     xp = cupy()
     convert: Any = {int: np.int32, float: np.float32, xp.ndarray: xp.ascontiguousarray}
     convert |= {type(None): lambda _: np.intp(0), bool: xp.asarray, np.bool_: xp.asarray}
     given = tuple(convert.get(type(a), lambda a: a)(a) for a in args)
-    function(xp, file, kernel)(grid, block, given)
+    real = "bfloat16" if is_bfloat16(args[0]) else "float"
+    function(xp, file, kernel, real)(grid, block, given)
 
 
 def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
@@ -79,7 +95,7 @@ def tile_sums(x: Array, *args: Any) -> Array:
 
 def apply(x: Array, *args: Any, out: Array | None = None) -> Array:
     grid, shape = tiles(x)
-    out = cupy().empty(x.shape, np.float32) if out is None else out
+    out = cupy().empty(x.shape, x.dtype) if out is None else out
     launch("norm", "apply", grid, (CHANNELS, LANES), x, *args, out, *shape)
     return out
 
@@ -96,7 +112,7 @@ def cuda_scale_shift(x, mean, scale, shift, residual, relu):
 
 
 def cuda_gradient_sums(gy, x, mean, inv_std, y):
-    g = gy if y is None else cupy().empty(gy.shape, np.float32)
+    g = gy if y is None else cupy().empty(gy.shape, gy.dtype)
     sum_g, sum_gd = tile_sums(x, gy, y, None if y is None else g, mean).sum(axis=0)
     return sum_g, sum_gd * inv_std, g
 
@@ -117,10 +133,9 @@ def cuda_unfold(x, kernel, stride, padding, size):
     if kernel == (1, 1):  # a view, or one copy
         return unfold.dispatch(object)(x, kernel, stride, padding, size)
     (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
-    name, dtype = ("unfold_bf16", np.uint16) if rounding.get() == "bf16" else ("unfold", np.float32)
-    out = cupy().empty((n * oh * ow, kh * kw * c), dtype)
+    out = cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
     geometry = x.shape[1:], kernel, stride, padding, size
-    return for_each_row("conv", name, x, out, geometry=geometry)
+    return for_each_row("conv", "unfold", x, out, geometry=geometry)
 
 
 def cuda_fold(patches, out, *geometry):
@@ -129,41 +144,36 @@ def cuda_fold(patches, out, *geometry):
 
 def cuda_max_pool_output(x, kernel, stride, padding):
     size, (before, _) = output_size(x.shape, kernel, stride, padding), zip(*padding, strict=True)
-    y, argmax = (cupy().empty((len(x), *size, x.shape[3]), t) for t in (np.float32, np.uint8))
+    y, argmax = (cupy().empty((len(x), *size, x.shape[3]), t) for t in (x.dtype, np.uint8))
     geometry = x.shape[1:], kernel, stride, before, size
     return for_each_row("pool", "max_pool", x, argmax, y, geometry=geometry), argmax
 
 
 def cuda_max_pool_input_gradient(gy, argmax, x_shape, kernel, stride, padding):
-    gx, (before, _) = cupy().empty(x_shape, np.float32), zip(*padding, strict=True)
+    gx, (before, _) = cupy().empty(x_shape, gy.dtype), zip(*padding, strict=True)
     geometry = x_shape[1:], kernel, stride, before, gy.shape[1:3]
     return for_each_row("pool", "max_pool_gradient", gy, argmax, gx, geometry=geometry)
 
 
-def as_bfloat16(a: Array) -> tuple[Array, bool]:
-    """A matrix rounded (the bits as uint16), and whether its columns, not rows, lie in memory."""
+def by_rows(a: Array) -> tuple[Array, bool]:
+    """A matrix in one piece, and whether it was turned for that."""
     turned = not a.flags.c_contiguous and a.flags.f_contiguous
-    a = cupy().ascontiguousarray(a.T if turned else a)
-    if a.dtype == np.uint16:  # patches are already
-        return a, turned
-    out = cupy().empty(a.shape, np.uint16)
-    launch("conv", "round_all", (-(-a.size // THREADS),), (THREADS,), a, out, np.int64(a.size))
-    return out, turned
+    return cupy().ascontiguousarray(a.T if turned else a), turned
 
 
 def cuda_matmul(a, b, out=None):
     xp, (n, k), m = cupy(), a.shape, b.shape[1]
-    if rounding.get() != "bf16":
+    if not is_bfloat16(a):
         return xp.matmul(a, b, out=out)
     out = xp.empty((n, m), np.float32) if out is None else out
-    (a, a_turned), (b, b_turned) = as_bfloat16(a), as_bfloat16(b)
+    (a, a_turned), (b, b_turned) = by_rows(a), by_rows(b.astype(a.dtype, copy=False))
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     blas, bf16, f32 = xp.cuda.cublas, xp.cuda.runtime.CUDA_R_16BF, xp.cuda.runtime.CUDA_R_32F
     # cuBLAS counts down columns: what is a matrix here is its transpose there, and C' = B' A'.
     blas.gemmEx(
         xp.cuda.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k,
         one.ctypes.data, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],
-        zero.ctypes.data, out.data.ptr, f32, m,
+        zero.ctypes.data, out.data.ptr, bf16 if is_bfloat16(out) else f32, m,
         blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT_TENSOR_OP,
     )  # fmt: skip
     return out

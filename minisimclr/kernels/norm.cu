@@ -1,3 +1,4 @@
+#include "real.cuh"
 // Batch norm of x (rows, channels). A block is 32 channels wide and 8 rows high, and has a tile of
 // rows to itself: each thread walks down one channel, so a warp reads 128 bytes in one piece.
 struct Walk {
@@ -19,7 +20,7 @@ __device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
 
 // Per tile and channel, part (tiles, 2, channels): mean and M2 of x if gy is null, else the sums of
 // g and g (x - mean). g is gy or, with y, gy where y > 0, which is written down.
-extern "C" __global__ void tile_sums(const float* x, const float* gy, const float* y, float* g_out,
+extern "C" __global__ void tile_sums(const REAL* x, const REAL* gy, const REAL* y, REAL* g_out,
                                      const float* mean, float* part,
                                      long long rows, int channels, int tile) {
     __shared__ float lanes[2][8][32];
@@ -64,9 +65,9 @@ extern "C" __global__ void merge_moments(const float* part, float* mean, float* 
 }
 
 // out = a (x - mean) + b + q g; g may be absent, and q, which then is 1.
-extern "C" __global__ void apply(const float* x, const float* mean, const float* a, const float* b,
-                                 const float* g, const float* q, int relu,
-                                 float* out, long long rows, int channels, int tile) {
+extern "C" __global__ void apply(const REAL* x, const float* mean, const float* a, const float* b,
+                                 const REAL* g, const float* q, int relu,
+                                 REAL* out, long long rows, int channels, int tile) {
     for (Walk w(rows, channels, tile); w.i < w.end; w.i += w.step) {
         float v = a[w.c] * (x[w.i] - mean[w.c]) + b[w.c];
         if (g) v += q ? q[w.c] * g[w.i] : g[w.i];

@@ -1,12 +1,13 @@
+#include "real.cuh"
 // Maxima over windows of images (n, h, w, c), and the way back: a block is 32 channels wide and has
 // 8 windows, or pixels. kh ... ow as in conv.cu; t and l pad at the top and on the left.
-extern "C" __global__ void max_pool(const float* x, unsigned char* argmax, float* y,
+extern "C" __global__ void max_pool(const REAL* x, unsigned char* argmax, REAL* y,
         long long windows, int h, int w, int c, int kh, int kw, int sh, int sw, int t, int l,
         int oh, int ow) {
     const long long window = blockIdx.x * 8LL + threadIdx.y;
     if (window >= windows) return;
     const int top = window / ow % oh * sh - t, left = window % ow * sw - l;
-    const float* image = x + window / ow / oh * h * w * c;
+    const REAL* image = x + window / ow / oh * h * w * c;
     for (int k = threadIdx.x; k < c; k += 32) {
         float best = __int_as_float(0xff800000);  // -inf
         int winner = 0;
@@ -21,8 +22,8 @@ extern "C" __global__ void max_pool(const float* x, unsigned char* argmax, float
 }
 
 // Each pixel takes the gradients of the windows that it was the maximum of.
-extern "C" __global__ void max_pool_gradient(const float* gy, const unsigned char* argmax,
-        float* gx, long long pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
+extern "C" __global__ void max_pool_gradient(const REAL* gy, const unsigned char* argmax,
+        REAL* gx, long long pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
         int t, int l, int oh, int ow) {
     const long long pixel = blockIdx.x * 8LL + threadIdx.y;
     if (pixel >= pixels) return;

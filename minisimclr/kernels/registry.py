@@ -8,16 +8,18 @@ import numpy as np
 
 
 def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], Callable]:
-    """Register the decorated function for arrays of a `kind`, of float32 alone.
+    """Register the decorated function for arrays of a `kind`, of float32 alone; CuPy's also of
+    bfloat16.
 
     Where any array of another floating type comes in, the pass runs as it is written in `ops`.
     """
+    floating = "fV" if kind is np.ndarray else "f"  # of bfloat16 NumPy's own `kind` is "V"
 
     def register(version: Callable) -> Callable:
         @wraps(version)
         def choose(*args: Any, **named: Any) -> Any:
             arrays = (a for a in (*args, *named.values()) if isinstance(a, kind))
-            plain = all(a.dtype == np.float32 for a in arrays if a.dtype.kind == "f")
+            plain = all(a.dtype == np.float32 for a in arrays if a.dtype.kind in floating)
             return (version if plain else reference.dispatch(object))(*args, **named)
 
         return reference.register(kind)(choose)

@@ -9,7 +9,9 @@ their weights need it.
 
 import numpy as np
 
+from ..backend import activations
 from ..errors import ConfigError
+from ..ops.basic import cast
 from ..ops.pool import global_average_pool, max_pool
 from ..tensor import Tensor
 from .layers import BatchNorm, Conv2d
@@ -95,6 +97,8 @@ class ResNet(Module):
         self.features = c
 
     def forward(self, x: Tensor) -> Tensor:
+        outside = x.dtype
+        x = cast(x, activations.get() or outside)
         x = self.bn1(self.conv1(x), relu=True)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, 1)
@@ -103,7 +107,7 @@ class ResNet(Module):
             x = max_pool(x, 3, 2, ((h % 2, 1), (w % 2, 1)))
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
-        return global_average_pool(x)  # (N, D)
+        return global_average_pool(cast(x, outside))  # (N, D)
 
 
 def resnet10(stem: str = "cifar", width: int = 64, seed: int = 0) -> ResNet:

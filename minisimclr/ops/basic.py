@@ -23,11 +23,7 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
 def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Sum `gradient` over the axes along which an input of `shape` was stretched."""
     extra = tuple(range(gradient.ndim - len(shape)))
-    stretched = tuple(
-        len(extra) + i
-        for i, n in enumerate(shape)
-        if n == 1 and gradient.shape[len(extra) + i] != 1
-    )
+    stretched = tuple(i for i, n in enumerate(shape, len(extra)) if n != gradient.shape[i])
     if not extra and not stretched:
         return gradient
     return gradient.sum(axis=extra + stretched, keepdims=True).reshape(shape)
@@ -120,12 +116,10 @@ class MatMul(Function):
         return a @ b
 
     def backward(self, gy):
-        ga = gy @ self.b.swapaxes(-1, -2) if self.needs[0] else None  # (n, m) @ (m, k)
-        gb = self.a.swapaxes(-1, -2) @ gy if self.needs[1] else None  # (k, n) @ (n, m)
-        return (
-            None if ga is None else unbroadcast(ga, self.a.shape),
-            None if gb is None else unbroadcast(gb, self.b.shape),
-        )
+        a, b = self.a.swapaxes(-1, -2), self.b.swapaxes(-1, -2)
+        ga = unbroadcast(gy @ b, self.a.shape) if self.needs[0] else None  # (n, m) @ (m, k)
+        gb = unbroadcast(a @ gy, self.b.shape) if self.needs[1] else None  # (k, n) @ (n, m)
+        return ga, gb
 
 
 class Linear(Function):
@@ -155,10 +149,9 @@ class Sum(Function):
         return x.sum(axis=self.axis, keepdims=self.keepdims)
 
     def backward(self, gy):
-        xp = xp_of(gy)
         if not self.keepdims and self.axis is not None:
-            gy = xp.expand_dims(gy, self.axis)
-        return xp.broadcast_to(gy, self.x)
+            gy = xp_of(gy).expand_dims(gy, self.axis)
+        return xp_of(gy).broadcast_to(gy, self.x)
 
 
 class Reshape(Function):
@@ -221,6 +214,20 @@ class Concatenate(Function):
         return tuple(xp_of(gy).split(gy, ends, axis=self.axis))
 
 
+class Cast(Function):
+    """The same numbers in another floating type"""
+
+    def __init__(self, dtype: Any):
+        self.dtype = dtype
+
+    def forward(self, x):
+        self.x = x.dtype
+        return x.astype(self.dtype)
+
+    def backward(self, gy):
+        return gy.astype(self.x)
+
+
 class Dropout(Function):
     """x times a mask of 0 (with probability p) and 1/(1-p) (Srivastava et al. 2014, inverted)"""
 
@@ -244,12 +251,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)
 
 
+def cast(x: Tensor, dtype: Any) -> Tensor:
+    """x in a floating type: itself, where it is of that type"""
+    return x if x.dtype == dtype else Cast(dtype)(x)
+
+
 def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], axis: int = 0) -> Tensor:
     return Concatenate(axis)(*tensors)
-
-
-def _sum(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
-    return Sum(axis, keepdims)(self)
 
 
 def _mean(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
@@ -280,7 +288,7 @@ for _name, _method in {
     "__matmul__": lambda self, other: MatMul()(self, as_tensor(other, self)),
     "__rmatmul__": lambda self, other: MatMul()(as_tensor(other, self), self),
     "__getitem__": lambda self, key: GetItem(key)(self),
-    "sum": _sum,
+    "sum": lambda self, axis=None, keepdims=False: Sum(axis, keepdims)(self),
     "mean": _mean,
     "reshape": _reshape,
     "transpose": _transpose,

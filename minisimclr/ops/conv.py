@@ -83,13 +83,15 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
     """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
     size = gy.shape[1:3]
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    gx = xp_of(gy).empty(x_shape, gy.dtype)
+    xp = xp_of(gy)
+    gx = xp.empty(x_shape, gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
         if (*w.shape[:2], *stride, *padding) == (1, 1, 1, 1, 0, 0):  # patches are pixels
             matmul(g, matrix.T, gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
         else:
-            patches = matmul(g, matrix.T)  # (n*OH*OW, KH*KW*C)
+            # (n*OH*OW, O) @ (O, KH*KW*C)
+            patches = matmul(g, matrix.T, xp.empty((len(g), len(matrix)), g.dtype))
             fold(patches, gx[block], w.shape[:2], stride, padding, size)
     return gx
 
@@ -98,7 +100,8 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
 def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: Pair) -> Array:
     """gy (N, OH, OW, O) and x (N, H, W, C) -> gradient of w, of shape w_shape (KH, KW, C, O)"""
     size = gy.shape[1:3]
-    gw = xp_of(gy).zeros((w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]), gy.dtype)
+    shape = w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]
+    gw = xp_of(gy).zeros(shape, np.promote_types(gy.dtype, np.float32))  # bfloat16 is for images
     for block in image_blocks(gy, size[0] * size[1] * len(gw)):
         patches = unfold(x[block], w_shape[:2], stride, padding, size)
         g = gy[block].reshape(-1, w_shape[3])  # (n*OH*OW, O)
