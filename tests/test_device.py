@@ -140,12 +140,16 @@ def normed(training):
     return lambda x, g, b, r: norm.batch_norm(x, g, b, running(x), training, residual=r, relu=True)
 
 
-def dropped(x):
-    mask = backend.xp_of(x.data).full(x.shape, 2.0, x.dtype)
-    return basic.Dropout(mask)(x)
+def norm_and_conv(relu):
+    def run(x, gamma, beta, w):
+        y = norm.batch_norm(x, gamma, beta, running(x), True, relu=relu)
+        return ops.conv.conv2d(y, w, 1, 1) + ops.conv.conv2d(y, w, 1, 1)
+
+    return run
 
 
 IMAGES = (3, 7, 6, 4)
+NORM_AND_CONV = [IMAGES, (4,), (4,), (3, 3, 4, 5)]
 OPERATIONS = {
     "Add": (lambda a, b: a + b, [(3, 4), (4,)]),
     "Multiply": (lambda a, b: a * b - 2 * a, [(3, 4), (3, 1)]),
@@ -161,11 +165,12 @@ OPERATIONS = {
     "Transpose": (lambda x: x.transpose(1, 2, 0), [(5, 3, 4)]),
     "GetItem": (lambda x: x[1:, 2], [(5, 3)]),
     "Concatenate": (lambda a, b: basic.concatenate([a, b]), [(5, 3), (2, 3)]),
-    "Dropout": (dropped, [(5, 3)]),
     "Conv2d": (lambda x, w: ops.conv.conv2d(x, w, 2, 1), [IMAGES, (3, 3, 4, 5)]),
     "Conv2d 1x1": (lambda x, w: ops.conv.conv2d(x, w, 2), [IMAGES, (1, 1, 4, 5)]),
     "BatchNorm": (normed(True), [IMAGES, (4,), (4,), IMAGES]),
     "BatchNorm in evaluation": (normed(False), [IMAGES, (4,), (4,), IMAGES]),
+    "BatchNorm and two convolutions": (norm_and_conv(relu=True), NORM_AND_CONV),
+    "BatchNorm without ReLU and two": (norm_and_conv(relu=False), NORM_AND_CONV),
     "MaxPool": (lambda x: pool.max_pool(x, 3, 2, 1), [IMAGES]),
     "AveragePool": (lambda x: pool.average_pool(x, 3, 2, 1), [IMAGES]),
     "GlobalAveragePool": (pool.global_average_pool, [IMAGES]),
@@ -199,6 +204,19 @@ def test_an_operation_and_its_gradients(name, cupy):
     assert not cupy.counter.syncs
     for a, b in zip(ours, theirs, strict=True):
         close(a.grad, b.grad)
+
+
+def test_what_batch_norm_made_is_made_again_on_the_device_alone(cupy):
+    """Where a residual went into it, it is kept: x does not tell all of it."""
+    for like, is_kept in (np, (True, True)), (cupy, (False, True)):
+        x, *vectors, w = (Tensor(like.asarray(randn(*s)), True) for s in NORM_AND_CONV)
+        y = norm.batch_norm(x, *vectors, running(x), True, relu=True)
+        z = norm.batch_norm(x, *vectors, running(x), True, relu=True, residual=y)
+        for made, kept in zip((y, z), is_kept, strict=True):
+            function = ops.conv.conv2d(made, w).creator
+            assert function.x is None and function.source is made.creator
+            assert (made.creator.y is not None) == kept
+            np.testing.assert_array_equal(host(made.creator.again()), host(made.data))
 
 
 @pytest.mark.parametrize("size", [12, 40])

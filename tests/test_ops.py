@@ -112,6 +112,22 @@ def test_batch_norm(relu, training, residual, shape):
 
 
 @pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_convolution_of_what_batch_norm_made(relu, training, residual):
+    """It saves nothing of it, and asks for it again."""
+
+    def run(x, gamma, beta, w, *r):
+        y = batch_norm(
+            x, gamma, beta, running(4), training, residual=r[0] if r else None, relu=relu
+        )
+        return conv2d(y, w, 1, 1) + y
+
+    shapes = [(3, 5, 6, 4), (4,), (4,), (3, 3, 4, 4), *[(3, 5, 6, 4)] * residual]
+    gradcheck(run, *(randn(*shape, seed=i) for i, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_batch_norm_writes_only_into_its_own(relu, residual):
     """In float32, where it may run in place, with a gradient that others need as well."""

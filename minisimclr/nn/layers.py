@@ -3,7 +3,6 @@
 import numpy as np
 
 from ..backend import xp_of
-from ..ops.basic import Dropout as DropoutFunction
 from ..ops.basic import linear
 from ..ops.conv import Pair, conv2d, pair
 from ..ops.norm import batch_norm
@@ -91,7 +90,9 @@ class BatchNorm(Module):
 
 
 class Dropout(Module):
-    """Zero a share p of the numbers while training, scale the others by 1 / (1 - p)."""
+    """Zero a share p of the numbers while training, scale the others by 1 / (1 - p): "inverted", so
+    that nothing is left to do afterwards (Srivastava et al. 2014).
+    """
 
     def __init__(self, p: float, *, rng: np.random.Generator):
         self.p, self.rng = p, rng
@@ -100,5 +101,4 @@ class Dropout(Module):
         if not self.training or self.p == 0:
             return x
         keep = self.rng.random(x.shape, np.float32) >= self.p
-        mask = (keep / (1 - self.p)).astype(x.dtype)
-        return DropoutFunction(xp_of(x.data).asarray(mask))(x)
+        return x * (keep / (1 - self.p))

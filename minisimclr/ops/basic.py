@@ -228,19 +228,6 @@ class Cast(Function):
         return gy.astype(self.x)
 
 
-class Dropout(Function):
-    """x times a mask of 0 (with probability p) and 1/(1-p) (Srivastava et al. 2014, inverted)"""
-
-    def __init__(self, mask: Array):
-        self.mask = mask
-
-    def forward(self, x):
-        return x * self.mask
-
-    def backward(self, gy):
-        return gy * self.mask
-
-
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)"""
     return ReLU()(x)

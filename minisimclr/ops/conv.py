@@ -8,6 +8,7 @@ as it lies in memory.
 """
 
 from functools import singledispatch
+from typing import Any
 
 import numpy as np
 
@@ -110,18 +111,22 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
 
 
 class Conv2d(Function):
-    """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]"""
+    """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]
 
-    def __init__(self, stride: Pair, padding: Pair):
-        self.stride, self.padding = stride, padding
+    x is not saved where a `source` has it: the batch norm that made it.
+    """
+
+    def __init__(self, stride: Pair, padding: Pair, source: Any = None):
+        self.stride, self.padding, self.source = stride, padding, source
 
     def forward(self, x, w):
-        self.x, self.w = x, w
+        self.x, self.w = None if self.source else x, w
         return conv_output(x, w, self.stride, self.padding)
 
     def backward(self, gy):
-        x, w, stride, padding = self.x, self.w, self.stride, self.padding
-        gx = conv_input_gradient(gy, w, x.shape, stride, padding) if self.needs[0] else None
+        x = self.source.again() if self.source else self.x
+        w, stride, padding = self.w, self.stride, self.padding
+        gx = conv_input_gradient(gy, w, self.shapes[0], stride, padding) if self.needs[0] else None
         gw = conv_weight_gradient(gy, x, w.shape, stride, padding) if self.needs[1] else None
         return gx, gw
 
@@ -143,4 +148,5 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
         raise ValueError(
             f"conv2d: kernel {weight.shape[:2]} exceeds images {x.shape} padded {padding}"
         )
-    return Conv2d(stride, padding)(x, weight)
+    source = x.creator if hasattr(x.creator, "again") else None
+    return Conv2d(stride, padding, source)(x, weight)

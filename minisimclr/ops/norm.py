@@ -14,6 +14,8 @@ x is (..., C), normalised per channel over all M = x.size / C rows:
 
 from functools import singledispatch
 
+import numpy as np
+
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
 from .basic import relu_gradient
@@ -92,8 +94,7 @@ class BatchNorm(Function):
     file.
 
     In training the statistics are those of x, afterwards in self.mean and self.variance (biased);
-    else they are the constants given. Saved: x, which the convolution made, and y, which the next
-    layer keeps anyway, rather than x^.
+    else they are the constants given. Saved: x, which the convolution made, rather than x^, and y.
     """
 
     def __init__(
@@ -111,11 +112,21 @@ class BatchNorm(Function):
         self.inv_std = 1 / xp_of(x).sqrt(self.variance + self.eps)
         y = scale_shift(x, self.mean, gamma * self.inv_std, beta, residual, self.relu)
         if any(self.needs):
-            self.x, self.gamma, self.y = x, gamma, y if self.relu else None
+            self.x, self.gamma, self.beta = x, gamma, beta
+            # On a GPU memory is short and a pass is cheap: there y goes, if it can be had again.
+            self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
         return y
 
+    def again(self) -> Array:
+        """y, in the backward pass: saved, or made anew (Chen et al. 2016, arXiv:1604.06174)."""
+        if self.y is None:
+            scale = self.gamma * self.inv_std
+            self.y = scale_shift(self.x, self.mean, scale, self.beta, None, self.relu)
+        return self.y
+
     def backward(self, gy):
-        sum_g, sum_gx, g = gradient_sums(gy, self.x, self.mean, self.inv_std, self.y)
+        y = self.again() if self.relu else None
+        sum_g, sum_gx, g = gradient_sums(gy, self.x, self.mean, self.inv_std, y)
         gx = None
         if self.needs[0]:
             scale = self.gamma * self.inv_std
