@@ -256,10 +256,6 @@ def _reshape(self: Tensor, *shape: Any) -> Tensor:
     return Reshape(shape[0] if isinstance(shape[0], tuple) else shape)(self)
 
 
-def _transpose(self: Tensor, *axes: int) -> Tensor:
-    return Transpose(axes or None)(self)
-
-
 # Operators. `other` may be a Tensor, an array or a number.
 for _name, _method in {
     "__add__": lambda self, other: Add()(self, as_tensor(other, self)),
@@ -278,7 +274,7 @@ for _name, _method in {
     "sum": lambda self, axis=None, keepdims=False: Sum(axis, keepdims)(self),
     "mean": _mean,
     "reshape": _reshape,
-    "transpose": _transpose,
+    "transpose": lambda self, *axes: Transpose(axes or None)(self),
     "exp": lambda self: Exp()(self),
     "log": lambda self: Log()(self),
     "relu": relu,
