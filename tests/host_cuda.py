@@ -21,7 +21,7 @@ HEADER = Path(__file__).with_name("cuda_host.h")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 NUMBERS = {"int": np.int32, "long long": np.int64, "float": np.float32}
 ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_}
-ARRAYS["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+ARRAYS |= {"bfloat16": np.dtype(ml_dtypes.bfloat16), "double": np.float64}
 # Arrays of anything else are bytes.
 
 #: order: of the threads; ignored_line: of a barrier that is left out; sanitize: with
@@ -65,7 +65,8 @@ class HostModule:
         for real in re.findall(r"#define REAL (\w+)", self.code)[:1]:
             parameters = parameters.replace("REAL", real)
         types = [
-            re.sub(r"\s*\w+$", "", p.strip()).removeprefix("const ") for p in parameters.split(",")
+            re.sub(r"\s*(__restrict__)?\s*\w+$", "", p.strip()).removeprefix("const ")
+            for p in parameters.split(",")
         ]
 
         def call(grid, block, args):
@@ -97,4 +98,5 @@ def checked(what, kind, value):
     dtype = ARRAYS.get(kind.removesuffix("*").strip(), np.uint8)
     assert value.dtype == dtype, f"{what} given {value.dtype}"
     assert value.flags.c_contiguous, f"{what} given an array with gaps"
+    assert value.data.ptr % value.dtype.itemsize == 0, f"{what} given an array at an odd address"
     return np.array([value.data.ptr], np.uintp)

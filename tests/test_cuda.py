@@ -101,6 +101,15 @@ def multiplied():
         yield a, b, np.zeros((n, m), np.float32)
 
 
+def input_gradients():
+    rng = np.random.default_rng(3)
+    for x, (kh, kw), stride, padding, size in unfolded():
+        o = 1 + kh  # channels
+        gy = rng.standard_normal((len(x), *size, o), np.float32)
+        w = rng.standard_normal((kh, kw, x.shape[3], o), np.float32)
+        yield gy, w, x.shape, stride, padding
+
+
 PASSES = {
     norm.moments: SAMPLES["moments"],
     norm.scale_shift: SAMPLES["scale_shift"],
@@ -109,11 +118,13 @@ PASSES = {
     augment.apply_views: lambda: [*SAMPLES["apply_views"](), *larger_views(blurred=False)],
     conv.unfold: unfolded,
     conv.fold: folded,
+    conv.conv_input_gradient: input_gradients,
     matmul: multiplied,
     pool.max_pool_output: SAMPLES["max_pool_output"],
     pool.max_pool_input_gradient: SAMPLES["max_pool_input_gradient"],
 }
-PLACES = {augment.apply_views: "augment", conv.unfold: "conv", conv.fold: "conv", matmul: "conv"}
+PLACES = {augment.apply_views: "augment", matmul: "conv"}
+PLACES |= dict.fromkeys((conv.unfold, conv.fold, conv.conv_input_gradient), "conv")
 PLACES |= {pool.max_pool_output: "pool", pool.max_pool_input_gradient: "pool"}
 
 
@@ -294,6 +305,30 @@ def test_bfloat16_costs_two_digits(cupy):
         (ours,) = on_device(f, given, cupy)
         assert ours.dtype == kind and not cupy.counter.syncs
         assert 1e-3 < distance(ours, f.dispatch(object)(*map(exact, args))) < 1e-2
+
+
+@pytest.mark.parametrize("convert", [list, in_bfloat16], ids=["float32", "bfloat16"])
+def test_a_gradient_may_be_written_over(convert, cupy):
+    for args in SAMPLES["input_gradient"]():
+        args = convert(args[:6])
+
+        def run(args=args):
+            g, *others = (cupy.asarray(np.ascontiguousarray(a)) for a in args)
+            norm.input_gradient(g, *others, out=g)
+            return [np.array(host(g))]
+
+        compare(in_every_order(run), reference(norm.input_gradient, args))
+
+
+def test_images_at_odd_addresses_are_copied_number_by_number(cupy):
+    geometry = (3, 3), (1, 1), (1, 1), (5, 6)
+    for dtype in BFLOAT16, np.dtype(np.float32):
+        numbers = cupy.asarray(np.arange(1 + 5 * 6 * 8).astype(dtype))
+        for x in (numbers[1:].reshape(1, 5, 6, 8), numbers[:-1].reshape(1, 5, 6, 8)):
+            patches = conv.unfold(x, *geometry)
+            np.testing.assert_array_equal(
+                host(patches), conv.unfold.dispatch(object)(host(x), *geometry)
+            )
 
 
 def test_large_views_are_blurred(cupy):
@@ -594,9 +629,9 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("real", ["float", "bfloat16"])
+@pytest.mark.parametrize("real", ["float", *cuda.REALS.values()])
 def test_nvcc_compiles_without_spills(file, architecture, real, tmp_path):
-    if real == "bfloat16" and "REAL" not in file.read_text():
+    if real != "float" and "REAL" not in file.read_text():
         pytest.skip("float32 only")
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")

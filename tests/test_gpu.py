@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from test_cuda import (  # noqa: F401
     test_a_file_does_what_the_readable_passes_do,
+    test_a_gradient_may_be_written_over,
     test_a_training_step_in_bfloat16,
     test_a_training_step_waits_for_nothing,
     test_activations_in_bfloat16_take_half_the_memory,
     test_bfloat16_costs_two_digits,
     test_every_number_is_rounded_as_numpys_bfloat16_is,
+    test_images_at_odd_addresses_are_copied_number_by_number,
     test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast,
     test_large_views_are_blurred,
     test_nothing_moves_where_a_number_is_not_finite,

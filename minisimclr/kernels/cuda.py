@@ -22,7 +22,7 @@ import numpy as np
 
 from ..augment import SMALL, Views, apply_views, blur
 from ..backend import Array, cupy
-from ..ops.conv import fold, unfold
+from ..ops.conv import conv_input_gradient, conv_output, fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
 from ..ops.product import matmul
@@ -33,12 +33,13 @@ from .registry import for_float32
 CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: of batch norm, of the others
 BLOCKS = 1024  # in a launch over tiles: several for each multiprocessor of a large GPU
 SHARES = 64  # blocks that share the numbers of one parameter
+REALS = {"bfloat16": "bfloat16", "float64": "double"}  # what REAL is for an array; else float
 # The structures of optim.cu and augment.cu.
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
 NORM: Any = moments, scale_shift, gradient_sums, input_gradient
-IMAGES: Any = unfold, fold, matmul, max_pool_output, max_pool_input_gradient
+IMAGES: Any = unfold, fold, matmul, conv_input_gradient, max_pool_output, max_pool_input_gradient
 PASSES: Any = *NORM, *IMAGES, square_of_all, update_all, apply_views
 
 
@@ -74,8 +75,7 @@ def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> Non
     convert: Any = {int: np.int32, float: np.float32, xp.ndarray: xp.ascontiguousarray}
     convert |= {type(None): lambda _: np.intp(0), bool: xp.asarray, np.bool_: xp.asarray}
     given = tuple(convert.get(type(a), lambda a: a)(a) for a in args)
-    real = "bfloat16" if is_bfloat16(args[0]) else "float"
-    function(xp, file, kernel, real)(grid, block, given)
+    function(xp, file, kernel, REALS.get(args[0].dtype.name, "float"))(grid, block, given)
 
 
 def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
@@ -124,7 +124,7 @@ def cuda_input_gradient(g, x, mean, scale, a, b, out=None):
 def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:
     """Fill the last array, (..., K), a row of K numbers at a time."""
     rows = others[-1].size // others[-1].shape[-1]
-    given = x, *others, np.int64(rows), *sum(geometry, ())
+    given = x, *others, rows, *sum(geometry, ())
     launch(file, kernel, (-(-rows // LANES),), (CHANNELS, LANES), *given)
     return others[-1]
 
@@ -133,13 +133,24 @@ def cuda_unfold(x, kernel, stride, padding, size):
     if kernel == (1, 1):  # a view, or one copy
         return unfold.dispatch(object)(x, kernel, stride, padding, size)
     (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
-    out = cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
-    geometry = x.shape[1:], kernel, stride, padding, size
-    return for_each_row("conv", "unfold", x, out, geometry=geometry)
+    given = cupy().ascontiguousarray(x), cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
+    if (c * x.itemsize | given[0].data.ptr) % 8 == 0:  # only copied: so two or four at once
+        given = tuple(a.view(np.float64) for a in given)
+    geometry = given[0].shape[1:], kernel, stride, padding, size
+    return for_each_row("conv", "unfold", *given, geometry=geometry).view(x.dtype)
 
 
 def cuda_fold(patches, out, *geometry):
     return for_each_row("conv", "fold", patches, out, geometry=(out.shape[1:], *geometry))
+
+
+def cuda_conv_input_gradient(gy, w, x_shape, stride, padding):
+    (kh, kw), (ph, pw) = w.shape[:2], padding
+    if stride != (1, 1) or (kh, kw) == (1, 1) or ph >= kh or pw >= kw:
+        return conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
+    # Copying patches costs less than adding them up: gx is gy convolved with the kernel turned.
+    turned = w[::-1, ::-1].swapaxes(2, 3)  # (KH, KW, O, C)
+    return conv_output(gy, turned, stride, (kh - 1 - ph, kw - 1 - pw))
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):

@@ -20,7 +20,8 @@ __device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
 
 // Per tile and channel, part (tiles, 2, channels): mean and M2 of x if gy is null, else the sums of
 // g and g (x - mean). g is gy or, with y, gy where y > 0, which is written down.
-extern "C" __global__ void tile_sums(const REAL* x, const REAL* gy, const REAL* y, REAL* g_out,
+extern "C" __global__ void tile_sums(const REAL* __restrict__ x, const REAL* __restrict__ gy,
+                                     const REAL* __restrict__ y, REAL* __restrict__ g_out,
                                      const float* mean, float* part,
                                      long long rows, int channels, int tile) {
     __shared__ float lanes[2][8][32];
@@ -64,13 +65,22 @@ extern "C" __global__ void merge_moments(const float* part, float* mean, float* 
     m2[c] = all.m2;
 }
 
-// out = a (x - mean) + b + q g; g may be absent, and q, which then is 1.
+// out = a (x - mean) + b + q g; g may be absent, and q, which then is 1. Four rows are asked for
+// before the first is written: out may be g, so the compiler must not do that by itself.
 extern "C" __global__ void apply(const REAL* x, const float* mean, const float* a, const float* b,
                                  const REAL* g, const float* q, int relu,
                                  REAL* out, long long rows, int channels, int tile) {
-    for (Walk w(rows, channels, tile); w.i < w.end; w.i += w.step) {
-        float v = a[w.c] * (x[w.i] - mean[w.c]) + b[w.c];
-        if (g) v += q ? q[w.c] * g[w.i] : g[w.i];
-        out[w.i] = relu && v < 0 ? 0 : v;
+    Walk w(rows, channels, tile);
+    if (w.c >= channels) return;
+    const float scale = a[w.c], near = mean[w.c], shift = b[w.c], of_g = q ? q[w.c] : 1;
+    for (; w.i < w.end; w.i += 4 * w.step) {
+        float v[4];
+        for (int k = 0; k < 4; k++) {
+            const long long i = w.i + k * w.step < w.end ? w.i + k * w.step : w.i;
+            v[k] = scale * (x[i] - near) + shift;
+            if (g) v[k] += of_g * g[i];
+        }
+        for (int k = 0; k < 4; k++)
+            if (w.i + k * w.step < w.end) out[w.i + k * w.step] = relu && v[k] < 0 ? 0 : v[k];
     }
 }

@@ -2,12 +2,12 @@
 // Maxima over windows of images (n, h, w, c), and the way back: a block is 32 channels wide and has
 // 8 windows, or pixels. kh ... ow as in conv.cu; t and l pad at the top and on the left.
 extern "C" __global__ void max_pool(const REAL* x, unsigned char* argmax, REAL* y,
-        long long windows, int h, int w, int c, int kh, int kw, int sh, int sw, int t, int l,
+        int windows, int h, int w, int c, int kh, int kw, int sh, int sw, int t, int l,
         int oh, int ow) {
-    const long long window = blockIdx.x * 8LL + threadIdx.y;
+    const int window = blockIdx.x * 8 + threadIdx.y;
     if (window >= windows) return;
     const int top = window / ow % oh * sh - t, left = window % ow * sw - l;
-    const REAL* image = x + window / ow / oh * h * w * c;
+    const REAL* image = x + (long long)(window / ow / oh) * h * w * c;
     for (int k = threadIdx.x; k < c; k += 32) {
         float best = __int_as_float(0xff800000);  // -inf
         int winner = 0;
@@ -16,27 +16,26 @@ extern "C" __global__ void max_pool(const REAL* x, unsigned char* argmax, REAL* 
                 const float v = image[((top + a) * w + left + b) * c + k];
                 if (v > best || v != v) best = v, winner = a * kw + b;
             }
-        y[window * c + k] = best;
-        argmax[window * c + k] = winner;
+        y[(long long)window * c + k] = best;
+        argmax[(long long)window * c + k] = winner;
     }
 }
 
-// Each pixel takes the gradients of the windows that it was the maximum of.
+// Each pixel takes the gradients of the windows that it was the maximum of, as fold does in conv.cu.
 extern "C" __global__ void max_pool_gradient(const REAL* gy, const unsigned char* argmax,
-        REAL* gx, long long pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
+        REAL* gx, int pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
         int t, int l, int oh, int ow) {
-    const long long pixel = blockIdx.x * 8LL + threadIdx.y;
+    const int pixel = blockIdx.x * 8 + threadIdx.y;
     if (pixel >= pixels) return;
     const int row = pixel / w % h + t, column = pixel % w + l;
-    const long long first = pixel / w / h * oh * ow;  // window of this image
+    const long long first = (long long)(pixel / w / h) * oh * ow;  // window of this image
     for (int k = threadIdx.x; k < c; k += 32) {
         float sum = 0;
-        for (int a = row % sh; a < kh && a <= row; a += sh)
-            for (int b = column % sw; b < kw && b <= column; b += sw) {
-                const int i = (row - a) / sh, j = (column - b) / sw;
+        for (int a = row % sh, i = row / sh; a < kh && i >= 0; a += sh, i--)
+            for (int b = column % sw, j = column / sw; b < kw && j >= 0; b += sw, j--) {
                 const long long from = (first + i * ow + j) * c + k;
                 if (i < oh && j < ow && argmax[from] == a * kw + b) sum += gy[from];
             }
-        gx[pixel * c + k] = sum;
+        gx[(long long)pixel * c + k] = sum;
     }
 }
