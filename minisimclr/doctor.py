@@ -20,7 +20,7 @@ from .tensor import Tensor, gradcheck
 
 NEEDED, OPTIONAL = (
     ("numpy", "pillow", "h5py", "click"),
-    ("matplotlib", "cupy-cuda12x", "cupy-cuda13x"),
+    ("matplotlib", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes"),
 )
 STEPS = 25
 
