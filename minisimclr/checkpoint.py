@@ -1,10 +1,11 @@
 """Checkpoints: all the state a bit-exact resume needs, in one HDF5 file without pickle or clock.
 
-The file is built in memory and published whole (see files.py); a SHA-256 over every array and
-attribute is stored with it and verified on reading.
+HDF5 leaves the start of a file to others. Here it is a line of text with the SHA-256 of the rest,
+looked at first: HDF5 before 2.0 may crash on a damaged file. Files are published whole (files.py).
 """
 
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -16,29 +17,25 @@ import numpy as np
 from .errors import DataError
 from .files import write_bytes
 
-FORMAT = 1
+MARK = b"minisimclr checkpoint 2, SHA-256 "
+BLOCK = 512  # bytes of the line
 KEEP = 2  # checkpoints of a run that stay on disk
 
 
-def _digest(arrays: dict[str, np.ndarray], state: str) -> str:
-    digest = hashlib.sha256(state.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def first_line(digest: str) -> bytes:
+    return (MARK + digest.encode()).ljust(BLOCK - 1) + b"\n"
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
     """Publish named arrays and a JSON-able `state` as the checkpoint `path`. Raises OSError."""
-    text = json.dumps(state, sort_keys=True)
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="v110") as f:
-        f.attrs.update(format=FORMAT, state=text, sha256=_digest(arrays, text))
+    file = io.BytesIO()
+    with h5py.File(file, "w", userblock_size=BLOCK) as f:  # an old form: groups without a clock
+        f["state"] = np.frombuffer(json.dumps(state, sort_keys=True).encode(), np.uint8)
         for name, array in arrays.items():
             f.create_dataset(name, data=array)
-        f.flush()
-        image = f.id.get_file_image()
-    write_bytes(path, image)
+    with file.getbuffer() as content:
+        content[:BLOCK] = first_line(hashlib.sha256(content[BLOCK:]).hexdigest())
+        write_bytes(path, content)
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -52,16 +49,17 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays[name] = item[()]
 
     try:
+        with path.open("rb") as file:
+            line = file.read(BLOCK)
+            if not line.startswith(MARK):
+                raise DataError(f"{path}: not a checkpoint of this version")
+            if line != first_line(hashlib.file_digest(file, "sha256").hexdigest()):
+                raise DataError(f"{path}: damaged checkpoint (its SHA-256 differs)")
         with h5py.File(path, "r") as f:
-            if f.attrs.get("format") != FORMAT:
-                raise DataError(f"{path}: not a checkpoint of format {FORMAT}")
-            text, digest = f.attrs["state"], f.attrs["sha256"]
             f.visititems(read)
+        return arrays, json.loads(arrays.pop("state").tobytes())
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise DataError(f"{path}: not a readable checkpoint ({error})") from error
-    if digest != _digest(arrays, text):
-        raise DataError(f"{path}: damaged checkpoint (its SHA-256 differs)")
-    return arrays, json.loads(text)
 
 
 def path_of(folder: Path, step: int) -> Path:

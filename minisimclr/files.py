@@ -67,7 +67,7 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Publish `content` as the whole file `path`."""
     with publish(path) as temporary:
         temporary.write_bytes(content)

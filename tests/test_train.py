@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import checkpoint, cores
@@ -152,6 +155,22 @@ def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
         path.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(DataError, match="none of its 2"):
         open_run(run.path)
+
+
+@hypothesis.given(st.data())
+def test_no_change_of_a_checkpoint_goes_unseen(finished, data):
+    """And HDF5, which may crash on one, is not shown it."""
+    whole = checkpoint.listed(finished.path / "checkpoints")[-1].read_bytes()
+    damaged = bytearray(whole)
+    damaged[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    cut, longer = whole[: data.draw(st.integers(0, len(whole) - 1))], whole + b"\0"
+    with patch("h5py.File", side_effect=AssertionError):
+        for changed in (damaged, cut, longer):
+            path = finished.path / "copy.h5"
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match=r"of this version|SHA-256 differs"):
+                checkpoint.load(path)
+            path.unlink()
 
 
 def test_a_log_that_lost_lines_is_not_filled_with_zeros(config, tmp_path):

@@ -449,15 +449,19 @@ def replace(f, make):
     make(f, place, array)
 
 
+def elsewhere(shape):
+    layout = h5py.VirtualLayout(shape, "f4")
+    layout[...] = h5py.VirtualSource("b.h5", "x", shape)
+    return layout
+
+
 KERAS_FAULTS = {
     "soft link": lambda f, place, a: f.__setitem__(place, h5py.SoftLink("/elsewhere")),
     "external link": lambda f, place, a: f.__setitem__(place, h5py.ExternalLink("b.h5", "/x")),
     "external bytes": lambda f, place, a: f.create_dataset(
         place, a.shape, "f4", external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]
     ),
-    "virtual": lambda f, place, a: f.create_virtual_dataset(
-        place, h5py.VirtualLayout(a.shape, "f4")
-    ),
+    "virtual": lambda f, place, a: f.create_virtual_dataset(place, elsewhere(a.shape)),
     "bomb": lambda f, place, a: f.create_dataset(
         place, (1 << 20, 1 << 20), "f4", chunks=(1024, 1024), compression="gzip"
     ),

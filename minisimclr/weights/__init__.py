@@ -11,7 +11,6 @@ takes over all of the arrays it needs or none: names, shapes and dtypes are chec
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from .. import checkpoint
@@ -41,9 +40,9 @@ def read(path: str | Path) -> Stored:
         if start.startswith(b"PK\x03\x04"):
             stored = torch_zip.read(path)
         elif start.startswith(b"\x89HDF\r\n\x1a\n"):
-            with h5py.File(path, "r") as h5:
-                own = "sha256" in h5.attrs
-            stored = read_own(path) if own else keras.read(path)
+            stored = keras.read(path)
+        elif start.startswith(checkpoint.MARK):
+            stored = read_own(path)
         elif end == tf_bundle.MAGIC:
             stored = tf_bundle.read(path)
         elif start[8:].lstrip().startswith(b"{"):
