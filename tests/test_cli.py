@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,16 @@ def test_resume_of_a_finished_run_says_so(trained):
     done = run("train", "--resume", out)
     assert done.returncode == 0
     assert "already" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_a_line_of_warning(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    done = run("probe", tmp_path / "run")
+    assert done.returncode == 0
+    said = f"{newest}: damaged checkpoint (its SHA-256 differs); trying the one before"
+    assert done.stderr.splitlines() == [f"warning: {said}"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):

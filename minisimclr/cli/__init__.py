@@ -6,6 +6,7 @@ written; 5 diverged; 130 and 143 after SIGINT and SIGTERM.
 
 import os
 import sys
+import warnings
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -51,16 +52,16 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code that fits."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [a for a in given if a != "--debug"]
+    warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
     try:
         code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
     except (
         MinisimclrError, OSError, MemoryError, click.exceptions.Exit, click.ClickException
     ) as error:  # fmt: skip
-        if debug:
+        if "--debug" in given:
             raise
         code = explain(error)
     except (KeyboardInterrupt, click.Abort):
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def explain(error: Exception | str, code: int = 1) -> int:
     """Say what went wrong in one line on standard error; the exit code for it."""
+    text = str(error)
     match error:
         case click.exceptions.Exit():
             return error.exit_code
@@ -82,12 +84,10 @@ def explain(error: Exception | str, code: int = 1) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         case MinisimclrError():
-            text, code = str(error), error.exit_code
+            code = error.exit_code
         case MemoryError():  # NumPy's and CuPy's as well
             text, code = f"out of memory: a smaller --batch-size or --image-size helps ({error})", 2
         case OSError():
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
-        case _:
-            text = str(error)
     click.echo(f"error: {' '.join(text.split())}", err=True)
     return code
