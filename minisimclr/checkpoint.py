@@ -23,6 +23,7 @@ KEEP = 2  # checkpoints of a run that stay on disk
 
 
 def first_line(digest: str) -> bytes:
+    """What stands before HDF5's part, whose SHA-256 in hex is `digest`."""
     return (MARK + digest.encode()).ljust(BLOCK - 1) + b"\n"
 
 

@@ -1,4 +1,5 @@
-// REAL is what activations are made of: float, or bfloat16, the first half of one.
+// REAL is what activations are made of: float, or bfloat16, the first half of one; for a kernel that
+// only copies also double, two or four of them at once.
 struct bfloat16 {
     unsigned short bits;
     __device__ operator float() const { return __uint_as_float((unsigned)bits << 16); }

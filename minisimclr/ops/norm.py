@@ -94,7 +94,8 @@ class BatchNorm(Function):
     file.
 
     In training the statistics are those of x, afterwards in self.mean and self.variance (biased);
-    else they are the constants given. Saved: x, which the convolution made, rather than x^, and y.
+    else they are the constants given. Saved: x, which the convolution made, rather than x^, and y
+    where `again` could not make it, or not cheaply.
     """
 
     def __init__(
