@@ -53,7 +53,7 @@ def cupy() -> Any:
     except ImportError as error:
         newest = "[cuda13]" if cuda_driver() >= 13000 else "[cuda12]"
         raise ConfigError(
-            f"CuPy is not installed: pip install 'minisimclr{newest}', or use --device cpu"
+            f'CuPy is not installed: pip install "minisimclr{newest}", or use --device cpu'
         ) from error
     for act in on_cupy:
         act(cupy)
@@ -174,7 +174,7 @@ def try_gpu(index: int) -> str:
         raise
     except Exception as error:  # those of CuPy and of each library it loads have no common base
         said = (str(error) or type(error).__name__).splitlines()[0]
-        line = f"pip install 'cupy-cuda{cuda_driver() // 1000}x[ctk]'"
+        line = f'pip install "cupy-cuda{cuda_driver() // 1000}x[ctk]"'
         raise ConfigError(f"CuPy failed at {part}: {said}; {line}") from error
     driver = cuda_driver()
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
@@ -189,7 +189,7 @@ def bfloat16() -> np.dtype:
     if not on_cupy:
         raise ConfigError("precision bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS")
     if "EE->E" not in cupy().add.types:
-        needs = "ml_dtypes and NumPy 2.1.2 or newer: pip install ml_dtypes 'numpy>=2.1.2'"
+        needs = 'ml_dtypes and NumPy 2.1.2 or newer: pip install ml_dtypes "numpy>=2.1.2"'
         raise ConfigError(f"precision bf16: CuPy {cupy().__version__} needs {needs}")
     import ml_dtypes
 
@@ -238,7 +238,12 @@ def peak_memory(device: str) -> int:
     """Most bytes held so far: resident set of the process, or the GPU's memory pool."""
     if device != "cpu":
         return cupy().get_default_memory_pool().total_bytes()
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 9)()  # two numbers of 32 bits, then the peak
+        this, size = ctypes.c_void_p(-1), ctypes.sizeof(counters)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(this, counters, size)
+        return counters[1]
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

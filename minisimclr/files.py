@@ -10,10 +10,12 @@ import hashlib
 import os
 import secrets
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import OutputError
 
@@ -21,6 +23,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS on Linux returns
 
@@ -48,9 +51,10 @@ def publish(path: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Flush a file or directory to the disk; a failure is a failed write and raises OSError."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # which cannot open directories
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes no reader
     try:
         os.fsync(descriptor)
     finally:
@@ -88,13 +92,26 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     lock, a warning says so: racing processes then do the same work, and the last one wins.
     """
     with path.with_name(f".{path.name}.lock").open("a") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                    stale.unlink(missing_ok=True)
-            except OSError as error:
-                if error.errno not in CANNOT_LOCK:
-                    raise
-                warnings.warn(f"{path.parent}: this file system has no locks", stacklevel=3)
+        try:
+            _lock(handle, wait)
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+            warnings.warn(f"{path.parent}: this file system has no locks", stacklevel=3)
         yield
+
+
+def _lock(handle: Any, wait: bool) -> None:
+    """Raises BlockingIOError if another process holds it and `wait` is false."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    while True:
+        try:
+            return msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            if not wait:
+                raise BlockingIOError(error.errno, error.strerror) from error
+            time.sleep(0.1)

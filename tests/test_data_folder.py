@@ -24,6 +24,13 @@ def load(path):
         return np.asarray(image)
 
 
+def link(path, target):
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:
+        pytest.skip("links may not be made here")
+
+
 def run(capsys, *arguments):
     """Exit code, standard output and standard error of a command."""
     with pytest.raises(SystemExit) as exit:
@@ -51,6 +58,7 @@ def test_small_classes(tmp_path):
     counts = {n: np.bincount(dataset.labels[dataset.split(n)], minlength=4).tolist()
               for n in ("pretrain", "labelled", "test")}  # fmt: skip
     assert counts == {"pretrain": [4, 1, 1, 2], "labelled": [2, 0, 1, 0], "test": [2, 0, 1, 0]}
+    del dataset  # Windows replaces no cache that is open
     dataset = prepare(tmp_path, 16, Options(labels_per_class=1))
     assert np.bincount(dataset.labels[dataset.split("labelled")]).tolist() == [1, 0, 1]
     with pytest.raises(ConfigError, match="labels per class is 3, but 'three' has only 2"):
@@ -89,8 +97,8 @@ def test_what_does_not_count(tmp_path, capsys):
         save(tmp_path / name)
     (tmp_path / "README.txt").write_text("hello")
     (tmp_path / "a/labels.csv").write_text("hello")
-    (tmp_path / "c").symlink_to(tmp_path / "a")
-    (tmp_path / "a/loop").symlink_to(tmp_path)
+    link(tmp_path / "c", tmp_path / "a")
+    link(tmp_path / "a/loop", tmp_path)
     dataset = open_dataset(tmp_path, 16)
     assert dataset.file_names == ("a/1.jpg", "a/2.webp", "b/3.jpeg", "c/1.jpg", "c/2.webp")
     assert dataset.notes == {"ignored_files": 3}  # README and twice labels.csv
@@ -128,7 +136,7 @@ def test_missing_folder_broken_link_and_bad_values(tmp_path):
         prepare(tmp_path, 16, allow_unverified=True)
     with pytest.raises(ConfigError, match="toydogs has no"):
         prepare("toydogs", 16, Options(skip_bad=True))
-    (tmp_path / "a/2.png").symlink_to(tmp_path / "gone")
+    link(tmp_path / "a/2.png", tmp_path / "gone")
     with pytest.raises(DataError, match=r"2\.png: cannot be read"):
         open_dataset(tmp_path, 16)
 
@@ -139,7 +147,7 @@ NAMES = {
     "newline": "new\nline",
     "quotes": 'it\'s "so" $HOME `x` \\ *?[]',
     "255 bytes": "x" * 251,
-    "not UTF-8": os.fsdecode(b"caf\xe9"),
+    "not UTF-8": "caf\udce9",
 }
 
 
@@ -165,7 +173,10 @@ def test_very_long_path(tmp_path):
     folder = tmp_path
     while len(str(folder)) < 3000:
         folder /= "long" * 50
-    save(folder / "a/1.png")
+    try:
+        save(folder / "a/1.png")
+    except OSError:
+        pytest.skip("this file system does not take the name")
     assert len(open_dataset(folder, 16).images) == 1
 
 

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import json
 import operator
-import os
 import pkgutil
 import signal
 import sys
@@ -417,7 +416,7 @@ def test_the_loop_reads_a_step_while_the_next_one_runs(config, cupy, monkeypatch
 def test_stopped_and_resumed_on_the_device(cupy, config, tmp_path):
     def stop(event, values):
         if event == "step" and values["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     whole = pretrain(config, tmp_path / "whole")
     run = pretrain(config, tmp_path / "run", notify=stop)
@@ -551,7 +550,7 @@ def test_a_broken_part_is_named_with_the_line_to_type(part, cupy, monkeypatch):
     BROKEN[part](cupy)
     with pytest.raises(ConfigError) as error:
         backend.choose_device("cuda:0")
-    assert part in str(error.value) and "pip install 'cupy-cuda13x[ctk]'" in str(error.value)
+    assert part in str(error.value) and 'pip install "cupy-cuda13x[ctk]"' in str(error.value)
     assert backend.choose_device("auto") == ("cpu", str(error.value))
     assert doctor.gpu() == (False, str(error.value))
 
@@ -560,7 +559,7 @@ def test_a_broken_part_is_named_with_the_line_to_type(part, cupy, monkeypatch):
 def test_without_cupy_the_right_extra_is_named(version, extra, cupy, monkeypatch):
     driver(monkeypatch, version)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ConfigError, match=rf"pip install 'minisimclr\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf'pip install "minisimclr\[{extra}\]"'):
         backend.choose_device("cuda:0")
     device, reason = backend.choose_device("auto")
     assert device == "cpu"

@@ -131,11 +131,11 @@ def test_a_report_from_the_command_line(run, tmp_path):
     done = call("report", run.path, "--out", out, "--json")
     values = json.loads(done.stdout)[str(run.path)]
     assert {"verdict", "findings"} <= values.keys()
-    assert out.read_text().startswith("<!doctype html>")
+    assert out.read_text("utf-8").startswith("<!doctype html>")
     assert str(run.path) in call("report", run.path).stdout
     assert (run.path / "report.html").exists()
     assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
-    assert "One step of SimCLR" in out.read_text()
+    assert "One step of SimCLR" in out.read_text("utf-8")
 
 
 def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch, tmp_path):

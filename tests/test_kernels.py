@@ -4,6 +4,7 @@ The walk is over every pass there is, so a version cannot be registered without 
 benchmark that shows that it wins.
 """
 
+import _thread
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import ml_dtypes
@@ -389,7 +390,8 @@ def test_an_interrupt_waits_for_the_others():
             done.append(start)
 
     cores.set_threads(2)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    kill = partial(os.kill, os.getpid(), signal.SIGINT)  # Windows would end this process
+    threading.Timer(0.1, _thread.interrupt_main if os.name == "nt" else kill).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             cores.parallel(work, 4)

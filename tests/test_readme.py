@@ -11,7 +11,7 @@ from minisimclr.cli import COMMANDS
 from minisimclr.compare import markdown
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -37,14 +37,14 @@ def test_counts_of_code_lines_are_right():
     for name, said in rows:
         path = PACKAGE / name
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
-        count = sum(code_lines(f.read_text()) for f in files)
+        count = sum(code_lines(f.read_text("utf-8")) for f in files)
         assert abs(count - int(said)) <= 0.1 * count, (name, count)
 
 
 def test_results_are_those_of_the_file():
     results = json.loads((ROOT / "docs" / "results.json").read_text())
-    assert markdown(results).partition("\n\n")[0] in (ROOT / "docs" / "results.md").read_text()
-    assert markdown(results).partition("\n\n")[2] in (ROOT / "docs" / "results.md").read_text()
+    page, tables = (ROOT / "docs" / "results.md").read_text("utf-8"), markdown(results)
+    assert tables.partition("\n\n")[0] in page and tables.partition("\n\n")[2] in page
     shown = re.findall(r"^\| (.*?) \| (\w+) \| .* \| ([\d.]+)% \|$", README, re.M)
     rows = {(r["system"], r["method"]): r for r in results["rows"] if r["status"] == "measured"}
     assert len(shown) >= 6
@@ -53,6 +53,6 @@ def test_results_are_those_of_the_file():
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
-    assert "pip install -e '.[test]' && python -m pytest" in README
-    script = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[test]" && python -m pytest' in README
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
     assert "README.md" in script

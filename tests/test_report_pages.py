@@ -1,6 +1,7 @@
 """The pages: whole, self-contained, accessible, repeatable; also of runs that lack parts."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -147,7 +148,7 @@ def before_the_first_step(path):
      before_the_first_step],
 )  # fmt: skip
 def test_a_run_that_lacks_parts_gets_a_page_that_says_so(harm, run, page, tmp_path):
-    path = tmp_path / "<b>&"  # nor can a name break the page
+    path = tmp_path / ("a & b" if os.name == "nt" else "<b>&")  # nor can a name break the page
     shutil.copytree(run, path)
     said = harm(path)
     lacking = report.build_report(report.read(path)).decode()

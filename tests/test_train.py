@@ -50,7 +50,7 @@ class Stop:
 
     def __call__(self, event, values):
         if event == "step" and values["step"] == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_run_learns_and_leaves_its_folder(finished, config):
@@ -112,10 +112,10 @@ def test_stopped_and_resumed_is_uninterrupted(step, finished, config, tmp_path):
 def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents ignore it
     with stop_signals() as note:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert note == {"signal": "SIGINT"}
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code that fits."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [a for a in given if a != "--debug"]
+    if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
     try:
         code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0

@@ -125,16 +125,10 @@ def show(values: dict[str, Any], json_file: str | None) -> None:
     if write_json(json_file, values):
         return
     for key, value in values.items():
-        if not isinstance(value, dict | list):
-            line(key.replace("_", " "), value)
-            continue
-        line(key.replace("_", " "), len(value))
-        for first, second in value.items() if isinstance(value, dict) else value:
+        rows = list(value.items()) if isinstance(value, dict) else value
+        many = isinstance(rows, list)
+        click.echo(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}")
+        for first, second in rows if many else ():
             if isinstance(second, dict):
                 second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
-            line("", f"{first}  {second}")
-
-
-def line(label: str, value: Any) -> None:
-    """Print one line; what a name holds that is no text is shown as an escape."""
-    click.echo(f"{label:>24}  {value}".encode(errors="backslashreplace").decode())
+            click.echo(f"{'':>24}  {first}  {second}")

@@ -50,8 +50,10 @@ def open_dataset(
     made = load_if_valid(path)
     sizes = [] if made else other_sizes(path)
     if str(name_or_path) != "stanford-dogs":
-        like = made or next((d for d in map(load_if_valid, reversed(sizes)) if d), None)
-        return prepare(name_or_path, image_size, like.options if like else DEFAULTS, progress)
+        known = made, *map(load_if_valid, sizes[::-1])
+        options = next((each.options for each in known if each), DEFAULTS)
+        del made, known  # Windows replaces no file that is open
+        return prepare(name_or_path, image_size, options, progress)
     if made is None or not current(made):
         raise DataError(
             f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}"
@@ -94,13 +96,11 @@ def prepare(
     else:
         source = find(name_or_path, options)
     recipe = {"source": source.identity, "size": size, **DECODER, "options": asdict(options)}
-    made = load_if_valid(path)
-    if made and made.recipe == recipe:
+    if made := load_if_valid(path, recipe):
         return made
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        made = load_if_valid(path)  # another process may just have built it
-        if not made or made.recipe != recipe:
+        if not load_if_valid(path, recipe):  # else another process has just built it
             cache.build(path, source.name, source.plan(), recipe, progress)
         return cache.load(path)
 
@@ -122,12 +122,13 @@ def other_sizes(path: Path) -> list[Path]:
     return sorted(found, key=lambda each: each.stat().st_mtime_ns)
 
 
-def load_if_valid(path: Path) -> Dataset | None:
-    """The cache at `path`; a missing or damaged one is none, as it can be built again."""
+def load_if_valid(path: Path, recipe: dict | None = None) -> Dataset | None:
+    """The cache at `path`, if it follows `recipe`; a missing or damaged one is none."""
     try:
-        return cache.load(path)
+        made = cache.load(path)
     except DataError:
         return None
+    return made if recipe in (None, made.recipe) else None
 
 
 def current(made: Dataset) -> bool:

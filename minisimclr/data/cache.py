@@ -90,9 +90,9 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
                 fill(file, name, plan.without(bad), recipe, progress)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise OutputError(
-            f"{path}: {error.strerror} (the cache needs {needed:,} bytes, {free:,} are free)"
-        ) from error
+        held = "; Windows replaces none that is open" if os.name == "nt" and path.exists() else ""
+        room = f"the cache needs {needed:,} bytes, {free:,} are free"
+        raise OutputError(f"{path}: {error.strerror} ({room}{held})") from error
 
 
 def fill(

@@ -21,7 +21,8 @@ def source(root: Path, options: Options) -> Source:
     if options.crop == "boxes":
         raise ConfigError(f"{root} has no annotation to crop by: only Stanford Dogs has boxes")
     found = {path.relative_to(root): stat for path, stat in files(root)}
-    pictures = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    # By parts: Windows would sort paths without regard to case.
+    pictures = sorted((p for p in found if p.suffix.lower() in SUFFIXES), key=lambda p: p.parts)
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parts[0] for path in pictures if len(path.parts) > 1})

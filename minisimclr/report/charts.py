@@ -44,7 +44,7 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "pages are drawn with matplotlib: pip install 'minisimclr[report]'"
+            'pages are drawn with matplotlib: pip install "minisimclr[report]"'
         ) from error
     buffer = io.StringIO()
     with rc_context(STYLE):
