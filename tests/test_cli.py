@@ -150,6 +150,7 @@ def test_settings_come_from_flag_environment_file_default_in_this_order(pictures
 def test_a_bad_value_in_the_environment_is_named():
     done = run("train", env={"MINISIMCLR_EPOCHS": "abc"})
     assert done.returncode == 2 and "value for 'MINISIMCLR_EPOCHS': 'abc'" in done.stderr
+    fails(2, "'MINISIMCLR_EPOCH' .did you mean", "train", env={"MINISIMCLR_EPOCH": "3"})
     assert "MINISIMCLR" not in run("train", "--epochs", "abc").stderr
 
 

@@ -1,5 +1,6 @@
 """minisimclr train: settings from flags, environment and files; a bar; the probe's table."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
 SETTINGS = {f.name: f for f in fields(TrainConfig)}
+VARIABLE = "MINISIMCLR_{}"  # for each setting, and two that are not for training
+VARIABLES = {VARIABLE.format(name.upper()) for name in (*SETTINGS, "kernels", "test_data")}
 
 
 class Setting(click.Option):
@@ -34,7 +37,7 @@ def setting_options(function: Any) -> Any:
             cls=Setting,
             type=click.Choice(choices) if choices else f.type,
             default=f.default,
-            envvar=f"MINISIMCLR_{f.name.upper()}",
+            envvar=VARIABLE.format(f.name.upper()),
             help=f.metadata["help"][0].upper() + f.metadata["help"][1:] + ".",
         )(function)
     return function
@@ -44,6 +47,8 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
     """The configuration and each value's origin: flag > environment > file > preset > default."""
     values: dict[str, Any] = {name: f.default for name, f in SETTINGS.items()}
     origins = dict.fromkeys(values, "default")
+    ours = [name for name in os.environ if name.startswith(VARIABLE.format(""))]
+    check_keys(ours, VARIABLES, "environment")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
     files += [(str(config), config)] if config else []
     for origin, path in files:
