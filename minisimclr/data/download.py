@@ -72,6 +72,7 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
     try:
         response = build_opener(Redirects).open(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
+        error.close()  # it is the response as well
         if error.code == 416:  # the file there does not go on where ours ends
             part.unlink()
         raise
