@@ -19,7 +19,6 @@ in each case. Ratios are those of our step in the same precision.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -85,6 +84,8 @@ class Clock:
 
 
 def resident() -> int:
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

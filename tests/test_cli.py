@@ -173,7 +173,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
-        (["--data", "/nonexistent/folder"], 3, "/nonexistent/folder"),
+        (["--data", "nonexistent"], 3, "nonexistent"),
         (["--data", "{empty}"], 3, "empty"),
         (["--data", "{broken}"], 3, "bad.png"),
         (["--batch-size", "5000"], 2, "5000"),
@@ -182,12 +182,12 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--temperature", "nan"], 2, "temperature"),
         (["--lr", "fast"], 2, "fast"),
         (["--colour", "red"], 2, "--colour"),
-        (["--config", "/nonexistent.toml"], 2, "/nonexistent.toml"),
+        (["--config", "nonexistent.toml"], 2, "nonexistent.toml"),
         (["--config", "{typo}"], 2, "did you mean 'temperature'"),
         (["--config", "{torn}"], 2, "torn.toml"),
         (["--out", "{exists}"], 2, "exists already"),
         (["--out", "{torn}/run"], 4, "cannot write to"),
-        (["--resume", "/nonexistent"], 3, "/nonexistent"),
+        (["--resume", "nonexistent"], 3, "nonexistent"),
         (["--resume", "{empty}", "--lr", "1"], 2, "--resume"),
         (["--time-limit", "soon"], 2, "soon"),
         (["--image-size", "900"], 2, "1125"),
@@ -288,7 +288,7 @@ def test_memory_that_runs_out_is_one_line():
 
 
 def test_debug_shows_where_an_error_comes_from():
-    done = run("train", "--data", "/nonexistent/folder", "--debug")
+    done = run("train", "--data", "nonexistent", "--debug")
     assert "Traceback" in done.stderr
 
 
@@ -300,7 +300,7 @@ def test_every_setting_has_its_option():
 
 @pytest.mark.parametrize("command", ["report", "probe", "embed --out x.npy", "weights inspect"])
 def test_a_missing_run_is_one_line_for_every_command(command, tmp_path):
-    fails(3, "/nope", *command.split(), "/nope", cwd=tmp_path)
+    fails(3, "nope", *command.split(), "nope", cwd=tmp_path)
 
 
 def test_help_of_every_command():
@@ -318,6 +318,7 @@ def test_presets_are_valid_recipes():
         TrainConfig(**tomllib.loads(path.read_text()))
 
 
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no shell with pipes")
 def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m minisimclr train --help | head -n 1"
     done = subprocess.run(
