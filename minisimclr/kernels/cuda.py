@@ -118,7 +118,7 @@ def cuda_gradient_sums(gy, x, mean, inv_std, y):
 
 
 def cuda_input_gradient(g, x, mean, scale, a, b, out=None):
-    return apply(x, mean, -b, -a, g, scale, 0, out=out)
+    return apply(x, mean, b, a, g, scale, 0, out=out)
 
 
 def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:

@@ -140,14 +140,14 @@ def _input_gradient(
     g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
 ) -> Array:
     k, (gs, xs, gx) = long_rows(g, x, out)
-    # gx = scale g - b x - (a - b mean): two rows of constants fewer to go through
+    # gx = scale g + b x + (a - b mean): two rows of constants fewer to go through
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs) if gx is None else gx
 
     def work(buffer: Array, _sums: Array, g: Array, x: Array, gx: Array) -> None:
         np.multiply(g, scale, out=gx)
-        gx -= np.multiply(x, b, out=buffer)
-        gx -= rest
+        gx += np.multiply(x, b, out=buffer)
+        gx += rest
 
     over_blocks(work, len(mean), gs, xs, gx)
     return gx.reshape(g.shape)

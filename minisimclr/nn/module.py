@@ -73,8 +73,8 @@ class Module:
         return self._convert(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a)
 
     def to(self, device: str) -> Self:
-        """Parameters and statistics on "cpu" or "cuda:N"; gradients are dropped."""
-        return self._convert(lambda a: to_device(to_host(a), device))
+        """Parameters and statistics on "cpu" or "cuda:N"; gradients are dropped, counters stay."""
+        return self._convert(lambda a: to_device(to_host(a), device) if a.dtype.kind == "f" else a)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Host copies of all parameters and buffers, torchvision's names and layouts."""

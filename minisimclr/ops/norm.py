@@ -83,10 +83,10 @@ def gradient_sums(
 def input_gradient(
     g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
 ) -> Array:
-    """gx = scale * g - a - b * (x - mean); vectors are (C,). Into `out` if given, which lies in one
+    """gx = scale * g + a + b * (x - mean); vectors are (C,). Into `out` if given, which lies in one
     piece and may be g.
     """
-    return xp_of(g).subtract(scale * g, a + b * (x - mean), out=out)
+    return xp_of(g).add(scale * g, a + b * (x - mean), out=out)
 
 
 class BatchNorm(Function):
@@ -111,9 +111,10 @@ class BatchNorm(Function):
             self.mean, m2 = moments(x)
             self.variance = m2 / (x.size // x.shape[-1])
         self.inv_std = 1 / xp_of(x).sqrt(self.variance + self.eps)
-        y = scale_shift(x, self.mean, gamma * self.inv_std, beta, residual, self.relu)
+        self.scale = gamma * self.inv_std
+        y = scale_shift(x, self.mean, self.scale, beta, residual, self.relu)
         if any(self.needs):
-            self.x, self.gamma, self.beta = x, gamma, beta
+            self.x, self.beta = x, beta
             # On a GPU memory is short and a pass is cheap: there y goes, if it can be had again.
             self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
         return y
@@ -121,8 +122,7 @@ class BatchNorm(Function):
     def again(self) -> Array:
         """y, in the backward pass: saved, or made anew (Chen et al. 2016, arXiv:1604.06174)."""
         if self.y is None:
-            scale = self.gamma * self.inv_std
-            self.y = scale_shift(self.x, self.mean, scale, self.beta, None, self.relu)
+            self.y = scale_shift(self.x, self.mean, self.scale, self.beta, None, self.relu)
         return self.y
 
     def backward(self, gy):
@@ -130,14 +130,13 @@ class BatchNorm(Function):
         sum_g, sum_gx, g = gradient_sums(gy, self.x, self.mean, self.inv_std, y)
         gx = None
         if self.needs[0]:
-            scale = self.gamma * self.inv_std
             count = gy.size // gy.shape[-1]  # M
             # In evaluation the statistics are constants: x does not reach y through them.
-            of_mean = scale / count if self.training else 0 * scale
+            of_mean = self.scale / -count if self.training else 0 * self.scale
             a, b = of_mean * sum_g, of_mean * sum_gx * self.inv_std
             # Behind ReLU g is ours to write over, unless it is the gradient of a residual as well.
             out = g if self.relu and len(self.needs) == 3 else None
-            gx = input_gradient(g, self.x, self.mean, scale, a, b, out)
+            gx = input_gradient(g, self.x, self.mean, self.scale, a, b, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
 
 
