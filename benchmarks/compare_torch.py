@@ -120,6 +120,8 @@ def our_step(case: str, threads: int, device: str, kind: str):
 
     if device == "cpu":
         return step, Clock(), lambda: resident() - before
+    with backend.sized_by_first(where):
+        step()
     return step, Clock(backend.cupy().cuda.Event), lambda: backend.peak_memory(where)
 
 

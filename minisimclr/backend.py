@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -232,6 +232,40 @@ def synchronize(device: str) -> None:
     """Wait until `device` has done all it was asked to."""
     if device != "cpu":
         cupy().cuda.get_current_stream().synchronize()
+
+
+@contextmanager
+def sized_by_first(device: str) -> Iterator[None]:
+    """Within the block, the first of many steps alike, a GPU's memory pool holds what is in use and
+    no more; afterwards it keeps, in one piece, as much as was in use at most.
+
+    By itself it would keep pieces of the sizes that the forward pass wants, and take a fourth more
+    for the backward pass, which wants others.
+    """
+    pool = None if device == "cpu" else cupy().get_default_memory_pool()
+    if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # somebody's own, or no pool
+        yield
+        return
+    most, limit = 0, pool.get_limit()
+
+    def malloc(size: int) -> Any:
+        nonlocal most
+        most = max(most, pool.used_bytes() + size)
+        pool.set_limit(pool.total_bytes())
+        try:
+            return pool.malloc(size)
+        except MemoryError:  # nothing fits, and all that is unused has been given back by now
+            pool.set_limit(limit)
+            return pool.malloc(size)
+
+    try:
+        with cupy().cuda.using_allocator(malloc):
+            yield
+    finally:
+        pool.set_limit(limit)
+    pool.free_all_blocks()
+    with suppress(MemoryError):  # then it grows as it would have done
+        pool.malloc(max(0, most - pool.total_bytes()))  # to be given back at once
 
 
 def peak_memory(device: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import tensor
-from .backend import choose_device, peak_memory, synchronize, to_device, xp_of
+from .backend import choose_device, peak_memory, sized_by_first, synchronize, to_device, xp_of
 from .config import first_layers
 from .cores import set_threads, threaded_blas, threads
 from .errors import ConfigError
@@ -74,7 +74,9 @@ def profile(
         nt_xent(z[:batch_size], z[batch_size:]).backward()
         optimizer.step()
 
-    for i in range(WARMUP):
+    with sized_by_first(device):
+        step(0)
+    for i in range(1, WARMUP):
         step(i)
     seconds = [timed(lambda i=i: step(i), device) for i in range(steps)]  # type: ignore[misc]
     peak = peak_memory(device)

@@ -171,7 +171,7 @@ def train(
     seen: list[tuple[float, float]] = []  # loss and accuracy of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
-    mark = 0.0  # when the step before was read
+    mark, first = 0.0, run.step  # when the step before was read; the first of this process
     with (
         np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
         stop_signals() as stop,
@@ -187,9 +187,10 @@ def train(
             model.train()
             optimizer.lr = plan.rate(run.step)
             views = draw(config, run.step, images)
-            step = training_step(
-                model, optimizer, images, views, config.image_size, config.temperature
-            )
+            with backend.sized_by_first(device if run.step == first else "cpu"):
+                step = training_step(
+                    model, optimizer, images, views, config.image_size, config.temperature
+                )
             run.step += 1
             end_of_epoch = run.step % plan.steps_per_epoch == 0
             line: dict[str, Any] = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}

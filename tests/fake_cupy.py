@@ -11,6 +11,7 @@ one refuses: such a copy in a training loop is a leak as well.
 import ctypes
 import operator
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
@@ -34,6 +35,7 @@ PLACES = """RawModule add.types asarray asnumpy array cuda.Device.use cuda.Event
 cuda.Stream.record cuda.Stream.wait_event
 cuda.cublas.CUBLAS_COMPUTE_32F cuda.cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP cuda.cublas.gemmEx
 cuda.get_cublas_handle cuda.runtime.CUDA_R_16BF cuda.runtime.CUDA_R_32F
+cuda.get_allocator
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
 cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
 _core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.get_compute_type"""
@@ -332,11 +334,49 @@ def build(launcher=None):
         ),
     )
     cupy.is_available = lambda: True
-    cupy.get_default_memory_pool = lambda: SimpleNamespace(
-        total_bytes=lambda: 1 << 20, free_all_blocks=lambda: None
-    )
+    pool = Pool()
+    cupy.get_default_memory_pool = lambda: pool
+    cupy.cuda.get_allocator = lambda: cupy.allocator
+    cupy.cuda.using_allocator = pool.using
+    cupy.allocator = pool.malloc
     cupyx.empty_pinned = empty_pinned
     return cupy, cupyx
+
+
+class Pool:
+    """Half a MiB, of which half is in use; no array takes any from it.
+
+    Somebody who takes over allocation is asked for 1 KiB, and for half a MiB.
+    """
+
+    def __init__(self):
+        self.limit, self.limits, self.taken = 0, [], []
+
+    def total_bytes(self):
+        return 1 << 19
+
+    def used_bytes(self):
+        return 1 << 18
+
+    def get_limit(self):
+        return self.limit
+
+    def set_limit(self, size):
+        self.limit = size
+        self.limits.append(size)
+
+    def malloc(self, size):
+        if size == 1 << 19 and self.limit:
+            raise MemoryError("no such piece")
+        self.taken.append(size)
+
+    def free_all_blocks(self):
+        self.taken.append("free")
+
+    @contextmanager
+    def using(self, malloc):
+        malloc(1 << 10), malloc(1 << 19)
+        yield
 
 
 def gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,

@@ -28,7 +28,7 @@ from minisimclr.probe import alignment, effective_rank, knn_score, measure, stan
 from minisimclr.run import new_run, open_run
 from minisimclr.simclr import Model, calibrate, training_step
 from minisimclr.tensor import Function, Tensor
-from minisimclr.train import pretrain, resume
+from minisimclr.train import pretrain, quiet, resume
 from minisimclr.weights import Preprocessing
 
 
@@ -364,6 +364,17 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(augment, "draw_views", spy)
     return seen
+
+
+def test_a_first_step_says_how_much_memory_is_kept(config, cupy, tmp_path):
+    pool = cupy.get_default_memory_pool()
+    pretrain(replace(config, epochs=1), tmp_path / "run", notify=quiet)
+    assert pool.limits == [1 << 19, 1 << 19, 0, 0]  # no more than there is; then as before
+    assert pool.taken == [1 << 10, 1 << 19, "free", 1 << 18]
+    pool.taken.clear()
+    cupy.allocator = print  # somebody's own: left alone
+    with backend.sized_by_first("cuda:0"):
+        assert pool.taken == []
 
 
 def test_a_run_is_the_same_on_the_device_and_never_waits(config, cupy, drawn, tmp_path):

@@ -94,6 +94,26 @@ def test_copies_arrive_in_order_and_whole(cupy):
     assert cupy.stack(sums).get().tolist() == [[i, i] for i in range(50)]
 
 
+def test_pieces_of_a_first_step_fit_together(cupy):
+    pool = cupy.get_default_memory_pool()
+
+    def held(first):
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        with backend.sized_by_first(first):
+            step()
+        for _ in range(3):
+            step()
+        return round((pool.total_bytes() - before) / 2**20)
+
+    def step():
+        for count, size in ((3, 8), (2, 12)):
+            arrays = [cupy.empty(size << 20, np.uint8) for _ in range(count)]
+            del arrays
+
+    assert (held("cpu"), held("cuda:0")) == (3 * 8 + 2 * 12, 24)
+
+
 def test_the_doctor_finds_it_sound(cupy):
     assert doctor.gpu()[0]
     assert backend.choose_device("auto")[0] == "cuda:0"
