@@ -277,7 +277,8 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     for step in range(3):
         begin = time.perf_counter()
         views = draw(config, step, images)
-        with backend.precision(config.precision, device):
+        rounding = backend.precision(config.precision, device)
+        with rounding, backend.sized_by_first("cpu" if step else device):
             training_step(
                 run.model, run.optimizer, images, views, config.image_size, config.temperature
             )
