@@ -234,6 +234,9 @@ def synchronize(device: str) -> None:
         cupy().cuda.get_current_stream().synchronize()
 
 
+_pool_peak = 0  # bytes; a pool forgets what it has given back
+
+
 @contextmanager
 def sized_by_first(device: str) -> Iterator[None]:
     """Within the block, the first of many steps alike, a GPU's memory pool holds what is in use and
@@ -250,6 +253,7 @@ def sized_by_first(device: str) -> Iterator[None]:
 
     def malloc(size: int) -> Any:
         nonlocal most
+        global _pool_peak
         most = max(most, pool.used_bytes() + size)
         pool.set_limit(pool.total_bytes())
         try:
@@ -257,12 +261,12 @@ def sized_by_first(device: str) -> Iterator[None]:
         except MemoryError:  # nothing fits, and all that is unused has been given back by now
             pool.set_limit(limit)
             return pool.malloc(size)
+        finally:
+            pool.set_limit(limit)
+            _pool_peak = max(_pool_peak, pool.total_bytes())
 
-    try:
-        with cupy().cuda.using_allocator(malloc):
-            yield
-    finally:
-        pool.set_limit(limit)
+    with cupy().cuda.using_allocator(malloc):
+        yield
     pool.free_all_blocks()
     with suppress(MemoryError):  # then it grows as it would have done
         pool.malloc(max(0, most - pool.total_bytes()))  # to be given back at once
@@ -271,11 +275,10 @@ def sized_by_first(device: str) -> Iterator[None]:
 def peak_memory(device: str) -> int:
     """Most bytes held so far: resident set of the process, or the GPU's memory pool."""
     if device != "cpu":
-        return cupy().get_default_memory_pool().total_bytes()
+        return max(_pool_peak, cupy().get_default_memory_pool().total_bytes())
     if sys.platform == "win32":
-        counters = (ctypes.c_size_t * 9)()  # two numbers of 32 bits, then the peak
-        this, size = ctypes.c_void_p(-1), ctypes.sizeof(counters)
-        ctypes.windll.kernel32.K32GetProcessMemoryInfo(this, counters, size)
+        counters = (ctypes.c_size_t * 9)()  # 72 bytes: two numbers of 32 bits, then the peak
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
         return counters[1]
     import resource
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from .errors import OutputError
 
@@ -103,7 +103,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def _lock(handle: Any, wait: bool) -> None:
+def _lock(handle: TextIO, wait: bool) -> None:
     """Raises BlockingIOError if another process holds it and `wait` is false."""
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -75,9 +75,8 @@ def profile(
         optimizer.step()
 
     with sized_by_first(device):
-        step(0)
-    for i in range(1, WARMUP):
-        step(i)
+        for i in range(WARMUP):
+            step(i)
     seconds = [timed(lambda i=i: step(i), device) for i in range(steps)]  # type: ignore[misc]
     peak = peak_memory(device)
     recorder = Recorder(device)

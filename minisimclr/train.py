@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from math import inf
@@ -171,7 +172,8 @@ def train(
     seen: list[tuple[float, float]] = []  # loss and accuracy of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
-    mark, first = 0.0, run.step  # when the step before was read; the first of this process
+    mark = 0.0  # when the step before was read
+    first = run.step
     with (
         np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
         stop_signals() as stop,
@@ -187,7 +189,7 @@ def train(
             model.train()
             optimizer.lr = plan.rate(run.step)
             views = draw(config, run.step, images)
-            with backend.sized_by_first(device if run.step == first else "cpu"):
+            with backend.sized_by_first(device) if run.step == first else nullcontext():
                 step = training_step(
                     model, optimizer, images, views, config.image_size, config.temperature
                 )
@@ -278,7 +280,7 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
         begin = time.perf_counter()
         views = draw(config, step, images)
         rounding = backend.precision(config.precision, device)
-        with rounding, backend.sized_by_first("cpu" if step else device):
+        with rounding, nullcontext() if step else backend.sized_by_first(device):
             training_step(
                 run.model, run.optimizer, images, views, config.image_size, config.temperature
             )

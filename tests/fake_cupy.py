@@ -35,7 +35,7 @@ PLACES = """RawModule add.types asarray asnumpy array cuda.Device.use cuda.Event
 cuda.Stream.record cuda.Stream.wait_event
 cuda.cublas.CUBLAS_COMPUTE_32F cuda.cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP cuda.cublas.gemmEx
 cuda.get_cublas_handle cuda.runtime.CUDA_R_16BF cuda.runtime.CUDA_R_32F
-cuda.get_allocator
+cuda.get_allocator cuda.using_allocator
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
 cuda.runtime.getDeviceProperties ndarray.get _core.set_compute_type is_available
 _core._routines_linalg.COMPUTE_TYPE_TF32 _core._routines_linalg.get_compute_type"""
@@ -346,14 +346,14 @@ def build(launcher=None):
 class Pool:
     """Half a MiB, of which half is in use; no array takes any from it.
 
-    Somebody who takes over allocation is asked for 1 KiB, and for half a MiB.
+    Somebody who takes over allocation is asked for 1 KiB, and for half a MiB: twice what there is.
     """
 
     def __init__(self):
-        self.limit, self.limits, self.taken = 0, [], []
+        self.limit, self.limits, self.taken, self.total = 0, [], [], 1 << 19
 
     def total_bytes(self):
-        return 1 << 19
+        return self.total
 
     def used_bytes(self):
         return 1 << 18
@@ -368,9 +368,11 @@ class Pool:
     def malloc(self, size):
         if size == 1 << 19 and self.limit:
             raise MemoryError("no such piece")
+        self.total += size == 1 << 19 and size
         self.taken.append(size)
 
     def free_all_blocks(self):
+        self.total = 1 << 19
         self.taken.append("free")
 
     @contextmanager

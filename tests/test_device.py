@@ -369,8 +369,9 @@ def drawn(monkeypatch):
 def test_a_first_step_says_how_much_memory_is_kept(config, cupy, tmp_path):
     pool = cupy.get_default_memory_pool()
     pretrain(replace(config, epochs=1), tmp_path / "run", notify=quiet)
-    assert pool.limits == [1 << 19, 1 << 19, 0, 0]  # no more than there is; then as before
+    assert pool.limits == [1 << 19, 0, 1 << 19, 0, 0]  # no more than there is; then as before
     assert pool.taken == [1 << 10, 1 << 19, "free", 1 << 18]
+    assert pool.total_bytes() == 1 << 19 and backend.peak_memory("cuda:0") == 1 << 20
     pool.taken.clear()
     cupy.allocator = print  # somebody's own: left alone
     with backend.sized_by_first("cuda:0"):
@@ -509,7 +510,7 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
 def test_what_else_runs_on_the_device(config, cupy, tmp_path):
     """The profiler, the dry run, fine-tuning, the doctor's training, features of other weights."""
     small = profile.profile("resnet_small", "small", 4, 16, 4, steps=1, device="cuda:0")
-    assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 19
+    assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 20
     profile.table(small)
     cupy.counter.clear()
     assert train.dry_run(config, lambda *_: None)["runs on"].startswith("cuda:0 (Fake")
