@@ -186,6 +186,10 @@ def losses(sizes: Sizes) -> list[dict]:
 
 
 def convolutions(sizes: Sizes) -> list[dict]:
+    """Every pass as it is chosen, and as `ops` has it: by patches.
+
+    The flops are those of the plain algorithm; Winograd's method needs a quarter of them.
+    """
     rows = []
     for x, w, s in sizes.convs:
         stride, padding = (s, s), (w[0] // 2, w[1] // 2)
@@ -202,8 +206,11 @@ def convolutions(sizes: Sizes) -> list[dict]:
                         "input": (conv.conv_input_gradient, b, weight, x),
                         "weight": (conv.conv_weight_gradient, b, a, w),
                     }[which]
-                    taken = seconds(f, [(*given, stride, padding)], sizes.rounds)
+                    inputs = [(*given, stride, padding)]
+                    taken = seconds(f, inputs, sizes.rounds)
+                    patches = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 4))
                 rows.append({"pass": name, "precision": kind, "ms": taken * 1e3,
+                             "by_patches_ms": patches * 1e3,
                              "tflops": flops / taken / 1e12})  # fmt: skip
     return rows
 

@@ -17,6 +17,7 @@
 
 #define __global__
 #define __device__
+#define __constant__ static const
 #define __shared__ static __attribute__((section("shared")))
 #define __syncthreads() host::barrier(__LINE__)
 static unsigned __float_as_uint(float x) {

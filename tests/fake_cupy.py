@@ -34,6 +34,7 @@ BINARY = "add sub mul truediv floordiv mod pow matmul rshift and or xor lt le eq
 PLACES = """RawModule add.types asarray asnumpy array cuda.Device.use cuda.Event.synchronize
 cuda.Stream.record cuda.Stream.wait_event
 cuda.cublas.CUBLAS_COMPUTE_32F cuda.cublas.CUBLAS_GEMM_DEFAULT_TENSOR_OP cuda.cublas.gemmEx
+cuda.cublas.sgemmStridedBatched
 cuda.get_cublas_handle cuda.runtime.CUDA_R_16BF cuda.runtime.CUDA_R_32F
 cuda.get_allocator cuda.using_allocator
 cuda.get_current_stream cuda.get_elapsed_time cuda.runtime.getDeviceCount get_default_memory_pool
@@ -317,7 +318,8 @@ def build(launcher=None):
         Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: current[-1],
         get_elapsed_time=lambda start, stop: 1.0, get_cublas_handle=lambda: 4711,
         cublas=SimpleNamespace(
-            gemmEx=gemm, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT_TENSOR_OP=99
+            gemmEx=gemm, sgemmStridedBatched=gemm_strided,
+            CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT_TENSOR_OP=99,
         ),
         runtime=SimpleNamespace(
             getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
@@ -381,17 +383,31 @@ class Pool:
         yield
 
 
+def numbers(pointer, columns, ld, kind=0):
+    """What lies at an address, of float32 (0) or bfloat16 (14), as an array (columns, ld)."""
+    bits, dtype = {0: (ctypes.c_uint32, "f4"), 14: (ctypes.c_uint16, ml_dtypes.bfloat16)}[kind]
+    raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(bits)), (columns, ld))
+    return raw.view(dtype)
+
+
+def gemm_strided(handle, ta, tb, m, n, k, alpha, a, lda, a_step, b, ldb, b_step, beta, c, ldc,
+                 c_step, count):  # fmt: skip
+    """cublasSgemmStridedBatched: C (m, n) = A op(B) + beta C, `count` times, by columns."""
+    one, old = (numbers(p, 1, 1)[0, 0] for p in (alpha, beta))
+    assert (handle, ta, one) == (4711, 0, 1) and all(type(x) is int for x in (m, n, k, count))
+    assert lda >= m and ldb >= (n if tb else k) and ldc >= m
+    for i in range(count):
+        x = numbers(a + 4 * a_step * i, k, lda)[:, :m].astype(float)  # (k, m)
+        y = numbers(b + 4 * b_step * i, k if tb else n, ldb)[:, : n if tb else k].astype(float)
+        out = numbers(c + 4 * c_step * i, n, ldc)[:, :m]
+        out[...] = (y.T if tb else y) @ x + (old * out if old else 0)  # (n, k) @ (k, m)
+
+
 def gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
          compute, algorithm):  # fmt: skip
     """cublasGemmEx: C (m, n) = op(A) op(B), matrices by columns, sums in float32."""
     assert (handle, compute, algorithm) == (4711, 68, 99)
-
-    def numbers(pointer, columns, ld, kind):
-        bits, dtype = {0: (ctypes.c_uint32, "f4"), 14: (ctypes.c_uint16, ml_dtypes.bfloat16)}[kind]
-        raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(bits)), (columns, ld))
-        return raw.view(dtype)
-
-    one, zero = (numbers(p, 1, 1, 0)[0, 0] for p in (alpha, beta))
+    one, zero = (numbers(p, 1, 1)[0, 0] for p in (alpha, beta))
     assert one == 1 and zero == 0 and a_type == b_type
     assert lda >= (k if ta else m) and ldb >= (n if tb else k) and ldc >= m
     x = numbers(a, m if ta else k, lda, a_type)[:, : k if ta else m].astype(np.float32)
@@ -416,7 +432,8 @@ def install(monkeypatch, launcher=None):
 def remove():
     """Forget that there was a stand-in."""
     from minisimclr import backend
-    from minisimclr.kernels import cuda
+    from minisimclr.kernels import cuda_launch
 
-    for cached in (backend.cupy, backend.try_gpu, cuda.module, cuda.function):
+    kept = cuda_launch.module, cuda_launch.function
+    for cached in (backend.cupy, backend.try_gpu, *kept):
         cached.cache_clear()

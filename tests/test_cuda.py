@@ -35,7 +35,7 @@ from test_nn import our_run, rand, torch_resnet, torch_run
 from minisimclr import augment, backend, cores, finetune, optim
 from minisimclr.config import TrainConfig
 from minisimclr.data import open_dataset
-from minisimclr.kernels import cuda
+from minisimclr.kernels import cuda, cuda_conv, cuda_launch
 from minisimclr.nn import resnet10, resnet18
 from minisimclr.ops import conv, norm, pool
 from minisimclr.ops.product import matmul
@@ -101,13 +101,23 @@ def multiplied():
         yield a, b, np.zeros((n, m), np.float32)
 
 
-def input_gradients():
+TILED = [  # shape of x, channels out, padding: worth Winograd's tiles
+    ((2, 8, 8, 5), 6, (1, 1)),
+    ((3, 6, 7, 33), 40, (0, 2)),
+    ((1, 4, 4, 64), 25, (1, 1)),
+    ((2, 12, 9, 3), 8, (2, 0)),
+]
+
+
+def convolved():
+    """(x, w, gy, stride, padding)"""
     rng = np.random.default_rng(3)
-    for x, (kh, kw), stride, padding, size in unfolded():
-        o = 1 + kh  # channels
-        gy = rng.standard_normal((len(x), *size, o), np.float32)
-        w = rng.standard_normal((kh, kw, x.shape[3], o), np.float32)
-        yield gy, w, x.shape, stride, padding
+    cases = [(x.shape, 1 + kernel[0], kernel, *rest[:2]) for x, kernel, *rest in unfolded()]
+    cases += [(x, o, (3, 3), (1, 1), padding) for x, o, padding in TILED]
+    for x, o, kernel, stride, padding in cases:
+        w = *kernel, x[3], o
+        gy = x[0], *conv.output_size(x, w, stride, padding), o
+        yield (*(rng.standard_normal(each, np.float32) for each in (x, w, gy)), stride, padding)
 
 
 PASSES = {
@@ -118,13 +128,16 @@ PASSES = {
     augment.apply_views: lambda: [*SAMPLES["apply_views"](), *larger_views(blurred=False)],
     conv.unfold: unfolded,
     conv.fold: folded,
-    conv.conv_input_gradient: input_gradients,
+    conv.conv_output: lambda: ((x, w, *rest) for x, w, _, *rest in convolved()),
+    conv.conv_input_gradient: lambda: ((gy, w, x.shape, *rest) for x, w, gy, *rest in convolved()),
+    conv.conv_weight_gradient: lambda: ((gy, x, w.shape, *rest) for x, w, gy, *rest in convolved()),
     matmul: multiplied,
     pool.max_pool_output: SAMPLES["max_pool_output"],
     pool.max_pool_input_gradient: SAMPLES["max_pool_input_gradient"],
 }
 PLACES = {augment.apply_views: "augment", matmul: "conv"}
 PLACES |= dict.fromkeys((conv.unfold, conv.fold, conv.conv_input_gradient), "conv")
+PLACES |= dict.fromkeys((conv.conv_output, conv.conv_weight_gradient), "winograd")
 PLACES |= {pool.max_pool_output: "pool", pool.max_pool_input_gradient: "pool"}
 
 
@@ -213,7 +226,7 @@ def exercise(name, library):
 def test_every_kernel_is_here(cupy):
     assert all(cupy.ndarray in f.registry for f in cuda.PASSES)
     assert set(cuda.PASSES) == {*PASSES, optim.square_of_all, optim.update_all}
-    assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv", "pool"}
+    assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv", "winograd", "pool"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -274,6 +287,51 @@ def test_every_number_is_rounded_as_numpys_bfloat16_is(cupy):
     with np.errstate(invalid="ignore"):
         expected = shift.astype(BFLOAT16)
     np.testing.assert_array_equal(y[0].astype(np.float32), expected.astype(np.float32))
+
+
+def tiled_where(x, o, padding=(1, 1), kernel=(3, 3), stride=(1, 1), dtype="f4"):
+    w = *kernel, x[3], o
+    size = conv.output_size(x, w, stride, padding)
+    return cuda_conv.tile_grid(np.empty(x, dtype), w, size, stride)
+
+
+def test_winograds_tiles_are_taken_where_they_pay():
+    assert [tiled_where(*case) for case in TILED] == [(2, 2), (1, 3), (1, 1), (4, 2)]
+    for x, o, other in (
+        ((2, 8, 8, 5), 6, {"dtype": BFLOAT16}),
+        ((2, 8, 8, 5), 6, {"stride": (1, 2)}),
+        ((2, 8, 8, 5), 6, {"kernel": (3, 5)}),
+        ((2, 2, 2, 64), 64, {}),  # three quarters of each tile are outside
+        ((2, 5, 5, 64), 64, {}),
+        ((2, 8, 8, 3), 64, {}),  # patches are few numbers
+    ):
+        assert tiled_where(x, o, **other) is None
+
+
+def test_images_are_tiled_a_few_at_a_time(cupy, monkeypatch):
+    for x, w, gy, *geometry in list(convolved())[-len(TILED) :]:
+        for f, args in (
+            (conv.conv_output, (x, w, *geometry)),
+            (conv.conv_weight_gradient, (gy, x, w.shape, *geometry)),
+        ):
+            monkeypatch.setattr(conv, "GPU_WORKSPACE", 1 << 27)
+            at_once = on_device(f, args, cupy)
+            monkeypatch.setattr(conv, "GPU_WORKSPACE", 1)
+            compare(on_device(f, args, cupy), at_once)
+
+
+def test_winograds_tiles_round_little_more_than_a_plain_sum(cupy):
+    rng = np.random.default_rng(0)
+    shapes = (1, 8, 8, 64), (3, 3, 64, 64), (1, 8, 8, 64)
+    x, w, gy = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    for f, args in (
+        (conv.conv_output, (x, w)),
+        (conv.conv_input_gradient, (gy, w, x.shape)),
+        (conv.conv_weight_gradient, (gy, x, w.shape)),
+    ):
+        args = *args, (1, 1), (1, 1)
+        (ours,), (exactly,) = on_device(f, args, cupy), reference(f, args)
+        assert distance(ours, exactly) < 4 * distance(f.dispatch(object)(*args), exactly)
 
 
 def test_what_is_not_a_number_or_infinite_stays_so(cupy):
@@ -389,7 +447,7 @@ def sanitized(files, old="", new=""):
 
 @needs_compiler
 def test_no_kernel_leaves_its_arrays():
-    run = sanitized("augment,conv,norm,optim,pool")
+    run = sanitized("augment,conv,norm,optim,pool,winograd")
     assert run.stdout == "clean\n", run.stderr[-3000:]
 
 
@@ -402,6 +460,7 @@ def test_no_kernel_leaves_its_arrays():
         ("optim", "i < (n)", "i <= (n)"),
         ("conv", "a < h &&", "a <= h &&"),
         ("conv", "i < oh &&", "i <= oh &&"),
+        ("winograd", "row < h &&", "row <= h &&"),
         ("pool", "top + a < h;", "top + a <= h;"),
         ("pool", "i < oh &&", "i <= oh &&"),
     ],
@@ -629,7 +688,7 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("real", ["float", *cuda.REALS.values()])
+@pytest.mark.parametrize("real", ["float", *cuda_launch.REALS.values()])
 def test_nvcc_compiles_without_spills(file, architecture, real, tmp_path):
     if real != "float" and "REAL" not in file.read_text():
         pytest.skip("float32 only")

@@ -1,0 +1,136 @@
+"""Convolution on a GPU: matrix products of patches, or of Winograd's tiles where these cost less.
+
+In float32 a 3x3 convolution of stride 1 is worth its tiles: a quarter of the multiplications, and
+half of what patches are to write and to read (winograd.py explains the method, winograd.cu has its
+maps). They round more than bfloat16 could bear; float32 they stay whatever `precision` says.
+"""
+
+import numpy as np
+
+from ..backend import Array, cupy
+from ..ops.conv import (
+    Pair,
+    conv_input_gradient,
+    conv_output,
+    conv_weight_gradient,
+    image_blocks,
+    output_size,
+    unfold,
+)
+from .cuda_launch import THREADS, for_each_row, is_bfloat16, launch
+
+FF = 36  # numbers of a transformed tile, and so matrix products of a convolution
+
+
+def cuda_unfold(x, kernel, stride, padding, size):
+    if kernel == (1, 1):  # a view, or one copy
+        return unfold.dispatch(object)(x, kernel, stride, padding, size)
+    (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
+    given = cupy().ascontiguousarray(x), cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
+    if (c * x.itemsize | given[0].data.ptr) % 8 == 0:  # only copied: so two or four at once
+        given = tuple(a.view(np.float64) for a in given)
+    geometry = given[0].shape[1:], kernel, stride, padding, size
+    return for_each_row("conv", "unfold", *given, geometry=geometry).view(x.dtype)
+
+
+def cuda_fold(patches, out, *geometry):
+    return for_each_row("conv", "fold", patches, out, geometry=(out.shape[1:], *geometry))
+
+
+def cuda_conv_input_gradient(gy, w, x_shape, stride, padding):
+    (kh, kw), (ph, pw) = w.shape[:2], padding
+    if stride != (1, 1) or (kh, kw) == (1, 1) or ph >= kh or pw >= kw:
+        return conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
+    # Copying patches costs less than adding them up: gx is gy convolved with the kernel turned.
+    turned = w[::-1, ::-1].swapaxes(2, 3)  # (KH, KW, O, C)
+    return conv_output(gy, turned, stride, (kh - 1 - ph, kw - 1 - pw))
+
+
+def tile_grid(x: Array, w_shape: tuple, size: Pair, stride: Pair) -> Pair | None:
+    """Rows and columns of tiles in an image of `size` outputs; None where they do not pay: they are
+    to halve the multiplications, FF a tile for 9 a pixel, and to be fewer numbers than patches.
+    """
+    (kh, kw, c, o), grid = w_shape, (-(-size[0] // 4), -(-size[1] // 4))
+    pays = 2 * FF * grid[0] * grid[1] <= 9 * size[0] * size[1] and o < 3 * c
+    return grid if pays and (kh, kw, *stride) == (3, 3, 1, 1) and x.dtype == np.float32 else None
+
+
+def take(x: Array, side: int, grid: Pair, padding: Pair = (0, 0)) -> Array:
+    """Every tile of images x (n, H, W, C), transformed: (FF, tiles, C)"""
+    n, h, w, c = x.shape
+    out = cupy().empty((FF, n * grid[0] * grid[1], c), np.float32)
+    numbers = out.size // FF
+    given = x, out, side, numbers, h, w, c, *grid, *padding
+    launch("winograd", "take", (-(-numbers // THREADS),), (THREADS,), *given)
+    return out
+
+
+def put(tiles: Array, side: int, grid: Pair, out: Array) -> Array:
+    """The way back, which fills images `out` (n, H, W, C)."""
+    numbers = tiles.size // FF
+    given = tiles, out, side, numbers, *out.shape[1:], *grid
+    launch("winograd", "put", (-(-numbers // THREADS),), (THREADS,), *given)
+    return out
+
+
+def add_products(a: Array, b: Array, out: Array, turned: bool, old: float) -> Array:
+    """old * out + a @ b, into out: (FF, n, k) @ (FF, k, m), a being (FF, k, n) if it is to be
+    turned. CuPy's own would copy it for that.
+    """
+    xp, (_, n, m), k = cupy(), out.shape, b.shape[1]
+    one, beta = np.ones(1, np.float32), np.full(1, old, np.float32)
+    xp.cuda.cublas.sgemmStridedBatched(  # by columns, as in cuda_matmul
+        xp.cuda.get_cublas_handle(), 0, int(turned), m, n, k,
+        one.ctypes.data, b.data.ptr, m, k * m, a.data.ptr, a.shape[2], n * k,
+        beta.ctypes.data, out.data.ptr, m, n * m, FF,
+    )  # fmt: skip
+    return out
+
+
+def cuda_conv_output(x, w, stride, padding):
+    size, (*_, c, o) = output_size(x.shape, w.shape, stride, padding), w.shape
+    if not (grid := tile_grid(x, w.shape, size, stride)):
+        return conv_output.dispatch(object)(x, w, stride, padding)
+    y = cupy().empty((len(x), *size, o), np.float32)
+    u = take(w.reshape(1, 3, 3, c * o), 3, (1, 1)).reshape(FF, c, o)
+    for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
+        v = take(x[block], 6, grid, padding)  # (FF, tiles, C)
+        products = cupy().empty((*v.shape[:2], o), np.float32)
+        put(add_products(v, u, products, False, 0), 4, grid, y[block])  # (FF, tiles, O)
+    return y
+
+
+def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
+    *_, c, o = w_shape
+    if not (grid := tile_grid(x, w_shape, gy.shape[1:3], stride)):
+        return conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
+    gu = cupy().zeros((FF, c, o), np.float32)
+    for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
+        v, m = take(x[block], 6, grid, padding), take(gy[block], 4, grid)
+        add_products(v, m, gu, True, 1)  # (FF, C, tiles) @ (FF, tiles, O)
+    gw = cupy().empty((1, 3, 3, c * o), np.float32)
+    return put(gu, 3, (1, 1), gw).reshape(w_shape)
+
+
+def by_rows(a: Array) -> tuple[Array, bool]:
+    """A matrix in one piece, and whether it was turned for that."""
+    turned = not a.flags.c_contiguous and a.flags.f_contiguous
+    return cupy().ascontiguousarray(a.T if turned else a), turned
+
+
+def cuda_matmul(a, b, out=None):
+    xp, (n, k), m = cupy(), a.shape, b.shape[1]
+    if not is_bfloat16(a):
+        return xp.matmul(a, b, out=out)
+    out = xp.empty((n, m), np.float32) if out is None else out
+    (a, a_turned), (b, b_turned) = by_rows(a), by_rows(b.astype(a.dtype, copy=False))
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    blas, bf16, f32 = xp.cuda.cublas, xp.cuda.runtime.CUDA_R_16BF, xp.cuda.runtime.CUDA_R_32F
+    # cuBLAS counts down columns: what is a matrix here is its transpose there, and C' = B' A'.
+    blas.gemmEx(
+        xp.cuda.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k,
+        one.ctypes.data, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],
+        zero.ctypes.data, out.data.ptr, bf16 if is_bfloat16(out) else f32, m,
+        blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+    )  # fmt: skip
+    return out
