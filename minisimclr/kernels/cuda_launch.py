@@ -9,7 +9,7 @@ import numpy as np
 from ..backend import Array, cupy
 
 CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: of kernels that work by rows, of the others
-REALS = {"bfloat16": "bfloat16", "float64": "double"}  # what REAL is for an array; else float
+REALS = {2: "bfloat16", 8: "double"}  # what REAL is, by the bytes of a number; else float
 
 
 @cache
@@ -26,19 +26,26 @@ def function(library: Any, file: str, kernel: str, real: str) -> Any:
     return module(library, file, real).get_function(kernel)
 
 
+@cache
+def conversions(library: Any) -> dict[type, Any]:
+    """What a kernel is given for a value of another type."""
+    convert = {int: np.int32, float: np.float32, library.ndarray: library.ascontiguousarray}
+    convert |= {bool: library.asarray, np.bool_: library.asarray}
+    return convert | {type(None): lambda _: np.intp(0)}
+
+
 def is_bfloat16(x: Array) -> bool:
-    return x.dtype.name == "bfloat16"
+    return x.itemsize == 2  # float16 does not come this far; names of types take their time
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
     """Run a kernel, of the type of its first array; numbers become what C calls int and float, None
     a null pointer.
     """
-    xp = cupy()
-    convert: Any = {int: np.int32, float: np.float32, xp.ndarray: xp.ascontiguousarray}
-    convert |= {type(None): lambda _: np.intp(0), bool: xp.asarray, np.bool_: xp.asarray}
-    given = tuple(convert.get(type(a), lambda a: a)(a) for a in args)
-    function(xp, file, kernel, REALS.get(args[0].dtype.name, "float"))(grid, block, given)
+    xp, real = cupy(), REALS.get(args[0].itemsize, "float")
+    convert = conversions(xp)
+    given = tuple(convert[type(a)](a) if type(a) in convert else a for a in args)
+    function(xp, file, kernel, real)(grid, block, given)
 
 
 def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:
