@@ -4,9 +4,10 @@
 
 Runs the tests marked gpu, then measures: the GPU's own ceilings, every kernel beside the readable
 pass, convolutions, augmentation (beside torchvision), LARS (beside torch._foreach), and whole steps
-beside PyTorch. Writes one JSON after each part, so that a run cut short leaves what it has, and
-prints one table. Times are medians of CUDA events over inputs taken in turn. Parts that do not fit
-into the time left, or need what is not installed, say so. --small is for trying the script out.
+beside what the ceilings allow and beside PyTorch. Writes one JSON after each part, so that a run
+cut short leaves what it has, and prints one table. Times are medians of CUDA events over inputs
+taken in turn. Parts that do not fit into the time left, or need what is not installed, say so.
+--small is for trying the script out.
 """
 
 import argparse
@@ -27,9 +28,11 @@ from minisimclr.errors import ConfigError
 from minisimclr.nn import ENCODERS
 from minisimclr.ops import conv, loss, norm, pool
 from minisimclr.ops.conv import output_size
+from minisimclr.ops.product import matmul
 from minisimclr.tensor import Tensor
 
 HERE = Path(__file__).parent
+KINDS = ("fp32", "tf32", "bf16")
 TURNS = 3  # inputs of a measurement
 TESTS = 180  # seconds after which tests have hung
 
@@ -53,6 +56,9 @@ class Sizes:
         self.losses = [(4, 8)] if small else [(512, 128), (4096, 128)]
         self.views = [(3, 12, 8)] if small else [(512, 40, 32), (128, 256, 224)]
         self.encoder, self.width = ("resnet_small", 4) if small else ("resnet50", 64)
+        self.steps = (
+            [("resnet_small", 8, 4)] if small else [("resnet18", 32, 512), ("resnet50", 224, 256)]
+        )
         self.matrix, self.vector = (64, 1 << 12) if small else (8192, 1 << 28)
 
 
@@ -111,12 +117,18 @@ def tests(sizes: Sizes) -> list[dict]:
     return [{"summary": lines[-1], "passed": passed, "failed": failed}]
 
 
+def product(sizes: Sizes, kind: str) -> float:
+    """Flop/s of a matrix product in a precision."""
+    n = sizes.matrix
+    with precision(kind, "cuda:0"):
+        a = randn(n, n).astype(activations.get() or np.float32)
+        return 2 * n**3 / seconds(matmul, [(a, a)], sizes.rounds)
+
+
 def ceilings(sizes: Sizes) -> list[dict]:
+    rows = [{"what": f"{kind} product", "tflops": product(sizes, kind) / 1e12} for kind in KINDS]
     roof = profile.roofline("cuda:0", sizes.matrix, sizes.vector)
-    return [
-        {"what": "float32 product", "tflops": roof["flops_per_second"] / 1e12},
-        {"what": "sum of two vectors", "gb_per_second": roof["bytes_per_second"] / 1e9},
-    ]
+    return [*rows, {"what": "sum of vectors", "gb_per_second": roof["bytes_per_second"] / 1e9}]
 
 
 def randn(*shape):
@@ -198,7 +210,7 @@ def convolutions(sizes: Sizes) -> list[dict]:
         images, weight, gradient = randn(*x), randn(*w), randn(*gy)
         for which in ("output", "input", "weight"):
             name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
-            for kind in ("fp32", "tf32", "bf16"):
+            for kind in KINDS:
                 with precision(kind, "cuda:0"):
                     a, b = (y.astype(activations.get() or y.dtype) for y in (images, gradient))
                     f, *given = {
@@ -295,6 +307,25 @@ def lars(sizes: Sizes) -> list[dict]:
     return [*rows, {"pass": "torch._foreach LARS", "ms": statistics.median(times[2:])}]
 
 
+def shares(sizes: Sizes) -> list[dict]:
+    """Whole steps beside the least time that the GPU's ceilings leave their operations, in sum.
+
+    Winograd's method needs fewer flops than are counted, and so less than that time.
+    """
+    rows = []
+    for encoder, size, n in sizes.steps:
+        for kind in KINDS:
+            width = 0 if sizes.width == 64 else sizes.width
+            with precision(kind, "cuda:0"):
+                found = profile.profile(encoder, "auto", width, size, n, device="cuda:0")
+            flops, band = product(sizes, kind), found["roofline"]["bytes_per_second"]
+            least = sum(max(e["flops"] / flops, e["bytes"] / band) for e in found["events"])
+            row = {"step": f"{encoder}, {n} images of {size} px", "precision": kind}
+            row |= {"ms": found["step_seconds"] * 1e3, "roofline_ms": least * 1e3}
+            rows.append(row | {"share": least / found["step_seconds"]})
+    return rows
+
+
 def steps(sizes: Sizes) -> list[dict]:
     """Whole training steps beside PyTorch's, in processes of their own."""
     rows = sizes.out.with_suffix(".steps.json")  # it stays if this process is killed
@@ -323,7 +354,7 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, steps)
+PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, shares, steps)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:

@@ -632,12 +632,13 @@ def script(name):
 
 def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    parts = ["facts", "ceilings", "kernels", "losses", "convolutions", "views", "lars"]
+    parts = ["facts", "ceilings", "kernels", "losses", "convolutions", "views", "lars", "shares"]
     out = tmp_path / "gpu.json"
     results = script("gpu").main(["--small", "--out", str(out), "--part", *parts])
     assert list(results) == parts and json.loads(out.read_text()) == results
     assert not [row for rows in results.values() for row in rows if "failed" in row]
     assert results["lars"][0]["ms"] == 1.0
+    assert all(row["share"] > 0 for row in results["shares"][:-1]) and len(results["shares"]) == 4
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
 
 
