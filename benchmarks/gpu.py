@@ -152,12 +152,13 @@ def kernels(sizes: Sizes) -> list[dict]:
     for shape in sizes.maps:
         name, nbytes = "x".join(map(str, shape)), 4 * int(np.prod(shape))
         x, g, y = ([randn(*shape) for _ in range(TURNS)] for _ in range(3))
-        c = [randn(shape[-1]) for _ in range(4)]
+        c = [randn(shape[-1]) ** 2 for _ in range(5)]
+        about, count = (*c[:2], 1e-5), x[0].size // shape[-1]
         cases = {
             norm.moments: ([(x[i],) for i in range(TURNS)], 1),
-            norm.scale_shift: ([(x[i], *c[:3], g[i], True) for i in range(TURNS)], 3),
-            norm.gradient_sums: ([(g[i], x[i], *c[:2], y[i]) for i in range(TURNS)], 4),
-            norm.input_gradient: ([(g[i], x[i], *c) for i in range(TURNS)], 3),
+            norm.scale_shift: ([(x[i], *about, *c[2:4], g[i], True) for i in range(TURNS)], 3),
+            norm.gradient_sums: ([(g[i], x[i], *about, y[i]) for i in range(TURNS)], 4),
+            norm.input_gradient: ([(g[i], x[i], *about, *c[2:], count) for i in range(TURNS)], 3),
         }
         for f, (inputs, passes) in cases.items():
             rows.append(row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes))

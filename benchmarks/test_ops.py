@@ -61,6 +61,12 @@ def vectors(name, count):
     return [randn(MAPS[name][-1]) for _ in range(count)]
 
 
+def statistics(name):
+    """Mean, variance and eps."""
+    mean, variance = vectors(name, 2)
+    return mean, variance**2, 1e-5
+
+
 def relu_like(name):
     return np.maximum(randn(*MAPS[name]), 0)
 
@@ -97,7 +103,10 @@ CASES = {
     "scale_shift": (
         scale_shift,
         {
-            k: lambda k=k, s=s: ((randn(*s), *vectors(k, 3), randn(*s), True), 4 * np.prod(s))
+            k: lambda k=k, s=s: (
+                (randn(*s), *statistics(k), *vectors(k, 2), randn(*s), True),
+                4 * np.prod(s),
+            )
             for k, s in MAPS.items()
         },
     ),
@@ -105,7 +114,7 @@ CASES = {
         gradient_sums,
         {
             k: lambda k=k, s=s: (
-                (randn(*s), randn(*s), *vectors(k, 2), relu_like(k)),
+                (randn(*s), randn(*s), *statistics(k), relu_like(k)),
                 5 * np.prod(s),
             )
             for k, s in MAPS.items()
@@ -115,7 +124,7 @@ CASES = {
         input_gradient,
         {
             k: lambda k=k, s=s: (
-                (randn(*s), randn(*s), *vectors(k, 4)),
+                (randn(*s), randn(*s), *statistics(k), *vectors(k, 3), np.prod(s[:-1])),
                 5 * np.prod(s),
             )
             for k, s in MAPS.items()

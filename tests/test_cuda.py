@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_cupy
 import host_cuda
@@ -135,6 +136,7 @@ PASSES = {
     pool.max_pool_output: SAMPLES["max_pool_output"],
     pool.max_pool_input_gradient: SAMPLES["max_pool_input_gradient"],
 }
+OPTIMIZED = optim.square_of_all, optim.update_all
 PLACES = {augment.apply_views: "augment", matmul: "conv"}
 PLACES |= dict.fromkeys((conv.unfold, conv.fold, conv.conv_input_gradient), "conv")
 PLACES |= dict.fromkeys((conv.conv_output, conv.conv_weight_gradient), "winograd")
@@ -182,6 +184,15 @@ def optimized(like, kind, steps=3, dtype=np.float32, ok=(True, True, True)):
     return [np.array(host(a)) for a in arrays]
 
 
+def followed(like, dtype=np.float32):
+    """Running statistics behind two batches."""
+    rng = np.random.default_rng(0)
+    mean, variance, *batches = (like.asarray(rng.random(300).astype(dtype)) for _ in range(6))
+    for batch in zip(batches[:2], batches[2:], strict=True):
+        norm.follow(mean, variance, SimpleNamespace(mean=batch[0], variance=batch[1]), 0.3, 5)
+    return [np.array(host(a)) for a in (mean, variance)]
+
+
 def in_every_order(run):
     """What `run` returns, with the threads in each order: the same bits, or it is a mistake."""
     outcomes = []
@@ -216,6 +227,8 @@ def exercise(name, library):
             ours = in_every_order(lambda kind=kind: optimized(library, kind))
             compare(ours, optimized(np, kind, dtype=np.float64))
         return
+    if name == "norm":
+        compare(in_every_order(lambda: followed(library)), followed(np, np.float64))
     for f, samples in PASSES.items():
         if PLACES.get(f, "norm") == name:
             for args in [*samples(), *([] if name == "augment" else map(in_bfloat16, samples()))]:
@@ -225,7 +238,7 @@ def exercise(name, library):
 
 def test_every_kernel_is_here(cupy):
     assert all(cupy.ndarray in f.registry for f in cuda.PASSES)
-    assert set(cuda.PASSES) == {*PASSES, optim.square_of_all, optim.update_all}
+    assert set(cuda.PASSES) == {*PASSES, norm.follow, *OPTIMIZED}
     assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv", "winograd", "pool"}
 
 
@@ -276,13 +289,14 @@ def test_threads_run_in_the_order_asked_for(order, expected, cupy, monkeypatch):
 
 
 def test_every_number_is_rounded_as_numpys_bfloat16_is(cupy):
-    """By the pass of batch norm that writes 1 (0 - 0) + shift."""
+    """By the pass of batch norm that writes (0 - 0) + beta."""
     shift = np.random.default_rng(0).integers(0, 1 << 32, 4096, np.uint32)
     shift[:8] = 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x7FC00000, 0, 1
     shift[8:1024] = shift[8:1024] & 0xFFFF0000 | 0x8000  # ties
     shift = shift.view(np.float32)
     x, zeros, ones = np.zeros((1, 4096), BFLOAT16), np.zeros_like(shift), np.ones_like(shift)
-    (y,) = on_device(norm.scale_shift, (x, zeros, ones, shift, None, False), cupy)
+    given = x, zeros, ones, 0.0, ones, shift, None, False
+    (y,) = on_device(norm.scale_shift, given, cupy)
     assert y.dtype == BFLOAT16 and np.isnan(y).sum() > 2 and np.isinf(y).sum() > 2
     with np.errstate(invalid="ignore"):
         expected = shift.astype(BFLOAT16)
@@ -368,10 +382,11 @@ def test_bfloat16_costs_two_digits(cupy):
 @pytest.mark.parametrize("convert", [list, in_bfloat16], ids=["float32", "bfloat16"])
 def test_a_gradient_may_be_written_over(convert, cupy):
     for args in SAMPLES["input_gradient"]():
-        args = convert(args[:6])
+        args = convert(args[:9])
 
         def run(args=args):
-            g, *others = (cupy.asarray(np.ascontiguousarray(a)) for a in args)
+            g, *others = (cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args)
+            g = cupy.ascontiguousarray(g)
             norm.input_gradient(g, *others, out=g)
             return [np.array(host(g))]
 

@@ -69,6 +69,11 @@ def vectors(shape, count):
     return [randn(shape[-1]) for _ in range(count)]
 
 
+def statistics(shape):
+    """Mean, variance and eps."""
+    return randn(shape[-1]), randn(shape[-1]) ** 2 + np.float32(0.1), 1e-3
+
+
 def relu_like(shape):
     return np.maximum(randn(*shape), 0)
 
@@ -110,19 +115,19 @@ SAMPLES = {
     ],
     "moments": lambda: [(3 * randn(*s) + 5,) for s in ROWS] + [(randn(64, 8) + 1000,)],
     "scale_shift": lambda: [
-        (randn(*s), *vectors(s, 3), residual, relu)
+        (randn(*s), *statistics(s), *vectors(s, 2), residual, relu)
         for s in ROWS
         for residual, relu in ((None, True), (randn(*s), True), (None, False))
     ],
     "gradient_sums": lambda: [
-        (g, randn(*s), *vectors(s, 2), y)
+        (g, randn(*s), *statistics(s), y)
         for s in ROWS
         for g, y in ((randn(*s), relu_like(s)), (randn(*s), None), (spread(s), relu_like(s)))
     ],
     "input_gradient": lambda: [
-        (g, randn(*s), *vectors(s, 4), *spare)
+        (g, randn(*s), *statistics(s), *vectors(s, 3), count, *spare)
         for s in ROWS
-        for g, spare in ((randn(*s), ()), (spread(s), ()), (randn(*s), (randn(*s),)))
+        for g, count, *spare in ((randn(*s), 7), (spread(s), np.inf), (randn(*s), 9, randn(*s)))
     ],
     "max_pool_output": lambda: pool_samples(backward=False),
     "max_pool_input_gradient": lambda: pool_samples(backward=True),
@@ -259,17 +264,18 @@ def test_winograd_rounds_little_more_than_a_plain_sum():
 
 def test_moments_of_a_large_mean_do_not_cancel():
     x = randn(4096, 8) + np.float32(3000)
-    mean, m2 = moments(x)
+    mean, variance = moments(x)
     np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(m2, x.astype(np.float64).var(axis=0) * len(x), rtol=1e-4)
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mean", [0, 7, 9, 3000])
 def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean):
     x, gy = randn(4096, 8) + np.float32(mean), randn(4096, 8)
-    means, inv_std = x.mean(axis=0), 1 / x.std(axis=0)
-    sum_gx = gradient_sums(gy, x, means, inv_std, None)[1]
-    exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0) * inv_std
+    means, variance = x.mean(axis=0), x.var(axis=0)
+    sum_gx = gradient_sums(gy, x, means, variance, 1e-5, None)[1]
+    exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0)
+    exact_sum /= (variance.astype(float) + 1e-5) ** 0.5
     assert distance(sum_gx, exact_sum) < 2e-5
 
 

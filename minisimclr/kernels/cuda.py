@@ -1,7 +1,7 @@
 """CUDA kernels for what a GPU would do in many passes from Python.
 
     norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
-                 two for the gradients
+                 two for the gradients; running statistics
     optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
     conv.cu      patches of images and back, which makes a convolution one matrix product
     winograd.cu  tiles of images and back, for 3x3 convolutions in float32
@@ -22,7 +22,7 @@ import numpy as np
 from ..augment import SMALL, Views, apply_views, blur
 from ..backend import Array, cupy
 from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, fold, unfold
-from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
+from ..ops.norm import follow, gradient_sums, input_gradient, moments, scale_shift
 from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
 from ..ops.product import matmul
 from ..optim import SGD, square_of_all, update_all
@@ -37,7 +37,7 @@ SHARES = 64  # blocks that share the numbers of one parameter
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
-NORM: Any = moments, scale_shift, gradient_sums, input_gradient
+NORM: Any = moments, scale_shift, gradient_sums, input_gradient, follow
 CONV: Any = conv_output, conv_input_gradient, conv_weight_gradient, unfold, fold, matmul
 POOL: Any = max_pool_output, max_pool_input_gradient
 PASSES: Any = *NORM, *CONV, *POOL, square_of_all, update_all, apply_views
@@ -65,32 +65,44 @@ def tile_sums(x: Array, *args: Any) -> Array:
     return part
 
 
-def apply(x: Array, *args: Any, out: Array | None = None) -> Array:
+def merged(x: Array, part: Array, variance: Array | None, eps: float) -> Array:
+    (wide, _), shape = tiles(x)
+    first, second = made = cupy().empty((2, x.shape[-1]), np.float32)
+    given = part, variance, eps, first, second, *shape
+    launch("norm", "merge_tiles", (wide,), (CHANNELS, LANES), *given)
+    return made
+
+
+def apply(kernel: str, x: Array, *args: Any, out: Array | None = None) -> Array:
     grid, shape = tiles(x)
     out = cupy().empty(x.shape, x.dtype) if out is None else out
-    launch("norm", "apply", grid, (CHANNELS, LANES), x, *args, out, *shape)
+    launch("norm", kernel, grid, (CHANNELS, LANES), x, *args, out, *shape)
     return out
 
 
 def cuda_moments(x):
-    (wide, _), shape = tiles(x)
-    part, (mean, m2) = tile_sums(x, *[None] * 4), cupy().empty((2, shape[1]), np.float32)
-    launch("norm", "merge_moments", (wide,), (CHANNELS, LANES), part, mean, m2, *shape)
-    return mean, m2
+    return tuple(merged(x, tile_sums(x, *[None] * 4), None, 0.0))
 
 
-def cuda_scale_shift(x, mean, scale, shift, residual, relu):
-    return apply(x, mean, scale, shift, residual, None, int(relu))
+def cuda_scale_shift(x, mean, variance, eps, gamma, beta, residual, relu):
+    return apply("scale_shift", x, mean, variance, eps, gamma, beta, residual, int(relu))
 
 
-def cuda_gradient_sums(gy, x, mean, inv_std, y):
+def cuda_gradient_sums(gy, x, mean, variance, eps, y):
     g = gy if y is None else cupy().empty(gy.shape, gy.dtype)
-    sum_g, sum_gd = tile_sums(x, gy, y, None if y is None else g, mean).sum(axis=0)
-    return sum_g, sum_gd * inv_std, g
+    part = tile_sums(x, gy, y, None if y is None else g, mean)
+    return *merged(x, part, variance, eps), g
 
 
-def cuda_input_gradient(g, x, mean, scale, a, b, out=None):
-    return apply(x, mean, b, a, g, scale, 0, out=out)
+def cuda_input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gx, count, out=None):
+    given = x, mean, variance, eps, gamma, sum_g, sum_gx, float(count)
+    return apply("input_gradient", g, *given, out=out)
+
+
+def cuda_follow(mean, variance, batch, momentum, count):
+    c, of_batch = mean.size, (batch.mean, batch.variance)
+    numbers = c, float(momentum), count / (count - 1)
+    launch("norm", "follow", (-(-c // THREADS),), (THREADS,), mean, variance, *of_batch, *numbers)
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):

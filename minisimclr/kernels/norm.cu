@@ -12,7 +12,8 @@ struct Walk {
     }
 };
 
-struct Moments { float n, mean, m2; };
+struct Moments { float n, mean, m2; };  // or two sums
+__device__ Moments plus(Moments a, Moments b) { return {0, a.mean + b.mean, a.m2 + b.m2}; }
 __device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
     const float n = a.n + b.n, delta = b.mean - a.mean, share = n > 0 ? b.n / n : 0;
     return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share};
@@ -48,31 +49,42 @@ extern "C" __global__ void tile_sums(const REAL* __restrict__ x, const REAL* __r
     for (int k = 0; k < 2; k++) part[(2LL * blockIdx.y + k) * channels + w.c] = sums[k];
 }
 
-extern "C" __global__ void merge_moments(const float* part, float* mean, float* m2,
-                                         long long rows, int channels, int tile) {
+// Of all tiles: mean and variance; or, where that is given, the sums of g and g x^.
+extern "C" __global__ void merge_tiles(const float* part, const float* variance, float eps,
+                                       float* first, float* second,
+                                       long long rows, int channels, int tile) {
     __shared__ Moments lanes[8][32];
     const int c = blockIdx.x * 32 + threadIdx.x;
     Moments all = {0, 0, 0};
     for (long long t = threadIdx.y; t * tile < rows && c < channels; t += 8) {
         const float n = min(rows - t * tile, (long long)tile);
-        all = merge(all, {n, part[2 * t * channels + c], part[(2 * t + 1) * channels + c]});
+        const Moments one = {n, part[2 * t * channels + c], part[(2 * t + 1) * channels + c]};
+        all = variance ? plus(all, one) : merge(all, one);
     }
     lanes[threadIdx.y][threadIdx.x] = all;
     __syncthreads();
     if (threadIdx.y || c >= channels) return;
-    for (int lane = 1; lane < 8; lane++) all = merge(all, lanes[lane][threadIdx.x]);
-    mean[c] = all.mean;
-    m2[c] = all.m2;
+    for (int lane = 1; lane < 8; lane++) {
+        const Moments one = lanes[lane][threadIdx.x];
+        all = variance ? plus(all, one) : merge(all, one);
+    }
+    first[c] = all.mean;
+    second[c] = variance ? all.m2 / sqrtf(variance[c] + eps) : all.m2 / rows;
 }
 
-// out = a (x - mean) + b + q g; g may be absent, and q, which then is 1. Four rows are asked for
-// before the first is written: out may be g, so the compiler must not do that by itself.
-extern "C" __global__ void apply(const REAL* x, const float* mean, const float* a, const float* b,
-                                 const REAL* g, const float* q, int relu,
-                                 REAL* out, long long rows, int channels, int tile) {
-    Walk w(rows, channels, tile);
-    if (w.c >= channels) return;
-    const float scale = a[w.c], near = mean[w.c], shift = b[w.c], of_g = q ? q[w.c] : 1;
+extern "C" __global__ void follow(float* mean, float* variance, const float* batch_mean,
+                                  const float* batch_variance, int channels, float momentum,
+                                  float unbiased) {
+    const int c = blockIdx.x * 256 + threadIdx.x;
+    if (c >= channels) return;
+    mean[c] += momentum * (batch_mean[c] - mean[c]);
+    variance[c] += momentum * (batch_variance[c] * unbiased - variance[c]);
+}
+
+// out = scale (x - near) + shift + of_g g; g may be absent. Four rows are asked for before the
+// first is written: out may be g, so the compiler must not do that by itself.
+__device__ void apply(Walk w, const REAL* x, float near, float scale, float shift,
+                      const REAL* g, float of_g, int relu, REAL* out) {
     for (; w.i < w.end; w.i += 4 * w.step) {
         float v[4];
         for (int k = 0; k < 4; k++) {
@@ -83,4 +95,25 @@ extern "C" __global__ void apply(const REAL* x, const float* mean, const float* 
         for (int k = 0; k < 4; k++)
             if (w.i + k * w.step < w.end) out[w.i + k * w.step] = relu && v[k] < 0 ? 0 : v[k];
     }
+}
+
+extern "C" __global__ void scale_shift(const REAL* x, const float* mean, const float* variance,
+                                       float eps, const float* gamma, const float* beta,
+                                       const REAL* residual, int relu,
+                                       REAL* out, long long rows, int channels, int tile) {
+    Walk w(rows, channels, tile);
+    if (w.c >= channels) return;
+    const float scale = gamma[w.c] / sqrtf(variance[w.c] + eps);
+    apply(w, x, mean[w.c], scale, beta[w.c], residual, 1, relu, out);
+}
+
+extern "C" __global__ void input_gradient(const REAL* g, const REAL* x, const float* mean,
+                                          const float* variance, float eps, const float* gamma,
+                                          const float* sum_g, const float* sum_gx, float count,
+                                          REAL* out, long long rows, int channels, int tile) {
+    Walk w(rows, channels, tile);
+    if (w.c >= channels) return;
+    const float inv_std = 1 / sqrtf(variance[w.c] + eps), scale = gamma[w.c] * inv_std;
+    const float of_mean = -scale / count * sum_g[w.c], of_std = -scale / count * sum_gx[w.c];
+    apply(w, x, mean[w.c], of_std * inv_std, of_mean, g, scale, 0, out);
 }

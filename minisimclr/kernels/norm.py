@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import Array
 from ..cores import parallel
-from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift
+from ..ops.norm import gradient_sums, input_gradient, inverse_std, moments, scale_shift
 from .registry import for_float32
 
 WIDE = 8192  # numbers in one long row
@@ -85,16 +85,18 @@ def _moments(x: Array) -> tuple[Array, Array]:
     if (m2 < 1e-2 * squares).any():
         near = rows[0].reshape(k, c).mean(axis=0)
         total, squares = sums_about(np.tile(near, k))
-        return near + total / m, squares - total * (total / m)
-    return total / m, m2
+        return near + total / m, (squares - total * (total / m)) / m
+    return total / m, m2 / m
 
 
 @for_float32(scale_shift)
 def _scale_shift(
-    x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool
-) -> Array:
+    x: Array, mean: Array, variance: Array, eps: float, gamma: Array, beta: Array,
+    residual: Array | None, relu: bool,
+) -> Array:  # fmt: skip
     k, (rows, residuals) = long_rows(x, residual)
-    scale, shift = np.tile(scale, k), np.tile(shift - mean * scale, k)
+    scale = gamma * inverse_std(variance, eps)
+    scale, shift = np.tile(scale, k), np.tile(beta - mean * scale, k)
     # The maximum with a row of zeros is three times as fast as with the number 0.
     zero = np.zeros_like(shift)
     y = np.empty_like(rows)
@@ -113,10 +115,10 @@ def _scale_shift(
 
 @for_float32(gradient_sums)
 def _gradient_sums(
-    gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
+    gy: Array, x: Array, mean: Array, variance: Array, eps: float, y: Array | None
 ) -> tuple[Array, Array, Array]:
     k, (gs, xs, ys) = long_rows(gy, x, y)
-    out = gs if ys is None else np.empty_like(gs)
+    out, inv_std = gs if ys is None else np.empty_like(gs), inverse_std(variance, eps)
     # Sums of g x lose no more than a digit or two to the mean's part of them; else take it off.
     far = (np.abs(mean) * inv_std > 8).any()
     near = np.tile(mean, k)
@@ -137,10 +139,13 @@ def _gradient_sums(
 
 @for_float32(input_gradient)
 def _input_gradient(
-    g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
-) -> Array:
+    g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
+    sum_g: Array, sum_gx: Array, count: float, out: Array | None = None,
+) -> Array:  # fmt: skip
     k, (gs, xs, gx) = long_rows(g, x, out)
-    # gx = scale g + b x + (a - b mean): two rows of constants fewer to go through
+    scale = gamma * (inv_std := inverse_std(variance, eps))
+    a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
+    # gx = scale g + a + b (x - mean): two rows of constants fewer to go through
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs) if gx is None else gx
 

@@ -2,14 +2,14 @@
 ResNet.
 
 Forward and backward are two passes over memory each, and between the two stand a few numbers per
-channel:
+channel, arrays (C,):
 
     moments -> scale_shift                gradient_sums -> input_gradient
 
 x is (..., C), normalised per channel over all M = x.size / C rows:
 
-    x^ = (x - mean) / sqrt(variance + eps)        y = relu(gamma x^ + beta + residual)
-    g  = gy where y > 0                           gx = gamma / std (g - mean(g) - x^ mean(g x^))
+    x^ = (x - mean) / std,  std = sqrt(variance + eps)      y = relu(gamma x^ + beta + residual)
+    g = gy where y > 0      gx = gamma / std (g - mean(g) - x^ mean(g x^))
 """
 
 from functools import singledispatch
@@ -39,7 +39,7 @@ def merge_moments(a: tuple, b: tuple) -> tuple:
 
 @singledispatch
 def moments(x: Array) -> tuple[Array, Array]:
-    """Mean and sum of squared deviations of x (..., C), each (C,)."""
+    """Mean and variance (divided by M) of x (..., C)."""
     x = rows(x)
     total = None
     for i in range(0, len(x), ROWS):
@@ -48,15 +48,20 @@ def moments(x: Array) -> tuple[Array, Array]:
         part = len(block), mean, ((block - mean) ** 2).sum(axis=0)
         total = part if total is None else merge_moments(total, part)
     assert total is not None
-    return total[1], total[2]
+    return total[1], total[2] / total[0]
+
+
+def inverse_std(variance: Array, eps: float) -> Array:
+    return 1 / xp_of(variance).sqrt(variance + eps)
 
 
 @singledispatch
 def scale_shift(
-    x: Array, mean: Array, scale: Array, shift: Array, residual: Array | None, relu: bool
-) -> Array:
-    """y = (x - mean) * scale + shift [+ residual] [max 0], per channel; shapes (..., C) and (C,)"""
-    y = (x - mean) * scale + shift
+    x: Array, mean: Array, variance: Array, eps: float, gamma: Array, beta: Array,
+    residual: Array | None, relu: bool,
+) -> Array:  # fmt: skip
+    """y = gamma x^ + beta [+ residual] [max 0]"""
+    y = (x - mean) * (gamma * inverse_std(variance, eps)) + beta
     if residual is not None:
         y += residual
     return xp_of(y).maximum(y, 0) if relu else y
@@ -64,10 +69,10 @@ def scale_shift(
 
 @singledispatch
 def gradient_sums(
-    gy: Array, x: Array, mean: Array, inv_std: Array, y: Array | None
+    gy: Array, x: Array, mean: Array, variance: Array, eps: float, y: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Sums of g and of g x^ over the rows, each (C,), and g: gy itself, or, if y is given, an array
-    of its own that is gy where y > 0 and else 0.
+    """Sums of g and of g x^ over the rows, and g: gy itself, or, if y is given, an array of its own
+    that is gy where y > 0 and else 0.
     """
     g = gy if y is None else relu_gradient(gy, y)
     xp, g_rows, x_rows = xp_of(g), rows(g), rows(x)
@@ -76,17 +81,29 @@ def gradient_sums(
         part = g_rows[i : i + ROWS]  # (m, C)
         sum_g += part.sum(axis=0)
         sum_gx += (part * (x_rows[i : i + ROWS] - mean)).sum(axis=0)
-    return sum_g, sum_gx * inv_std, g
+    return sum_g, sum_gx * inverse_std(variance, eps), g
 
 
 @singledispatch
 def input_gradient(
-    g: Array, x: Array, mean: Array, scale: Array, a: Array, b: Array, out: Array | None = None
-) -> Array:
-    """gx = scale * g + a + b * (x - mean); vectors are (C,). Into `out` if given, which lies in one
-    piece and may be g.
+    g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
+    sum_g: Array, sum_gx: Array, count: float, out: Array | None = None,
+) -> Array:  # fmt: skip
+    """gx from those sums over `count` rows. Into `out` if given, which lies in one piece and may be
+    g.
     """
+    inv_std = inverse_std(variance, eps)
+    scale = gamma * inv_std
+    of_mean = scale / -count
+    a, b = of_mean * sum_g, of_mean * sum_gx * inv_std
     return xp_of(g).add(scale * g, a + b * (x - mean), out=out)
+
+
+@singledispatch
+def follow(mean: Array, variance: Array, batch: "BatchNorm", momentum: float, count: int) -> None:
+    """new = (1 - momentum) old + momentum batch, in place, the variance divided by M - 1"""
+    mean += momentum * (batch.mean - mean)
+    variance += momentum * (batch.variance * (count / (count - 1)) - variance)
 
 
 class BatchNorm(Function):
@@ -98,45 +115,37 @@ class BatchNorm(Function):
     where `again` could not make it, or not cheaply.
     """
 
-    def __init__(
-        self, relu: bool, eps: float, mean: Array | None = None, variance: Array | None = None
-    ):
+    def __init__(self, relu: bool, eps: float, mean: Array = None, variance: Array = None):
         self.relu, self.eps = relu, eps
-        self.mean: Array = mean
-        self.variance: Array = variance
-        self.training = mean is None
+        self.mean, self.variance, self.training = mean, variance, mean is None
 
     def forward(self, x, gamma, beta, residual=None):
         if self.training:
-            self.mean, m2 = moments(x)
-            self.variance = m2 / (x.size // x.shape[-1])
-        self.inv_std = 1 / xp_of(x).sqrt(self.variance + self.eps)
-        self.scale = gamma * self.inv_std
-        y = scale_shift(x, self.mean, self.scale, beta, residual, self.relu)
-        if any(self.needs):
-            self.x, self.beta = x, beta
-            # On a GPU memory is short and a pass is cheap: there y goes, if it can be had again.
-            self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
+            self.mean, self.variance = moments(x)
+        self.x, self.gamma, self.beta, self.y = x, gamma, beta, None
+        y = self.again(residual)
+        # On a GPU memory is short and a pass is cheap: there y goes, if it can be had again.
+        self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
         return y
 
-    def again(self) -> Array:
-        """y, in the backward pass: saved, or made anew (Chen et al. 2016, arXiv:1604.06174)."""
+    def again(self, residual: Array | None = None) -> Array:
+        """y; in the backward pass saved, or made anew (Chen et al. 2016, arXiv:1604.06174)."""
         if self.y is None:
-            self.y = scale_shift(self.x, self.mean, self.scale, self.beta, None, self.relu)
+            given = self.mean, self.variance, self.eps, self.gamma, self.beta
+            self.y = scale_shift(self.x, *given, residual, self.relu)
         return self.y
 
     def backward(self, gy):
         y = self.again() if self.relu else None
-        sum_g, sum_gx, g = gradient_sums(gy, self.x, self.mean, self.inv_std, y)
+        given = self.x, self.mean, self.variance, self.eps
+        sum_g, sum_gx, g = gradient_sums(gy, *given, y)
         gx = None
         if self.needs[0]:
-            count = gy.size // gy.shape[-1]  # M
-            # In evaluation the statistics are constants: x does not reach y through them.
-            of_mean = self.scale / -count if self.training else 0 * self.scale
-            a, b = of_mean * sum_g, of_mean * sum_gx * self.inv_std
+            # In evaluation the statistics are constants, as those of infinitely many rows would be.
+            count = gy.size // gy.shape[-1] if self.training else np.inf
             # Behind ReLU g is ours to write over, unless it is the gradient of a residual as well.
             out = g if self.relu and len(self.needs) == 3 else None
-            gx = input_gradient(g, self.x, self.mean, self.scale, a, b, out)
+            gx = input_gradient(g, *given, self.gamma, sum_g, sum_gx, count, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
 
 
@@ -166,7 +175,5 @@ def batch_norm(
         raise ValueError(f"batch norm needs at least two rows to train on, not shape {x.shape}")
     function = BatchNorm(relu, eps)
     y = function(*inputs)
-    mean, variance = running
-    mean += momentum * (function.mean - mean)
-    variance += momentum * (function.variance * (count / (count - 1)) - variance)
+    follow(*running, function, momentum, count)
     return y
