@@ -334,7 +334,7 @@ def test_images_are_tiled_a_few_at_a_time(cupy, monkeypatch):
             compare(on_device(f, args, cupy), at_once)
 
 
-def test_winograds_tiles_round_little_more_than_a_plain_sum(cupy):
+def test_winograds_tiles_round_a_little_more_than_plain_sums(cupy):
     rng = np.random.default_rng(0)
     shapes = (1, 8, 8, 64), (3, 3, 64, 64), (1, 8, 8, 64)
     x, w, gy = (rng.standard_normal(shape, np.float32) for shape in shapes)
@@ -345,7 +345,7 @@ def test_winograds_tiles_round_little_more_than_a_plain_sum(cupy):
     ):
         args = *args, (1, 1), (1, 1)
         (ours,), (exactly,) = on_device(f, args, cupy), reference(f, args)
-        assert distance(ours, exactly) < 4 * distance(f.dispatch(object)(*args), exactly)
+        assert 2e-7 < distance(ours, exactly) < 2e-6
 
 
 def test_what_is_not_a_number_or_infinite_stays_so(cupy):

@@ -18,11 +18,13 @@ from test_cuda import (  # noqa: F401
     test_activations_in_bfloat16_take_half_the_memory,
     test_bfloat16_costs_two_digits,
     test_every_number_is_rounded_as_numpys_bfloat16_is,
+    test_images_are_tiled_a_few_at_a_time,
     test_images_at_odd_addresses_are_copied_number_by_number,
     test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast,
     test_large_views_are_blurred,
     test_nothing_moves_where_a_number_is_not_finite,
     test_what_is_not_a_number_or_infinite_stays_so,
+    test_winograds_tiles_round_a_little_more_than_plain_sums,
 )
 from test_device import (  # noqa: F401
     config,
@@ -84,12 +86,12 @@ def test_a_precision_rounds_as_much_as_it_should(cupy, kind, least, most):
         x, w, padding = randn(4, 16, 16, 64), randn(side, side, 64, 64), (side // 2, side // 2)
         exact = conv_output(x.astype(np.float64), w.astype(np.float64), (1, 1), padding)
         on_device = cupy.asarray(x), cupy.asarray(w), (1, 1), padding
-        assert distance(conv_output(*on_device).get(), exact) < 1e-6
+        assert distance(conv_output(*on_device).get(), exact) < 2e-6
         with backend.precision(kind, "cuda:0"):
             images = on_device[0].astype(backend.activations.get() or np.float32)
             error = distance(conv_output(images, *on_device[1:]).get(), exact)
         exempt = kind == "tf32" and side == 3  # Winograd's products stay float32
-        assert error < 1e-6 if exempt else least < error < most
+        assert error < 2e-6 if exempt else least < error < most
 
 
 def test_copies_arrive_in_order_and_whole(cupy):
