@@ -13,7 +13,7 @@ from .options import DEVICE, VIEW, json_option, write_json
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN|WEIGHTS")
-@click.option("--data", help="A data set other than the run's: a name or a path.")
+@click.option("--data", help="Name or path.  [default: the RUN's; for WEIGHTS stanford-dogs]")
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
 @click.option("--epochs", type=click.IntRange(1), help="Of --finetune.  [default: 60]")

@@ -101,7 +101,7 @@ def input_gradient(
 
 @singledispatch
 def follow(mean: Array, variance: Array, batch: "BatchNorm", momentum: float, count: int) -> None:
-    """new = (1 - momentum) old + momentum batch, in place, the variance divided by M - 1"""
+    """running <- (1 - momentum) running + momentum batch's, whose variance is divided by M - 1"""
     mean += momentum * (batch.mean - mean)
     variance += momentum * (batch.variance * (count / (count - 1)) - variance)
 
