@@ -38,15 +38,15 @@ GPU_CASES = {
     "resnet18-cifar-64": ("resnet18", "cifar", 32, 64),
     "resnet50-imagenet": ("resnet50", "imagenet", 224, 256),
 }
-SIDES = {
+SIDES = {  # in the order in which a GPU is asked, whose time may be short
     "cpu": ("ours", "torch"),
     "cuda": (
         "ours",
         "torch",
-        "ours-tf32",
-        "torch-tf32",
         "ours-bf16",
         "torch-bf16",
+        "ours-tf32",
+        "torch-tf32",
         "torch-compile",
         "torch-graph",
     ),
