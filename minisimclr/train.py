@@ -169,7 +169,7 @@ def train(
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
-    seen: list[tuple[float, float]] = []  # loss and accuracy of each step of this epoch
+    seen: list[tuple[float, ...]] = []  # figures of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
     mark = 0.0  # when the step before was read
@@ -211,9 +211,9 @@ def train(
                     state = f"; the last good state is {kept[-1]}" if kept else ""
                     raise DivergedError(DIVERGED.format(line["step"], step.figures) + state)
                 line |= step.figures
-                seen.append((line["loss"], line["accuracy"]))
                 timing["seconds"] = seconds = time.perf_counter() - mark
                 mark += seconds
+                seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if end_of_epoch and not open_steps:
                     line |= monitor(run, dataset, device)
@@ -223,10 +223,11 @@ def train(
                     run.save(dataset.fingerprint)
                 notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
-                mean, accuracy = np.mean(seen, axis=0).tolist()
+                mean, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
                 seen.clear()
-                means = {"mean_loss": mean, "mean_accuracy": accuracy}
-                notify("epoch", line | timing | means | {"epochs": config.epochs})
+                means = {"mean_loss": mean, "mean_accuracy": accuracy, "data_wait": waited}
+                means |= {"seconds": seconds, "views_per_second": 2 * n / seconds}
+                notify("epoch", line | means | {"epochs": config.epochs})
                 if run.step > plan.warmup and mean > chance_loss(n) - 0.01:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
 

@@ -265,11 +265,25 @@ def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 2})
     pretrain(flat, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
     assert any(event == "warning" and "chance line" in v["text"] for event, v in heard)
-    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+
+
+def test_an_epochs_line_is_about_all_its_steps(config, tmp_path):
+    heard = []
+    pretrain(config, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
+    logged, timings = (
+        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "timings.jsonl")
+    )
+    steps = [a | b for a, b in zip(logged, timings, strict=True)]
     for each in (v for event, v in heard if event == "epoch"):
-        of_epoch = [line for line in map(json.loads, logged) if line["epoch"] == each["epoch"]]
-        assert each["mean_loss"] == pytest.approx(np.mean([x["loss"] for x in of_epoch]))
-        assert each["mean_accuracy"] == pytest.approx(np.mean([x["accuracy"] for x in of_epoch]))
+        of_epoch = [step for step in steps if step["epoch"] == each["epoch"]]
+        assert len(of_epoch) > 1
+        for name in ("loss", "accuracy", "seconds", "data_wait"):
+            told = each[name if name in timings[0] else f"mean_{name}"]
+            assert told == pytest.approx(np.mean([step[name] for step in of_epoch]))
+        views = 2 * config.batch_size * len(of_epoch)
+        taken = sum(step["seconds"] for step in of_epoch)
+        assert each["views_per_second"] == pytest.approx(views / taken)
 
 
 def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys):
