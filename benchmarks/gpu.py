@@ -34,7 +34,7 @@ from minisimclr.tensor import Tensor
 HERE = Path(__file__).parent
 KINDS = ("fp32", "tf32", "bf16")
 TURNS = 3  # inputs of a measurement
-TESTS = 180  # seconds after which tests have hung
+TESTS = 240  # seconds after which tests have hung
 
 
 class Sizes:
