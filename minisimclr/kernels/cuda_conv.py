@@ -104,10 +104,10 @@ def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
     *_, c, o = w_shape
     if not (grid := tile_grid(x, w_shape, gy.shape[1:3], stride)):
         return conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
-    gu = cupy().zeros((FF, c, o), np.float32)
+    gu = cupy().empty((FF, c, o), np.float32)
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
         v, m = take(x[block], 6, grid, padding), take(gy[block], 4, grid)
-        add_products(v, m, gu, True, 1)  # (FF, C, tiles) @ (FF, tiles, O)
+        add_products(v, m, gu, True, block.start > 0)  # (FF, C, tiles) @ (FF, tiles, O)
     gw = cupy().empty((1, 3, 3, c * o), np.float32)
     return put(gu, 3, (1, 1), gw).reshape(w_shape)
 
