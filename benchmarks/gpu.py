@@ -56,9 +56,8 @@ class Sizes:
         self.losses = [(4, 8)] if small else [(512, 128), (4096, 128)]
         self.views = [(3, 12, 8)] if small else [(512, 40, 32), (128, 256, 224)]
         self.encoder, self.width = ("resnet_small", 4) if small else ("resnet50", 64)
-        self.steps = (
-            [("resnet_small", 8, 4)] if small else [("resnet18", 32, 512), ("resnet50", 224, 256)]
-        )
+        full = [("resnet18", 64, 32, 512), ("resnet50", 64, 224, 256)]
+        self.steps = [("resnet_small", 4, 8, 4)] if small else full
         self.matrix, self.vector = (64, 1 << 12) if small else (8192, 1 << 28)
 
 
@@ -314,12 +313,12 @@ def shares(sizes: Sizes) -> list[dict]:
     Winograd's method needs fewer flops than are counted, and so less than that time.
     """
     rows = []
-    for encoder, size, n in sizes.steps:
-        for kind in KINDS:
-            width = 0 if sizes.width == 64 else sizes.width
+    for kind in KINDS:
+        flops = product(sizes, kind)
+        for encoder, width, size, n in sizes.steps:
             with precision(kind, "cuda:0"):
                 found = profile.profile(encoder, "auto", width, size, n, device="cuda:0")
-            flops, band = product(sizes, kind), found["roofline"]["bytes_per_second"]
+            band = found["roofline"]["bytes_per_second"]
             least = sum(max(e["flops"] / flops, e["bytes"] / band) for e in found["events"])
             row = {"step": f"{encoder}, {n} images of {size} px", "precision": kind}
             row |= {"ms": found["step_seconds"] * 1e3, "roofline_ms": least * 1e3}

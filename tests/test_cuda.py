@@ -16,7 +16,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import fake_cupy
 import host_cuda
@@ -189,7 +188,7 @@ def followed(like, dtype=np.float32):
     rng = np.random.default_rng(0)
     mean, variance, *batches = (like.asarray(rng.random(300).astype(dtype)) for _ in range(6))
     for batch in zip(batches[:2], batches[2:], strict=True):
-        norm.follow(mean, variance, SimpleNamespace(mean=batch[0], variance=batch[1]), 0.3, 5)
+        norm.follow(mean, variance, batch, 0.3, 5)
     return [np.array(host(a)) for a in (mean, variance)]
 
 

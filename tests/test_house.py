@@ -128,7 +128,7 @@ def test_budget():
     for path in PACKAGE.glob("kernels/*.cu*"):  # whose comments are whole lines
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
-    assert kernels <= 1230
+    assert kernels <= 1225
     assert count.pop("weights", 0) <= 450
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1000
@@ -137,7 +137,7 @@ def test_budget():
     assert count.pop("cli") <= 729
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 620
-    assert sum(count.values()) <= 2898, count
+    assert sum(count.values()) <= 2897, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

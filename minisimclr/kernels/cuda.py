@@ -100,9 +100,8 @@ def cuda_input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gx, count, 
 
 
 def cuda_follow(mean, variance, batch, momentum, count):
-    c, of_batch = mean.size, (batch.mean, batch.variance)
-    numbers = c, float(momentum), count / (count - 1)
-    launch("norm", "follow", (-(-c // THREADS),), (THREADS,), mean, variance, *of_batch, *numbers)
+    given = mean, variance, *batch, mean.size, float(momentum), count / (count - 1)
+    launch("norm", "follow", (-(-mean.size // THREADS),), (THREADS,), *given)
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):

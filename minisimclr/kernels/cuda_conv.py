@@ -73,16 +73,16 @@ def put(tiles: Array, side: int, grid: Pair, out: Array) -> Array:
     return out
 
 
-def add_products(a: Array, b: Array, out: Array, turned: bool, old: float) -> Array:
-    """old * out + a @ b, into out: (FF, n, k) @ (FF, k, m), a being (FF, k, n) if it is to be
-    turned. CuPy's own would copy it for that.
+def products(a: Array, b: Array, out: Array, turned: bool = False, beta: float = 0) -> Array:
+    """out <- a @ b + beta out: (FF, n, k) @ (FF, k, m), a being (FF, k, n) if it is to be turned;
+    CuPy's own product would copy it for that.
     """
     xp, (_, n, m), k = cupy(), out.shape, b.shape[1]
-    one, beta = np.ones(1, np.float32), np.full(1, old, np.float32)
+    one, of_out = np.ones(1, np.float32), np.full(1, beta, np.float32)
     xp.cuda.cublas.sgemmStridedBatched(  # by columns, as in cuda_matmul
         xp.cuda.get_cublas_handle(), 0, int(turned), m, n, k,
         one.ctypes.data, b.data.ptr, m, k * m, a.data.ptr, a.shape[2], n * k,
-        beta.ctypes.data, out.data.ptr, m, n * m, FF,
+        of_out.ctypes.data, out.data.ptr, m, n * m, FF,
     )  # fmt: skip
     return out
 
@@ -95,8 +95,8 @@ def cuda_conv_output(x, w, stride, padding):
     u = take(w.reshape(1, 3, 3, c * o), 3, (1, 1)).reshape(FF, c, o)
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
         v = take(x[block], 6, grid, padding)  # (FF, tiles, C)
-        products = cupy().empty((*v.shape[:2], o), np.float32)
-        put(add_products(v, u, products, False, 0), 4, grid, y[block])  # (FF, tiles, O)
+        m = products(v, u, cupy().empty((*v.shape[:2], o), np.float32))  # (FF, tiles, O)
+        put(m, 4, grid, y[block])
     return y
 
 
@@ -107,7 +107,8 @@ def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
     gu = cupy().empty((FF, c, o), np.float32)
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
         v, m = take(x[block], 6, grid, padding), take(gy[block], 4, grid)
-        add_products(v, m, gu, True, block.start > 0)  # (FF, C, tiles) @ (FF, tiles, O)
+        # (FF, C, tiles) @ (FF, tiles, O), added to what earlier images gave
+        products(v, m, gu, turned=True, beta=block.start > 0)
     gw = cupy().empty((1, 3, 3, c * o), np.float32)
     return put(gu, 3, (1, 1), gw).reshape(w_shape)
 

@@ -1,22 +1,19 @@
-// The maps of Winograd's method, which winograd.py explains, for tiles of 4 x 4 outputs: polynomials
-// are evaluated at 0, P, -P, Q, -Q and infinity. A thread has one channel of one tile in registers,
-// and numbers of a warp lie side by side.
+// The maps of Winograd's method (winograd.py has it) for tiles of 4 x 4 outputs: X of x, Y of y and
+// its gradient, W of the weight and its. Polynomials are evaluated at 0, P, -P, Q, -Q and infinity.
+// A thread has one channel of one tile in registers, and numbers of a warp lie side by side.
 #define UNROLLED _Pragma("unroll")
-constexpr float P = 0.625f, Q = 1.625f, PP = P * P, QQ = Q * Q, D = PP - QQ;
+constexpr double P = 0.625, Q = 1.625, PP = P * P, QQ = Q * Q;
+constexpr double R = 1 / (PP * QQ), S = 1 / (2 * PP * (PP - QQ)), T = 1 / (2 * QQ * (QQ - PP));
 __constant__ float X[6][6] = {{PP * QQ, 0, -PP - QQ, 0, 1, 0},  // B'
                               {0, -P * QQ, -QQ, P, 1, 0}, {0, P * QQ, -QQ, -P, 1, 0},
                               {0, -Q * PP, -PP, Q, 1, 0}, {0, Q * PP, -PP, -Q, 1, 0},
                               {0, PP * QQ, 0, -PP - QQ, 0, 1}};
 __constant__ float Y[6][4] = {{1, 0, 0, 0}, {1, P, PP, P * PP}, {1, -P, PP, -P * PP},  // A
                               {1, Q, QQ, Q * QQ}, {1, -Q, QQ, -Q * QQ}, {0, 0, 0, 1}};
-__constant__ float W[6][3] = {{1 / (PP * QQ), 0, 0},  // G
-                              {1 / (2 * PP * D), P / (2 * PP * D), PP / (2 * PP * D)},
-                              {1 / (2 * PP * D), -P / (2 * PP * D), PP / (2 * PP * D)},
-                              {-1 / (2 * QQ * D), -Q / (2 * QQ * D), -QQ / (2 * QQ * D)},
-                              {-1 / (2 * QQ * D), Q / (2 * QQ * D), -QQ / (2 * QQ * D)},
-                              {0, 0, 1}};
+__constant__ float W[6][3] = {{R, 0, 0}, {S, S * P, S * PP}, {S, -S * P, S * PP},  // G
+                              {T, T * Q, T * QQ}, {T, -T * Q, T * QQ}, {0, 0, 1}};
 
-// map T map' of tiles T of a x a pixels, one every 4 pixels: out (6 6, tiles, c)
+// map t map' of tiles t of a x a pixels, one every 4 pixels: out (6 6, tiles, c)
 template <int a>
 __device__ void take_tile(const float (*map)[a], const float* x, float* out, int numbers,
                           int h, int w, int c, int rows, int columns, int ph, int pw) {
@@ -40,7 +37,7 @@ __device__ void take_tile(const float (*map)[a], const float* x, float* out, int
         }
 }
 
-// map' T map of tiles (6 6, tiles, c), which makes m x m pixels of each; those outside are left out
+// map' t map of tiles t (6 6, tiles, c), which makes m x m pixels of each, those outside left out
 template <int m>
 __device__ void put_tile(const float (*map)[m], const float* tiles, float* y, int numbers,
                          int h, int w, int c, int rows, int columns) {

@@ -94,16 +94,15 @@ def input_gradient(
     """
     inv_std = inverse_std(variance, eps)
     scale = gamma * inv_std
-    of_mean = scale / -count
-    a, b = of_mean * sum_g, of_mean * sum_gx * inv_std
+    a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
     return xp_of(g).add(scale * g, a + b * (x - mean), out=out)
 
 
 @singledispatch
-def follow(mean: Array, variance: Array, batch: "BatchNorm", momentum: float, count: int) -> None:
+def follow(mean: Array, variance: Array, batch: tuple[Array, Array], momentum: float, count: int):
     """running <- (1 - momentum) running + momentum batch's, whose variance is divided by M - 1"""
-    mean += momentum * (batch.mean - mean)
-    variance += momentum * (batch.variance * (count / (count - 1)) - variance)
+    mean += momentum * (batch[0] - mean)
+    variance += momentum * (batch[1] * (count / (count - 1)) - variance)
 
 
 class BatchNorm(Function):
@@ -175,5 +174,5 @@ def batch_norm(
         raise ValueError(f"batch norm needs at least two rows to train on, not shape {x.shape}")
     function = BatchNorm(relu, eps)
     y = function(*inputs)
-    follow(*running, function, momentum, count)
+    follow(*running, (function.mean, function.variance), momentum, count)
     return y
