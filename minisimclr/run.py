@@ -24,7 +24,7 @@ from . import __version__, checkpoint
 from .backend import choose_device
 from .config import TrainConfig, first_layers
 from .cores import available_cores
-from .errors import DataError, OutputError
+from .errors import DataError, DivergedError, OutputError
 from .files import sync, write_bytes
 from .optim import LARS, SGD
 from .simclr import Model
@@ -52,6 +52,15 @@ class Run:
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
         checkpoint.prune(folder)
+
+    def diverged(self, step: int, seen: str) -> DivergedError:
+        """Log at which step training diverged and what was seen; the error that says so."""
+        with (self.path / "metrics.jsonl").open("a") as log:
+            write_line(log, {"step": step, "diverged": seen})
+        kept = checkpoint.listed(self.path / "checkpoints")
+        state = f"; the last good state is {kept[-1]}" if kept else ""
+        advice = f"lower --lr or raise --temperature{state}"
+        return DivergedError(f"training diverged at step {step}: {seen}; {advice}")
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Take over a checkpoint; returns its state."""

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from . import augment, backend
-from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded
-from .checkpoint import listed
+from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded, xp_of
 from .config import TrainConfig, first_layers
 from .cores import set_threads
 from .data import Dataset, batches, open_dataset
-from .errors import ConfigError, DataError, DivergedError, OutputError
+from .errors import ConfigError, DataError, OutputError
 from .files import locked, require_writable
 from .optim import LARS
 from .probe import alignment, effective_rank, uniformity, unit
@@ -207,9 +206,7 @@ def train(
             while len(open_steps) > (0 if last or device == "cpu" else 1):
                 step, line, timing = open_steps.popleft()
                 if not step.finite:
-                    kept = listed(run.path / "checkpoints")
-                    state = f"; the last good state is {kept[-1]}" if kept else ""
-                    raise DivergedError(DIVERGED.format(line["step"], step.figures) + state)
+                    raise run.diverged(line["step"], DIVERGED.format(**step.figures))
                 line |= step.figures
                 timing["seconds"] = seconds = time.perf_counter() - mark
                 mark += seconds
@@ -232,10 +229,7 @@ def train(
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
 
 
-DIVERGED = (
-    "training diverged at step {0}: loss {1[loss]}, gradient norm {1[gradient_norm]}; lower --lr "
-    "or raise --temperature"
-)
+DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
     "apart no better than guessing. Early on that is normal; later, look for a learning rate of "
@@ -247,18 +241,20 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     """Alignment, uniformity and effective rank on a fixed set of images and views.
 
     Also how many positive and negative pairs have a cosine in each of 20 bins from -1 to 1, and the
-    trust ratios that LARS used last.
+    trust ratios that LARS used last. Raises DivergedError.
     """
     images = to_device(dataset.images[dataset.split("pretrain")[:MONITORED]], device)
     views = draw(run.config, 0, images, stream=MONITOR)
     x1, x2 = augment.apply_views(images, views, run.config.image_size)
-    z1, z2 = run.model.project(x1), run.model.project(x2)
+    h, z1, z2 = run.model.encode(x1), run.model.project(x1), run.model.project(x2)
+    if not all(xp_of(seen).isfinite(seen).all() for seen in (h, z1, z2)):
+        raise run.diverged(run.step, "it left the network's outputs not finite")
     cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
     positive = np.eye(len(cosines), dtype=bool)
     line: dict[str, Any] = {
         "alignment": float(alignment(z1, z2)),
         "uniformity": float(uniformity(z1)),
-        "effective_rank": float(effective_rank(run.model.encode(x1))),
+        "effective_rank": float(effective_rank(h)),
         "positives": np.histogram(cosines[positive], 20, (-1, 1))[0].tolist(),
         "negatives": np.histogram(cosines[~positive], 20, (-1, 1))[0].tolist(),
     }

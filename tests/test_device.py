@@ -442,8 +442,9 @@ def test_divergence_on_the_device(config, cupy, tmp_path):
     wild = replace(config, lr=1e30, warmup_epochs=0.0)
     with pytest.raises(DivergedError, match="step"), np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
-    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    *log, end = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in log)
+    assert json.loads(end).keys() == {"step", "diverged"}
 
 
 def test_a_run_of_the_device_is_probed(config, cupy, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import minisimclr as ms
 from minisimclr import simclr, train
 from minisimclr.embed import opened, probe_run
+from minisimclr.errors import DivergedError
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
 from minisimclr.report import headline, judge, read
@@ -138,6 +139,23 @@ def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
     settings, words = broken(monkeypatch, config)
     found = faults(pretrain(settings, tmp_path / "run").path)
     assert any(words in title.lower() for title in found), found
+
+
+@pytest.mark.parametrize("last_step, seen", [
+    (1, "step 2: loss nan, gradient norm nan"),
+    (3, "step 4: loss nan, gradient norm nan"),
+    (4, "step 4: it left the network's outputs not finite"),  # the last one of an epoch
+])  # fmt: skip
+def test_a_run_that_diverged_is_named(last_step, seen, config, tmp_path, monkeypatch):
+    rates = [0.1] * (last_step - 1) + [1e30] * 9
+    monkeypatch.setattr(train, "warmup_cosine", lambda step, *_: rates[step])
+    for attempt in (pretrain, lambda _, path: train.resume(path)):
+        with pytest.raises(DivergedError, match=seen), np.errstate(all="ignore"):
+            attempt(config, tmp_path / "run")
+        level, words = headline(findings := judge(read(tmp_path / "run")))
+        assert (level, words) == (FAULT, "Broken: training diverged")
+        assert findings[0].evidence == f"It ended at {seen}."
+        assert "The run stopped before its end" not in [finding.title for finding in findings]
 
 
 def test_shuffled_labels_are_named(sound, config, tmp_path):

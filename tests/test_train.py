@@ -249,10 +249,12 @@ def test_divergence_keeps_the_last_good_state(config, tmp_path):
     wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(DivergedError, match="step") as raised, np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    *lines, end = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     for line in lines:
         assert np.isfinite(json.loads(line)["loss"])
     assert f"at step {len(lines) + 1}:" in str(raised.value)
+    end = json.loads(end)
+    assert end["step"] == len(lines) + 1 and f": {end['diverged']};" in str(raised.value)
     kept = checkpoint.listed(tmp_path / "run" / "checkpoints")
     assert str(raised.value).count("last good state") == bool(kept)
     for path in checkpoint.listed(tmp_path / "run" / "checkpoints"):

@@ -37,7 +37,8 @@ class Facts:
 
     path: Path
     config: TrainConfig
-    files: dict[str, Any]  # config, env and probe: what the .json holds; metrics, timings: rows
+    # config, env, probe: what the .json holds; metrics, timings: rows; diverged: one, if it did
+    files: dict[str, Any]
     going: bool  # another process is training it
     missing: list[str] = field(default_factory=list)
     dataset: Dataset | None = None
@@ -173,8 +174,9 @@ def read(path: Path) -> Facts:
     files = {name: read_json(path / f"{name}.json") for name in ("config", "env", "probe")}
     files |= {name: read_lines(path / f"{name}.jsonl") for name in ("metrics", "timings")}
     facts = Facts(path, read_config(path), files, is_going(path))
-    without = [f"There is no {name} of this run." for name, value in files.items() if not value]
-    facts.missing += without
+    if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
+        files["diverged"] = files["metrics"].pop()
+    facts.missing += [f"There is no {name} of this run." for name, v in files.items() if not v]
     try:
         facts.dataset = open_training_data(facts.config, quiet)
         facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total

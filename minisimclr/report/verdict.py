@@ -161,15 +161,23 @@ def labels(facts: Facts) -> Finding | None:
     return Finding(FAULT, f"Every system is at chance, {chance:.1%}: {scores}.")
 
 
+def diverged(facts: Facts) -> Finding | None:
+    """Training diverged.
+
+    Train anew with a lower --lr, a longer --warmup-epochs or a higher --temperature.
+    """
+    return Finding(FAULT, "It ended at step {step}: {diverged}.".format(**facts.need("diverged")))
+
+
 def unfinished(facts: Facts) -> Finding | None:
     """The run stopped before its end.
 
-    Go on with minisimclr train --resume; if it diverged, train anew with a lower --lr.
+    Go on with minisimclr train --resume.
     """
+    if not facts.going and (facts.done >= facts.total or "diverged" in facts.files):
+        return None
     said = f"It stands at step {facts.done:,} of {facts.total:,}."
-    if facts.going:
-        return Finding(WARNING, said, "Still training")
-    return Finding(WARNING, said) if facts.done < facts.total else None
+    return Finding(WARNING, said, "Still training" if facts.going else "")
 
 
 def chance_line(facts: Facts) -> Finding | None:
@@ -211,6 +219,6 @@ def too_short(facts: Facts) -> Finding | None:
 
 
 RULES = (
-    frozen, identical_views, another_loss, temperature, negatives, collapse, labels, unfinished,
-    chance_line, features_gain, too_short,
+    diverged, frozen, identical_views, another_loss, temperature, negatives, collapse, labels,
+    unfinished, chance_line, features_gain, too_short,
 )  # fmt: skip
