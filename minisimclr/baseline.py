@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import Array, to_host
 from .data import Dataset
-from .embed import Notify, calibrated, published
+from .embed import calibrated, published
 from .errors import DataError, DivergedError
 from .nn import Dropout, Linear, Module, inception_v3
 from .ops.basic import relu
@@ -22,6 +22,7 @@ from .ops.loss import cross_entropy
 from .optim import SGD
 from .probe import Extract, holdout, labelled_and_test, scores, standardize
 from .tensor import Tensor, no_grad
+from .train import Notify
 from .weights import Preprocessing, load
 
 BATCH = 32  # images in a step of the classifier

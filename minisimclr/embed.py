@@ -3,7 +3,6 @@ worth beside their controls, and which pictures are most alike.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from .probe import Extract, features, probe, unit
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
+from .train import Notify, quiet
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
 BATCH = 32  # images that a network with published weights sees at once
 CALIBRATED = 256  # images that set the batch norm statistics of a random encoder
-Notify = Callable[[str, dict[str, Any]], None]
 
 
 def open_trained(path: Path, device: str | None = None) -> Run:
@@ -47,7 +46,9 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     return open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
 
 
-def extractor(run: Run, model: Model, dataset: Dataset, view: int | None = None) -> Extract:
+def extractor(
+    run: Run, model: Model, dataset: Dataset, view: int | None = None, notify: Notify = quiet
+) -> Extract:
     """Features h (n, D) of rows of a data set by a model of `run`, each in its centre view.
 
     view: the side of that view in px (None: as in training). Random crops show things larger than
@@ -58,10 +59,19 @@ def extractor(run: Run, model: Model, dataset: Dataset, view: int | None = None)
     model.encoder.to(device)
     size = view or run.config.image_size
 
-    def encode(views: Array) -> Array:
-        return model.encode(to_device(views, device))
+    def extract(rows: np.ndarray) -> Array:
+        seen = 0
 
-    return lambda rows: features(encode, dataset.images, rows, size)
+        def encode(views: Array) -> Array:
+            nonlocal seen
+            seen += len(views)
+            h = model.encode(to_device(views, device))
+            notify("progress", {"done": seen, "total": len(rows), "label": "features"})
+            return h
+
+        return features(encode, dataset.images, rows, size)
+
+    return extract
 
 
 def control(run: Run, dataset: Dataset, view: int | None = None) -> Model:
@@ -73,12 +83,13 @@ def control(run: Run, dataset: Dataset, view: int | None = None) -> Model:
 
 
 def probe_run(
-    run: Run, dataset: Dataset, labels: int | None = None, view: int | None = None
-) -> dict[str, Any]:
+    run: Run, dataset: Dataset, labels: int | None = None, view: int | None = None,
+    notify: Notify = quiet,
+) -> dict[str, Any]:  # fmt: skip
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
     set_threads(run.config.threads)
     models = run.model, control(run, dataset, view)
-    trained, fresh = (extractor(run, model, dataset, view) for model in models)
+    trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
     return probe(dataset, "SimCLR", trained, fresh, labels)
 
 
@@ -141,10 +152,10 @@ def probe_weights(
     return probe(dataset, path.name, trained, control, labels)
 
 
-def embed(run: Run, dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
-    """Features h (n, D) float32 of the pictures (or of these rows), each in its centre view."""
-    rows = np.arange(len(dataset.images)) if rows is None else rows
-    return to_host(extractor(run, run.model, dataset)(rows))
+def embed(run: Run, dataset: Dataset, notify: Notify = quiet) -> np.ndarray:
+    """Features h (N, D) float32 of all pictures, each in its centre view."""
+    rows = np.arange(len(dataset.images))
+    return to_host(extractor(run, run.model, dataset, notify=notify)(rows))
 
 
 def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

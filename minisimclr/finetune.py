@@ -19,7 +19,6 @@ from .backend import choose_device, to_device, to_host, xp_of
 from .cores import set_threads
 from .data import Dataset, batches
 from .data.cache import Progress
-from .embed import Notify
 from .errors import DataError, DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
@@ -29,6 +28,7 @@ from .run import Run, new_run
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
 from .tensor import Tensor, no_grad
+from .train import Notify, quiet
 
 BATCH = 64  # images in a step
 FACTORS = (1, 4, 16, 64)  # of the authors' rate
@@ -153,7 +153,7 @@ def finetune(
     epochs: int = 60,
     view: int | None = None,
     seed: int = 0,
-    notify: Notify = lambda event, values: None,
+    notify: Notify = quiet,
 ) -> dict[str, Any]:
     """Accuracy of a run's network trained on with labels, beside the same one from scratch.
 

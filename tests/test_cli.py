@@ -245,15 +245,16 @@ def test_what_the_output_cannot_spell_is_an_escape(tmp_path):
     assert "\u00e9t\u00e9 \\u72ac  pretrain     3" in done.stdout
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 2
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
 def test_a_bar_fits_its_terminal(columns, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-        def fileno(self):
-            return 2
-
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
     display = Display()
@@ -263,6 +264,20 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", sys.stderr.getvalue()))
     assert max(map(len, lines)) <= columns
     assert ("loss 5.000" in lines[-1]) == (columns >= 80)
+
+
+@pytest.mark.parametrize("label, ends", [("features", "\n\033[A\033[K"), ("trials", "\n")])
+def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    display = Display()
+    display.on_progress(1, 2, label)
+    assert label in sys.stderr.getvalue()
+    display.on_progress(2, 2, label)
+    assert sys.stderr.getvalue().rpartition("\033[?25h")[2] == ends  # the cursor is shown again
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    Display().on_progress(2, 2, label)
+    assert sys.stderr.getvalue() == ("" if label == "features" else "trials: 2 done\n")
 
 
 def test_divergence_is_said_once(pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -45,6 +46,23 @@ def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
         np.testing.assert_allclose(file["features"][:], expected, rtol=1e-4, atol=1e-5)
         assert file["labels"][:].tolist() == dataset.labels.tolist()
         assert file["file_names"][7].decode() == dataset.file_names[7]
+
+
+def test_what_takes_long_tells_how_far_it_is(run, pictures, monkeypatch):
+    dataset, told = ms.data.open_dataset(pictures, 20), []
+
+    def note(event, values):
+        told.append((event, values["done"], values["total"], values["label"]))
+
+    embed.embed(run, dataset, note)
+    n = len(dataset.images)
+    assert told == [("progress", n, n, "features")]
+    told.clear()
+    monkeypatch.setattr(embed, "features", partial(embed.features, batch_size=5))
+    embed.probe_run(run, dataset, notify=note)
+    train, test = (len(dataset.split(name)) for name in ("labelled", "test"))
+    expected = [(min(i + 5, n), n) for n in (train, test) for i in range(0, n, 5)]
+    assert [(done, total) for _, done, total, _ in told] == 2 * expected  # and for the control
 
 
 def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+PASSING = ("preparing data", "features")  # what is of no interest any more when it is done
+
 
 class Display:
     """Give `notify` to the training loop, use as a context manager around it. Writes to stderr."""
@@ -34,7 +36,7 @@ class Display:
     def on_progress(self, done: int, total: int, label: str, item: str = "") -> None:
         """Move the bar to `done`; a new one for a new label."""
         if not self.terminal:
-            if done >= total and label not in ("training", "preparing data"):
+            if done >= total and label not in (*PASSING, "training"):
                 self.say(f"{label}: {total:,} done")
             return
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
@@ -50,6 +52,8 @@ class Display:
         self.bar.update(done - self.bar.pos, item)
         if done >= total:
             self.close_bar()
+            if label in PASSING:
+                click.echo("\033[A\033[K", err=True, nl=False)
 
     def notify(self, event: str, values: dict[str, Any]) -> None:
         getattr(self, f"on_{event}")(**values)

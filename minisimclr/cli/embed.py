@@ -7,6 +7,7 @@ import click
 
 from ..errors import DataError
 from ..files import require_writable, write_bytes
+from .display import Display
 from .options import DEVICE, json_option, write_json
 
 FILE = click.Path(path_type=Path)
@@ -30,8 +31,9 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
         raise click.BadParameter(f"{out} must end in {' or '.join(library.SUFFIXES)}")
     loaded = library.open_trained(run, device)
     require_writable(out)
-    dataset = library.opened(loaded, path)
-    h = library.embed(loaded, dataset)
+    with Display() as display:
+        dataset = library.opened(loaded, path, display.on_prepare)
+        h = library.embed(loaded, dataset, display.notify)
     library.save(out, h, dataset, loaded)
     click.echo(f"{out}: features {h.shape} of {dataset.name}")
 
@@ -56,16 +58,16 @@ def neighbors(
     from ..data.images import contact_sheet, decode_file
 
     loaded = library.open_trained(run, device)
-    dataset = library.opened(loaded, data)
-    queries = []
-    for path in images:
-        try:
-            queries.append(decode_file(path, dataset.images.shape[1]))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-    size = loaded.config.image_size
-    h = loaded.model.encode(center_view(np.stack(queries), size))
-    order, cosines = library.nearest(h, library.embed(loaded, dataset), count)
+    size, queries = loaded.config.image_size, []
+    with Display() as display:
+        dataset = library.opened(loaded, data, display.on_prepare)
+        for path in images:
+            try:
+                queries.append(decode_file(path, dataset.images.shape[1]))
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
+        h = loaded.model.encode(center_view(np.stack(queries), size))
+        order, cosines = library.nearest(h, library.embed(loaded, dataset, display.notify), count)
     if sheet:
         rows = [
             (path.name[:24], np.concatenate([query[None], dataset.images[near]]))

@@ -69,7 +69,7 @@ def show_probe(
     with Display() as display:
         dataset = embed.opened(run, data, display.on_prepare)
         if epochs is None:
-            result = embed.probe_run(run, dataset, labels, view)
+            result = embed.probe_run(run, dataset, labels, view, display.notify)
         else:
             result = finetune.finetune(run, dataset, labels, epochs, view, notify=display.notify)
     if ours:

@@ -18,12 +18,12 @@ import numpy as np
 from .. import baseline, checkpoint, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
-from ..embed import Notify
 from ..errors import DataError, DivergedError
 from ..files import file_sha256, write_bytes
 from ..finetune import finetune
 from ..probe import Extract, by_class, labelled_and_test, measure, wilson_interval
 from ..run import Run
+from ..train import Notify, quiet
 from ..weights.names import TENSORFLOW
 from .table import markdown
 
@@ -74,7 +74,7 @@ class Comparison:
     trials: int = 20
     epochs: int = 60
     view: int | None = None
-    notify: Notify = lambda event, values: None
+    notify: Notify = quiet
 
     def __post_init__(self) -> None:
         self.train, self.test = labelled_and_test(self.dataset)
@@ -207,7 +207,7 @@ class Comparison:
         ]
 
         def make() -> list[Row]:
-            made = embed.probe_run(self.run, self.dataset, view=self.view)
+            made = embed.probe_run(self.run, self.dataset, view=self.view, notify=self.notify)
             linear, *controls = made["rows"].values()
             knn = {"top1": linear["knn"], "ci95": wilson_interval(linear["knn"], len(self.test))}
             simclr = [self.figures(each) | self.took for each in (linear, knn)]
