@@ -64,8 +64,8 @@ def extractor(
 
         def encode(views: Array) -> Array:
             nonlocal seen
-            seen += len(views)
             h = model.encode(to_device(views, device))
+            seen += len(views)
             notify("progress", {"done": seen, "total": len(rows), "label": "features"})
             return h
 
