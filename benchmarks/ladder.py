@@ -17,7 +17,10 @@ from minisimclr import optim, tensor
 from minisimclr.kernels import winograd
 from minisimclr.ops import conv, norm, pool
 
-CONV = (conv.conv_output, conv.conv_input_gradient, conv.conv_weight_gradient)
+CONV = (
+    *(conv.conv_output, conv.conv_input_gradient, conv.conv_weight_gradient),
+    conv.conv_gradients,
+)
 NORM = (norm.moments, norm.scale_shift, norm.gradient_sums, norm.input_gradient)
 RUNGS = {  # name: passes that become fast; Winograd is switched by its choice of tiles
     "readable passes": (),

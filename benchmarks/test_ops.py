@@ -10,7 +10,13 @@ Results are compared before they are timed: a fast wrong answer is worth nothing
 import numpy as np
 import pytest
 
-from minisimclr.ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, output_size
+from minisimclr.ops.conv import (
+    conv_gradients,
+    conv_input_gradient,
+    conv_output,
+    conv_weight_gradient,
+    output_size,
+)
 from minisimclr.ops.loss import nt_xent
 from minisimclr.ops.norm import gradient_sums, input_gradient, moments, scale_shift
 from minisimclr.ops.pool import max_pool_input_gradient, max_pool_output
@@ -53,8 +59,9 @@ def convolution(name, which):
         "output": lambda: (randn(*x), randn(*w), stride, padding),
         "input": lambda: (randn(*gy), randn(*w), x, stride, padding),
         "weight": lambda: (randn(*gy), randn(*x), w, stride, padding),
+        "both": lambda: (randn(*gy), randn(*x), randn(*w), stride, padding),
     }[which]()
-    return args, flops
+    return args, 2 * flops if which == "both" else flops
 
 
 def vectors(name, count):
@@ -95,6 +102,14 @@ CASES = {
     "conv_weight_gradient": (
         conv_weight_gradient,
         {name: lambda name=name: convolution(name, "weight") for name in CONVOLUTIONS},
+    ),
+    "conv_gradients": (
+        conv_gradients,
+        {
+            name: lambda name=name: convolution(name, "both")
+            for name in CONVOLUTIONS
+            if not name.startswith("stem")
+        },
     ),
     "moments": (
         moments,

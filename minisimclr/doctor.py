@@ -123,7 +123,7 @@ def learning() -> tuple[bool, str]:
     losses, start = [], time.perf_counter()
     for step in range(STEPS):
         views = augment.draw_views(0, step, len(images), 20, 20)
-        losses.append(training_step(model, optimizer, batch, views, 16, 0.5).loss)
+        losses.append(training_step(model, optimizer, batch, views, 16, 0.5).figures["loss"])
     rate = STEPS * 2 * len(images) / (time.perf_counter() - start)
     first, last, chance = np.mean(losses[:5]), np.mean(losses[-5:]), chance_loss(len(images))
     said = f"loss {first:.2f} to {last:.2f} in {STEPS} steps (chance {chance:.2f}), "

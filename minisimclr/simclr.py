@@ -51,11 +51,11 @@ class Model:
         with no_grad():
             return self.encoder(Tensor(x)).data  # (N, D)
 
-    def project(self, x: Array) -> Array:
-        """z = g(f(x)), likewise."""
+    def project(self, h: Array) -> Array:
+        """z = g(h), likewise."""
         self.head.eval()
         with no_grad():
-            return self.head(Tensor(self.encode(x))).data  # (N, d_out)
+            return self.head(Tensor(h)).data  # (N, d_out)
 
 
 def chance_loss(n: int) -> float:
@@ -77,10 +77,6 @@ class Step:
         """loss; accuracy, the share of the views that found their partner; gradient_norm."""
         loss, accuracy, square = self._read()
         return {"loss": loss, "accuracy": accuracy, "gradient_norm": square**0.5}
-
-    @property
-    def loss(self) -> float:
-        return self.figures["loss"]
 
     @property
     def finite(self) -> bool:

@@ -245,16 +245,16 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     """
     images = to_device(dataset.images[dataset.split("pretrain")[:MONITORED]], device)
     views = draw(run.config, 0, images, stream=MONITOR)
-    x1, x2 = augment.apply_views(images, views, run.config.image_size)
-    h, z1, z2 = run.model.encode(x1), run.model.project(x1), run.model.project(x2)
-    if not all(xp_of(seen).isfinite(seen).all() for seen in (h, z1, z2)):
+    h1, h2 = map(run.model.encode, augment.apply_views(images, views, run.config.image_size))
+    z1, z2 = run.model.project(h1), run.model.project(h2)
+    if not all(xp_of(seen).isfinite(seen).all() for seen in (h1, z1, z2)):
         raise run.diverged(run.step, "it left the network's outputs not finite")
     cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
     positive = np.eye(len(cosines), dtype=bool)
     line: dict[str, Any] = {
         "alignment": float(alignment(z1, z2)),
         "uniformity": float(uniformity(z1)),
-        "effective_rank": float(effective_rank(h)),
+        "effective_rank": float(effective_rank(h1)),
         "positives": np.histogram(cosines[positive], 20, (-1, 1))[0].tolist(),
         "negatives": np.histogram(cosines[~positive], 20, (-1, 1))[0].tolist(),
     }

@@ -586,7 +586,7 @@ def test_a_training_step_in_bfloat16(cupy):
         for m in (at_start, model, on_host)
     )
     assert 1e-3 < distance(after - before, expected - before) < 0.25
-    assert ours[0].loss == pytest.approx(theirs[0].loss, rel=0.01)
+    assert ours[0].figures["loss"] == pytest.approx(theirs[0].figures["loss"], rel=0.01)
 
 
 def test_parameters_that_a_kernel_would_misread_are_refused(cupy):

@@ -28,7 +28,7 @@ from minisimclr.augment import draw_views
 from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
 from minisimclr.kernels import winograd
-from minisimclr.ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, output_size
+from minisimclr.ops.conv import conv_gradients, conv_output, output_size
 from minisimclr.ops.norm import gradient_sums, moments
 from minisimclr.ops.pool import max_pool_output
 
@@ -112,6 +112,9 @@ SAMPLES = {
     ],
     "conv_weight_gradient": lambda: [
         (gradient_like(x, w, s, p), randn(*x), w, s, p) for x, w, s, p in CONVOLUTIONS
+    ],
+    "conv_gradients": lambda: [
+        (gradient_like(x, w, s, p), randn(*x), randn(*w), s, p) for x, w, s, p in CONVOLUTIONS
     ],
     "moments": lambda: [(3 * randn(*s) + 5,) for s in ROWS] + [(randn(64, 8) + 1000,)],
     "scale_shift": lambda: [
@@ -244,8 +247,7 @@ def test_winograd_tiles_of_every_size(m, few_channels, padding, monkeypatch):
         case = x, (3, 3, c, o), ONE, (padding, padding)
         gy, w = gradient_like(*case), randn(3, 3, c, o)
         check(conv_output, (randn(*x), w, *case[2:]))
-        check(conv_input_gradient, (gy, w, x, *case[2:]))
-        check(conv_weight_gradient, (gy, randn(*x), *case[1:]))
+        check(conv_gradients, (gy, randn(*x), w, *case[2:]))
 
 
 def test_samples_take_every_way_of_convolving():

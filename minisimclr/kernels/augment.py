@@ -17,7 +17,7 @@ import numpy as np
 
 from ..augment import LUMA, SMALL, Views, apply_views, crop_resize
 from ..cores import parallel, threads
-from .registry import blocks
+from .registry import blocks, in_blocks
 
 SHARE = 1 << 23  # numbers in the views of a share, which is cropped as a whole
 GROUP = 1_200_000  # numbers in a block of views; with those of their pictures, in one of crops
@@ -64,12 +64,11 @@ def crop_resize_planes(
 ) -> np.ndarray:
     out = np.empty((len(images), size, size, 3), np.float32)
 
-    def work(start: int, stop: int) -> None:
-        for i in blocks(start, stop, GROUP // (3 * size**2)):
-            which = np.arange(i.start, i.stop)
-            out[i] = _interleaved(_crops(images, which, boxes[i], flips[i], size))
+    def work(i: slice) -> None:
+        which = np.arange(i.start, i.stop)
+        out[i] = _interleaved(_crops(images, which, boxes[i], flips[i], size))
 
-    parallel(work, len(images))
+    in_blocks(work, len(images), GROUP // (3 * size**2))
     return out
 
 

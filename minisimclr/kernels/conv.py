@@ -1,4 +1,4 @@
-"""The three passes of a convolution for NumPy, each by the method that costs least for its shape.
+"""The passes of a convolution for NumPy, each by the method that costs least for its shape.
 
     1x1                       a matrix product on the pixels as they lie in memory
     3x3, stride 1             Winograd, where its tiles leave less to multiply (winograd.py)
@@ -12,9 +12,10 @@ import numpy as np
 
 from ..backend import Array
 from ..cores import parallel
-from ..ops.conv import Pair, conv_input_gradient, conv_output, conv_weight_gradient, output_size
+from ..ops import conv as ops
+from ..ops.conv import Pair, output_size
 from . import winograd
-from .registry import blocks, for_float32
+from .registry import blocks, for_float32, in_blocks
 
 WORKSPACE = 1 << 18  # numbers in one block of patches: 1 MiB, a core's second-level cache
 
@@ -23,7 +24,7 @@ def is_pointwise(w_shape: tuple, padding: Pair) -> bool:
     return w_shape[:2] == (1, 1) and padding == (0, 0)
 
 
-@for_float32(conv_output)
+@for_float32(ops.conv_output)
 def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     size = output_size(x.shape, w.shape, stride, padding)
     if m := winograd.tile(len(x), w.shape, size, stride, padding):
@@ -31,20 +32,17 @@ def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     y = np.empty((len(x), *size, w.shape[3]), x.dtype)
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
 
-    def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, WORKSPACE // (size[0] * size[1] * len(matrix))):
-            rows = patches(x[block], w.shape, stride, padding, size)
-            np.matmul(rows, matrix, out=y[block].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
+    def work(some: slice) -> None:
+        rows = patches(x[some], w.shape, stride, padding, size)
+        np.matmul(rows, matrix, out=y[some].reshape(-1, w.shape[3]))  # (n*OH*OW, O)
 
-    parallel(work, len(x))
+    in_blocks(work, len(x), WORKSPACE // (size[0] * size[1] * len(matrix)))
     return y
 
 
-@for_float32(conv_input_gradient)
+@for_float32(ops.conv_input_gradient)
 def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
     size = gy.shape[1:3]
-    if m := winograd.tile(len(gy), w.shape, x_shape[1:3], stride, padding):
-        return winograd.input_gradient(gy, w, padding[0], x_shape[1:3], m)
     gx = np.empty(x_shape, gy.dtype)
     kh, kw, c, o = w.shape
     matrix = w.reshape(-1, o)  # (KH*KW*C, O)
@@ -60,25 +58,22 @@ def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: P
     (sh, sw), (ph, pw), (oh, ow) = stride, padding, size
     _, h, width, _ = x_shape
 
-    def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, WORKSPACE // (size[0] * size[1] * len(matrix))):
-            rows = gy[block].reshape(-1, o) @ matrix.T  # (n*OH*OW, KH*KW*C)
-            rows = rows.reshape(-1, oh, ow, kh, kw, c)
-            padded = np.zeros((len(rows), h + 2 * ph, width + 2 * pw, c), gy.dtype)
-            for i in range(kh):
-                for j in range(kw):
-                    padded[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += rows[:, :, :, i, j]
-            gx[block] = padded[:, ph : ph + h, pw : pw + width]
+    def work(some: slice) -> None:
+        rows = gy[some].reshape(-1, o) @ matrix.T  # (n*OH*OW, KH*KW*C)
+        rows = rows.reshape(-1, oh, ow, kh, kw, c)
+        padded = np.zeros((len(rows), h + 2 * ph, width + 2 * pw, c), gy.dtype)
+        for i in range(kh):
+            for j in range(kw):
+                padded[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += rows[:, :, :, i, j]
+        gx[some] = padded[:, ph : ph + h, pw : pw + width]
 
-    parallel(work, len(gy))
+    in_blocks(work, len(gy), WORKSPACE // (size[0] * size[1] * len(matrix)))
     return gx
 
 
-@for_float32(conv_weight_gradient)
+@for_float32(ops.conv_weight_gradient)
 def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: Pair) -> Array:
     size = gy.shape[1:3]
-    if m := winograd.tile(len(gy), w_shape, size, stride, padding):
-        return winograd.weight_gradient(gy, x, w_shape, padding[0], m)
     kh, kw, c, o = w_shape
     if is_pointwise(w_shape, padding):
         x = np.ascontiguousarray(x[:, :: stride[0], :: stride[1]]).reshape(-1, c)  # (N*OH*OW, C)
@@ -95,6 +90,14 @@ def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: 
         return gw
 
     return sum(parallel(work, len(x))).reshape(w_shape)
+
+
+@for_float32(ops.conv_gradients)
+def gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tuple:
+    if m := winograd.tile(len(x), w.shape, x.shape[1:3], stride, padding):
+        return winograd.gradients(gy, x, w, padding[0], m)
+    gx = input_gradient(gy, w, x.shape, stride, padding)
+    return gx, weight_gradient(gy, x, w.shape, stride, padding)
 
 
 def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> Array:

@@ -5,10 +5,9 @@ multiplies.
 import numpy as np
 
 from ..backend import Array
-from ..cores import parallel
 from ..ops.conv import Pair
 from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
-from .registry import blocks, for_float32
+from .registry import for_float32, in_blocks
 
 BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
 
@@ -20,25 +19,24 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
     y = np.empty((len(x), *size, x.shape[3]), x.dtype)
     argmax = np.empty(y.shape, np.uint8)
 
-    def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, BLOCK // y[0].size):
-            padded = np.pad(x[block], ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
-            views = list(windows(padded, kernel, stride, size))  # count times (n, OH, OW, C)
-            best = y[block]
-            np.copyto(best, views[0])
-            for view in views[1:]:
-                np.maximum(best, view, out=best)
-            # The first window pixel that equals the maximum is the one of highest rank; where none
-            # does, as the maximum is no number, it is the last.
-            rank, equal = np.ones(best.shape, np.uint8), np.empty(best.shape, bool)
-            for k, view in enumerate(views):
-                np.equal(view, best, out=equal)
-                ranked = equal.view(np.uint8)
-                ranked *= np.uint8(count - k)
-                np.maximum(rank, ranked, out=rank)
-            np.subtract(np.uint8(count), rank, out=argmax[block])
+    def work(some: slice) -> None:
+        padded = np.pad(x[some], ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
+        views = list(windows(padded, kernel, stride, size))  # count times (n, OH, OW, C)
+        best = y[some]
+        np.copyto(best, views[0])
+        for view in views[1:]:
+            np.maximum(best, view, out=best)
+        # The first window pixel that equals the maximum is the one of highest rank; where none
+        # does, as the maximum is no number, it is the last.
+        rank, equal = np.ones(best.shape, np.uint8), np.empty(best.shape, bool)
+        for k, view in enumerate(views):
+            np.equal(view, best, out=equal)
+            ranked = equal.view(np.uint8)
+            ranked *= np.uint8(count - k)
+            np.maximum(rank, ranked, out=rank)
+        np.subtract(np.uint8(count), rank, out=argmax[some])
 
-    parallel(work, len(x))
+    in_blocks(work, len(x), BLOCK // y[0].size)
     return y, argmax
 
 
@@ -50,14 +48,13 @@ def _max_pool_input_gradient(
     (top, bottom), (left, right) = padding
     gx = np.empty(x_shape, gy.dtype)
 
-    def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, BLOCK // gy[0].size):
-            g, winner = gy[block], argmax[block]
-            padded = np.zeros((len(g), h + top + bottom, w + left + right, c), gy.dtype)
-            mask, part = np.empty(g.shape, bool), np.empty_like(g)
-            for k, view in enumerate(windows(padded, kernel, stride, gy.shape[1:3])):
-                view += np.multiply(g, np.equal(winner, k, out=mask), out=part)
-            gx[block] = padded[:, top : top + h, left : left + w]
+    def work(some: slice) -> None:
+        g, winner = gy[some], argmax[some]
+        padded = np.zeros((len(g), h + top + bottom, w + left + right, c), gy.dtype)
+        mask, part = np.empty(g.shape, bool), np.empty_like(g)
+        for k, view in enumerate(windows(padded, kernel, stride, gy.shape[1:3])):
+            view += np.multiply(g, np.equal(winner, k, out=mask), out=part)
+        gx[some] = padded[:, top : top + h, left : left + w]
 
-    parallel(work, len(gy))
+    in_blocks(work, len(gy), BLOCK // gy[0].size)
     return gx

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..cores import parallel
+
 
 def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], Callable]:
     """Register the decorated function for arrays of a `kind`, of float32 alone; CuPy's also of
@@ -31,3 +33,8 @@ def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     """Slices of `size`, and at least of 1, that lead from start to stop."""
     size = max(1, size)
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def in_blocks(work: Callable[[slice], Any], n: int, size: int) -> None:
+    """Call work(slice) on all blocks of range(n), on all threads."""
+    parallel(lambda start, stop: [work(some) for some in blocks(start, stop, size)], n)

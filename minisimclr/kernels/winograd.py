@@ -8,10 +8,12 @@ polynomials at f points, multiply there, interpolate. Along both axes that makes
 
 and the elementwise product, summed over channels, is f f matrix products (tiles, C) @ (C, O). For
 m = 4 that is a quarter of the arithmetic. The gradient of the input is such a convolution, too, of
-gy with the kernel turned round. That of the weight is made of the same maps or their transposes:
+gy with the kernel turned round; that of the weight slides x, as if it were the filter, over gy. So
+both want the same tiles of gy:
 
-    output   y  = A'(V @ U)      V = B'x, U = G w      (tiles, C) @ (C, O)
-    weight   gw = G'(V' @ M)     V = B'x, M = A gy     (C, tiles) @ (tiles, O)
+    output     y  = A'(V @ U)      V = B'x,  U = G w                (tiles, C) @ (C, O)
+    gradients  gx = A'(V @ U)      V = B'gy, U = G w turned         (tiles, O) @ (O, C)
+               gw = G'(M' @ V) turned,       M = A x                (C, tiles) @ (tiles, O)
 
 Maps along one axis are matrix products as well: (f, a) @ (a, row), on rows that lie in memory one
 after the other, so tiles are gathered along the width only.
@@ -26,7 +28,7 @@ import numpy as np
 from ..backend import Array
 from ..cores import parallel
 from ..ops.conv import Pair
-from .registry import blocks
+from .registry import blocks, in_blocks
 
 # Where polynomials are evaluated, besides at infinity, for tiles of m = 2, 3, 4. All are exact in
 # binary; found by trying: the usual 0, 1, -1, 2, -2 round twice as much (1.3e-6 of the result's
@@ -81,8 +83,12 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
     height, row = grid.step * (grid.rows - 1) + a, grid.columns * c
     if out is None:
         out = np.empty((f * f, n, grid.rows * row), x.dtype)
-    padded = np.zeros((n, height, grid.step * (grid.columns - 1) + a, c), x.dtype)
-    padded[:, grid.pad : grid.pad + h, grid.pad : grid.pad + w] = x
+    frame = n, height, grid.step * (grid.columns - 1) + a, c
+    if x.shape == frame:
+        padded = np.ascontiguousarray(x)
+    else:
+        padded = np.zeros(frame, x.dtype)
+        padded[:, grid.pad : grid.pad + h, grid.pad : grid.pad + w] = x
     image, line, pixel, _ = padded.strides
     piece = np.dtype((np.void, pixel))  # a pixel is copied faster than its numbers are
     strides = image, pixel, line, grid.step * pixel
@@ -162,92 +168,87 @@ def output(x: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
     by each: then threads share the transforms of all images, and after that the f f products.
     """
     source, target = grids(m, padding, size)
-    n, c, o = len(x), x.shape[3], w.shape[3]
-    y = np.empty((n, *size, o), x.dtype)
-    ff = source.f**2
+    c, o = w.shape[2:]
+    y = np.empty((len(x), *size, o), x.dtype)
+    if c * o > SMALL:
+        return put_all(multiply_all(take_all(x, source), w, m), target, y)
+    u = spectrum(w, m)
 
-    if c * o <= SMALL:
-        u = spectrum(w, m)
+    def work(some: slice) -> None:
+        put_tiles(take_tiles(x[some], source) @ u, target, y[some])  # (tiles, C) @ (C, O)
 
-        def work(start: int, stop: int) -> None:
-            for block in blocks(start, stop, BLOCK // (source.tiles * ff * (c + o))):
-                v = take_tiles(x[block], source)
-                put_tiles(v @ u, target, y[block])  # (tiles, C) @ (C, O)
-
-        parallel(work, n)
-        return y
-    v = take_all(x, source)
-    products = np.empty((ff, n, source.tiles * o), x.dtype)
-
-    def multiply(start: int, stop: int) -> None:
-        for some in blocks(start, stop, SPECTRUM_BLOCK // (c * o)):
-            u = spectrum(w, m, some)
-            np.matmul(v[some], u, out=products[some].reshape(-1, n * source.tiles, o))
-
-    def put(start: int, stop: int) -> None:
-        for block in blocks(start, stop, IMAGES):
-            put_tiles(products[:, block], target, y[block])
-
-    parallel(multiply, ff)
-    parallel(put, n)
+    in_blocks(work, len(x), BLOCK // (source.tiles * source.f**2 * (c + o)))
     return y
 
 
-def take_all(x: Array, grid: Grid) -> Array:
-    """Transformed tiles of all images: (f f, tiles, C)"""
-    n, c = len(x), x.shape[3]
-    v = np.empty((grid.f**2, n, grid.tiles * c), x.dtype)
-
-    def work(start: int, stop: int) -> None:
-        for block in blocks(start, stop, IMAGES):
-            take_tiles(x[block], grid, v[:, block])
-
-    parallel(work, n)
-    return v.reshape(grid.f**2, -1, c)
-
-
-def input_gradient(gy: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
-    """gx (N, H, W, C), with size (H, W), of gy (N, OH, OW, O) and w (3, 3, C, O)"""
-    return output(gy, swap_channels(w[::-1, ::-1]), 2 - padding, size, m)
-
-
-def swap_channels(w: Array) -> Array:
-    """(3, 3, C, O) -> (3, 3, O, C), copied: products with a transposed view of U are slower."""
-    kh, kw, c, o = w.shape
-    out = np.empty((kh, kw, o, c), w.dtype)
-    parallel(lambda i, k: np.copyto(out[:, :, i:k], w[..., i:k].swapaxes(2, 3)), o, 64)
-    return out
-
-
-def weight_gradient(gy: Array, x: Array, w_shape: tuple, padding: int, m: int) -> Array:
-    """gw (3, 3, C, O) of gy (N, OH, OW, O) and x (N, H, W, C)"""
-    source, target = grids(m, padding, gy.shape[1:3])
-    _, _, c, o = w_shape
+def gradients(gy: Array, x: Array, w: Array, padding: int, m: int) -> tuple[Array, Array]:
+    """gx (N, H, W, C) and gw (3, 3, C, O) of gy (N, OH, OW, O), likewise."""
+    source, target = grids(m, 2 - padding, x.shape[1:3])
+    turned = swap_channels(w[::-1, ::-1])  # (3, 3, O, C)
+    c, o = w.shape[2:]
     ff = source.f**2
+    gx = np.empty(x.shape, x.dtype)
 
-    def product(v: Array, t: Array, out: Array) -> Array:
-        return np.matmul(v.transpose(0, 2, 1), t, out=out)  # (C, tiles) @ (tiles, O)
+    def product(tiles: Array, v: Array, out: Array) -> Array:
+        return np.matmul(tiles.transpose(0, 2, 1), v, out=out)  # (C, tiles) @ (tiles, O)
 
-    if c * o <= SMALL:
+    if c * o > SMALL:
+        gu, v = np.empty((ff, c, o), x.dtype), take_all(gy, source)
+        put_all(multiply_all(v, turned, m), target, gx)
+        tiles = take_all(x, target)
+        parallel(lambda i, k: product(tiles[i:k], v[i:k], gu[i:k]), ff)
+    else:
+        u = spectrum(turned, m)
         # Each block ends with an addition of (f f, C, O) numbers, so it should not be too small.
         size = max(BLOCK, 6 * ff * c * o) // (source.tiles * ff * (c + o))
 
         def work(start: int, stop: int) -> Array:
             total, part = np.empty((2, ff, c, o), x.dtype)
             for block in blocks(start, stop, size):
-                v, t = take_tiles(x[block], source), take_tiles(gy[block], target)
+                v, tiles = take_tiles(gy[block], source), take_tiles(x[block], target)
+                put_tiles(v @ u, target, gx[block])  # (tiles, O) @ (O, C)
                 if block.start == start:
-                    product(v, t, total)
+                    product(tiles, v, total)
                 else:
-                    total += product(v, t, part)
+                    total += product(tiles, v, part)
             return total
 
         gu, *others = parallel(work, len(x))
         for total in others:
             gu += total
-    else:
-        gu = np.empty((ff, c, o), x.dtype)
-        v, t = take_all(x, source), take_all(gy, target)
-        parallel(lambda i, k: product(v[i:k], t[i:k], gu[i:k]), ff)
     _, g, _ = matrices(m)
-    return (np.kron(g, g).T @ gu.reshape(ff, -1)).reshape(w_shape)  # (9, f f) @ (f f, C*O)
+    gw = np.kron(g, g).T[::-1] @ gu.reshape(ff, -1)  # turned: (9, f f) @ (f f, C*O)
+    return gx, gw.reshape(w.shape)
+
+
+def take_all(x: Array, grid: Grid) -> Array:
+    """Transformed tiles of all images: (f f, tiles, C)"""
+    v = np.empty((grid.f**2, len(x), grid.tiles * x.shape[3]), x.dtype)
+    in_blocks(lambda some: take_tiles(x[some], grid, v[:, some]), len(x), IMAGES)
+    return v.reshape(len(v), -1, x.shape[3])
+
+
+def multiply_all(v: Array, w: Array, m: int) -> Array:
+    """V @ U of all tiles (f f, tiles, C): (f f, tiles, O)"""
+    c, o = w.shape[2:]
+    out = np.empty((*v.shape[:2], o), v.dtype)
+
+    def multiply(some: slice) -> None:
+        np.matmul(v[some], spectrum(w, m, some), out=out[some])  # (tiles, C) @ (C, O)
+
+    in_blocks(multiply, len(v), SPECTRUM_BLOCK // (c * o))
+    return out
+
+
+def put_all(tiles: Array, grid: Grid, out: Array) -> Array:
+    """Fill out (N, H, W, O) with transformed tiles (f f, tiles, O)."""
+    tiles = tiles.reshape(len(tiles), len(out), -1)  # (f f, N, tiles*O)
+    in_blocks(lambda some: put_tiles(tiles[:, some], grid, out[some]), len(out), IMAGES)
+    return out
+
+
+def swap_channels(w: Array) -> Array:
+    """(3, 3, C, O) -> (3, 3, O, C), copied: products with a transposed view of U are slower."""
+    out = np.empty((3, 3, w.shape[3], w.shape[2]), w.dtype)
+    parallel(lambda i, k: np.copyto(out[:, :, i:k], w[..., i:k].swapaxes(2, 3)), w.shape[3], 64)
+    return out

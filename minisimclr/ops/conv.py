@@ -62,9 +62,8 @@ def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, 
 
 def image_blocks(x: Array, row_size: int) -> list[slice]:
     """Split a batch of images so that a block of their rows fits the workspace."""
-    n = len(x)
     step = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
 
 
 @singledispatch
@@ -110,6 +109,13 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
     return gw.reshape(w_shape)
 
 
+@singledispatch
+def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tuple:
+    """Gradients of x and of w, for which a faster version may have work in common"""
+    gx = conv_input_gradient(gy, w, x.shape, stride, padding)
+    return gx, conv_weight_gradient(gy, x, w.shape, stride, padding)
+
+
 class Conv2d(Function):
     """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]
 
@@ -125,10 +131,9 @@ class Conv2d(Function):
 
     def backward(self, gy):
         x = self.source.again() if self.source else self.x
-        w, stride, padding = self.w, self.stride, self.padding
-        gx = conv_input_gradient(gy, w, self.shapes[0], stride, padding) if self.needs[0] else None
-        gw = conv_weight_gradient(gy, x, w.shape, stride, padding) if self.needs[1] else None
-        return gx, gw
+        if self.needs[0]:
+            return conv_gradients(gy, x, self.w, self.stride, self.padding)
+        return None, conv_weight_gradient(gy, x, self.w.shape, self.stride, self.padding)
 
 
 def pair(value: int | Pair) -> Pair:

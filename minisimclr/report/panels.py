@@ -130,8 +130,8 @@ def one_batch(facts: Facts) -> str:
     Cosines of the embeddings of 16 pictures in two views. Partners are outlined: they should be
     bright, all others dark. The diagonal is each view with itself, which the loss leaves out.
     """
-    project = facts.need("run").model.project
-    z = unit(np.concatenate([project(x[:16]) for x in facts.first_views[2:]]))  # (V, d_out)
+    model, x = facts.need("run").model, np.concatenate([x[:16] for x in facts.first_views[2:]])
+    z = unit(model.project(model.encode(x)))  # (V, d_out)
     names = [f"{i % (len(z) // 2) + 1}{'ab'[2 * i // len(z)]}" for i in range(len(z))]
     return matrix("cosine", z @ z.T, names, (np.arange(len(z)) + len(z) // 2) % len(z))
 

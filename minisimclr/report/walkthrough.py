@@ -104,7 +104,7 @@ def walk(images: np.ndarray, seed: int = 0) -> Walk:
         z = model.head(model.encoder(Tensor(np.concatenate(views))))  # (V, 2)
         after = float(nt_xent(z[:n], z[n:], TEMPERATURE))
     u_after = normalize(z.data)[0]
-    return Walk(images, drawn, views, seen, step.loss, weights, u_after, after)
+    return Walk(images, drawn, views, seen, step.figures["loss"], weights, u_after, after)
 
 
 def excerpt(function: Any, first: str = "", last: str = "") -> str:
