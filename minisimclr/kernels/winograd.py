@@ -184,7 +184,6 @@ def output(x: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
 def gradients(gy: Array, x: Array, w: Array, padding: int, m: int) -> tuple[Array, Array]:
     """gx (N, H, W, C) and gw (3, 3, C, O) of gy (N, OH, OW, O), likewise."""
     source, target = grids(m, 2 - padding, x.shape[1:3])
-    turned = swap_channels(w[::-1, ::-1])  # (3, 3, O, C)
     c, o = w.shape[2:]
     ff = source.f**2
     gx = np.empty(x.shape, x.dtype)
@@ -193,12 +192,12 @@ def gradients(gy: Array, x: Array, w: Array, padding: int, m: int) -> tuple[Arra
         return np.matmul(tiles.transpose(0, 2, 1), v, out=out)  # (C, tiles) @ (tiles, O)
 
     if c * o > SMALL:
-        gu, v = np.empty((ff, c, o), x.dtype), take_all(gy, source)
-        put_all(multiply_all(v, turned, m), target, gx)
-        tiles = take_all(x, target)
+        v = take_all(gy, source)
+        put_all(multiply_all(v, turned(w), m), target, gx)
+        gu, tiles = np.empty((ff, c, o), x.dtype), take_all(x, target)
         parallel(lambda i, k: product(tiles[i:k], v[i:k], gu[i:k]), ff)
     else:
-        u = spectrum(turned, m)
+        u = spectrum(turned(w), m)
         # Each block ends with an addition of (f f, C, O) numbers, so it should not be too small.
         size = max(BLOCK, 6 * ff * c * o) // (source.tiles * ff * (c + o))
 
@@ -247,8 +246,11 @@ def put_all(tiles: Array, grid: Grid, out: Array) -> Array:
     return out
 
 
-def swap_channels(w: Array) -> Array:
-    """(3, 3, C, O) -> (3, 3, O, C), copied: products with a transposed view of U are slower."""
-    out = np.empty((3, 3, w.shape[3], w.shape[2]), w.dtype)
+def turned(w: Array) -> Array:
+    """The kernel as gy meets it: (3, 3, C, O) turned round and transposed, (3, 3, O, C).
+
+    Copied, since products with a transposed view of U are slower.
+    """
+    out, w = np.empty((3, 3, w.shape[3], w.shape[2]), w.dtype), w[::-1, ::-1]
     parallel(lambda i, k: np.copyto(out[:, :, i:k], w[..., i:k].swapaxes(2, 3)), w.shape[3], 64)
     return out
