@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
     clock = time.process_time if a.threads == 1 else time.perf_counter
-    step, _ = our_step(a.case, a.threads)
+    step, *_ = our_step(a.case, a.threads, "cpu", "")
     tile = winograd.tile
     passes = [f for rung in RUNGS.values() for f in rung if f is not tile]
     fast = {f: f.dispatch(np.ndarray) for f in passes}

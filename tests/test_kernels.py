@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -447,3 +448,14 @@ def test_long_rows_hold_the_same_numbers():
 
 def test_kernels_are_part_of_the_package():
     assert ms.kernels is kernels
+
+
+@pytest.mark.parametrize(("script", "rows"), [("ladder", 5), ("compare_torch", 1)])
+def test_scripts_that_time_whole_steps_run(script, rows):
+    if script == "compare_torch":
+        pytest.importorskip("torch")
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--case", "default"]
+    done = subprocess.run([*command, "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = [line for line in done.stdout.splitlines() if re.search(r"\d\.\d\d(x|-)", line)]
+    assert len(figures) == rows, done.stdout
