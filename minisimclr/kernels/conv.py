@@ -1,7 +1,8 @@
 """The passes of a convolution for NumPy, each by the method that costs least for its shape.
 
     1x1                       a matrix product on the pixels as they lie in memory
-    3x3, stride 1             Winograd, where its tiles leave less to multiply (winograd.py)
+    3x3, stride 1             Winograd, where its tiles leave less to multiply (winograd.py); there
+                              the two gradients are made together
     anything else             im2col in blocks that stay in cache
 
 Threads work on images of their own, each with single-threaded BLAS. That is faster than one thread
