@@ -17,14 +17,11 @@ from minisimclr import optim, tensor
 from minisimclr.kernels import winograd
 from minisimclr.ops import conv, norm, pool
 
-CONV = (
-    *(conv.conv_output, conv.conv_input_gradient, conv.conv_weight_gradient),
-    conv.conv_gradients,
-)
+GRADIENTS = (conv.conv_input_gradient, conv.conv_weight_gradient, conv.conv_gradients)
 NORM = (norm.moments, norm.scale_shift, norm.gradient_sums, norm.input_gradient)
 RUNGS = {  # name: passes that become fast; Winograd is switched by its choice of tiles
     "readable passes": (),
-    "+ im2col: one copy of pieces, blocks in cache": CONV,
+    "+ im2col: one copy of pieces, blocks in cache": (conv.conv_output, *GRADIENTS),
     "+ Winograd for 3x3 of stride 1": (winograd.tile,),
     "+ batch norm and ReLU in cache": NORM,
     "+ max pooling, optimizer, sums of gradients": (

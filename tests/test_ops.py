@@ -313,3 +313,17 @@ def test_cross_entropy():
     assert float(cross_entropy(Tensor(logits), labels)) == pytest.approx(expected.item(), rel=1e-12)
     with pytest.raises(ValueError, match=r"classes 0\.\.2"):
         cross_entropy(Tensor(logits), labels + 1)
+
+
+def test_a_convolution_makes_the_gradients_that_are_wanted_and_no_others():
+    rng = np.random.default_rng(0)
+    x, w, gy = (rng.standard_normal(s) for s in ((2, 5, 5, 3), (3, 3, 3, 4), (2, 5, 5, 4)))
+
+    def gradients(*wanted):
+        y = conv2d(Tensor(x, wanted[0]), Tensor(w, wanted[1]), 1, 1)
+        return y.creator.backward(gy)
+
+    both = gradients(True, True)
+    for wanted in ((True, False), (False, True)):
+        for want, gradient, expected in zip(wanted, gradients(*wanted), both, strict=True):
+            assert gradient is None if not want else (gradient == expected).all()

@@ -83,15 +83,14 @@ def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, paddi
     """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
     size = gy.shape[1:3]
     matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
-    xp = xp_of(gy)
-    gx = xp.empty(x_shape, gy.dtype)
+    gx = xp_of(gy).empty(x_shape, gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
         if (*w.shape[:2], *stride, *padding) == (1, 1, 1, 1, 0, 0):  # patches are pixels
             matmul(g, matrix.T, gx[block].reshape(-1, w.shape[2]))  # (n*H*W, C)
         else:
             # (n*OH*OW, O) @ (O, KH*KW*C)
-            patches = matmul(g, matrix.T, xp.empty((len(g), len(matrix)), g.dtype))
+            patches = matmul(g, matrix.T, xp_of(g).empty((len(g), len(matrix)), g.dtype))
             fold(patches, gx[block], w.shape[:2], stride, padding, size)
     return gx
 
@@ -111,7 +110,9 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
 
 @singledispatch
 def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tuple:
-    """Gradients of x and of w, for which a faster version may have work in common"""
+    """gy (N, OH, OW, O), x (N, H, W, C) and w (KH, KW, C, O) -> gradients of x and of w, for which
+    a faster version may have work in common.
+    """
     gx = conv_input_gradient(gy, w, x.shape, stride, padding)
     return gx, conv_weight_gradient(gy, x, w.shape, stride, padding)
 
@@ -131,8 +132,10 @@ class Conv2d(Function):
 
     def backward(self, gy):
         x = self.source.again() if self.source else self.x
-        if self.needs[0]:
+        if all(self.needs):
             return conv_gradients(gy, x, self.w, self.stride, self.padding)
+        if self.needs[0]:
+            return conv_input_gradient(gy, self.w, self.shapes[0], self.stride, self.padding), None
         return None, conv_weight_gradient(gy, x, self.w.shape, self.stride, self.padding)
 
 
