@@ -15,6 +15,7 @@ from minisimclr.augment import center_view
 from minisimclr.cli import group
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.train import pretrain
+from minisimclr.weights import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,15 @@ def test_what_takes_long_tells_how_far_it_is(run, pictures, monkeypatch):
     train, test = (len(dataset.split(name)) for name in ("labelled", "test"))
     expected = [(min(i + 5, n), n) for n in (train, test) for i in range(0, n, 5)]
     assert [(done, total) for _, done, total, _ in told] == 2 * expected  # and for the control
+
+
+def test_the_random_control_has_batch_norm_statistics_of_the_data(pictures):
+    dataset, preprocessing = ms.data.open_dataset(pictures, 20), Preprocessing(16)
+    net = embed.calibrated(ms.nn.resnet10(width=4), preprocessing, dataset)
+    images = preprocessing(dataset.images[dataset.split("pretrain")[: embed.BATCH]])
+    seen = ms.nn.resnet10(width=4).conv1(ms.Tensor(images)).data
+    np.testing.assert_allclose(net.bn1.running_mean, seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    assert not net.training
 
 
 def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):

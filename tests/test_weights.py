@@ -229,6 +229,20 @@ def test_the_network_is_found_by_shape(tmp_path, make):
     assert_state(found, net.state_dict())
 
 
+@pytest.mark.parametrize(
+    "make, stem",
+    [
+        (nn.resnet_small, "small"),
+        (nn.resnet18, "cifar"),
+        (lambda width: nn.resnet18("imagenet", width), "imagenet"),
+    ],
+)
+def test_the_stem_of_foreign_weights_is_the_usual_one(tmp_path, make, stem):
+    """Of `small` and `cifar` only the stride differs, which no shape shows."""
+    safetensors.write(tmp_path / "a.safetensors", make(width=4).state_dict(), {})
+    assert weights.encoder(tmp_path / "a.safetensors")[0].stem == stem
+
+
 def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
     net = nn.resnet10(width=4)
     before, good = net.state_dict(), random_state(net)
