@@ -200,7 +200,7 @@ def bfloat16() -> np.dtype:
 def precision(name: str, device: str) -> Iterator[None]:
     """Within the block a GPU rounds: to TF32's 10 bits of mantissa what matrix products of float32
     multiply ("tf32"), to bfloat16's 7 what the layers of an encoder pass on ("bf16"), or nothing
-    ("fp32"). Sums, statistics, weights, the head and the loss stay float32.
+    ("fp32"). Sums, statistics and weights stay float32, with bf16 the head and the loss as well.
 
     Raises ConfigError where there is no such thing: on a CPU, on GPUs before Ampere, and, bfloat16,
     without the kernels or the type.

@@ -265,6 +265,14 @@ def test_winograd_rounds_little_more_than_a_plain_sum():
     assert distance(conv_output(x, w, ONE, SAME), reference) < 5 * plain
 
 
+def test_moments_do_not_cancel_where_the_first_rows_are_unlike_the_others():
+    x = randn(100_003, 4) * np.float32(0.05) + 100
+    x[0] = 0
+    (mean, variance), x = moments(x), x.astype(np.float64)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, x.var(0), rtol=1e-3)
+
+
 def test_moments_of_a_large_mean_do_not_cancel():
     x = randn(4096, 8) + np.float32(3000)
     mean, variance = moments(x)

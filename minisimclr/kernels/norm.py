@@ -81,11 +81,11 @@ def _moments(x: Array) -> tuple[Array, Array]:
     total, squares = sums_about(None)
     m2 = squares - total * (total / m)
     # Where the mean is far larger than the spread, next to nothing is left of the squares: take
-    # them of deviations from the mean of a few rows, which is near enough to the true one.
+    # them of deviations from that mean, which rounding has left near enough to the true one.
     if (m2 < 1e-2 * squares).any():
-        near = rows[0].reshape(k, c).mean(axis=0)
+        near = total / m
         total, squares = sums_about(np.tile(near, k))
-        return near + total / m, (squares - total * (total / m)) / m
+        return near + total / m, (squares - total * (total / m)).clip(0) / m
     return total / m, m2 / m
 
 
