@@ -15,6 +15,8 @@ from .page import Missing, told
 
 FAULT, WARNING, GOOD = LEVELS = ("fault", "warning", "good")
 HEADLINES = {FAULT: "Broken", WARNING: "Look here", GOOD: "Healthy"}
+SETTLED = 50  # steps after which running statistics are those of the data, to 1 %
+ENOUGH = 200  # test pictures that tell a probe without any skill from a weak one
 SAME = 2e-3  # relative difference of two losses that rounding on another machine may make
 
 
@@ -55,8 +57,8 @@ def frozen(facts: Facts) -> Finding | None:
     """
     rates = [row["lr"] for row in facts.need("metrics")]
     share = facts.movement if facts.run else None
-    if not (len(rates) > 2 and max(rates) == 0) and (share is None or share > 1e-3):
-        return None
+    if len(rates) < 3 or (max(rates) > 0 and (share is None or share > 1e-3)):
+        return None  # the first step's rate is 0
     moved = "" if share is None else f" They moved by {share:.2g} of their length."
     return Finding(FAULT, f"The highest rate of {len(rates)} steps was {max(rates):.3g}.{moved}")
 
@@ -145,7 +147,8 @@ def collapse(facts: Facts) -> Finding | None:
     rank, spread = last["effective_rank"], last["uniformity"]
     said = f"Its features have an effective rank of {rank:.2f} (1: all on one line); uniformity of "
     said += f"the embeddings is {spread:.2f} (0: all equal)."
-    return Finding(FAULT, said) if rank < 2 or spread > -0.3 else None
+    # Running statistics start at 0 and 1: in the first steps they, not weights, join embeddings.
+    return Finding(FAULT, said) if rank < 2 or (spread > -0.3 and last["step"] >= SETTLED) else None
 
 
 def labels(facts: Facts) -> Finding | None:
@@ -158,7 +161,10 @@ def labels(facts: Facts) -> Finding | None:
     if any(row["ci95"][0] > chance for row in probe["rows"].values()):
         return None
     scores = ", ".join(f"{name} {row['top1']:.1%}" for name, row in probe["rows"].items())
-    return Finding(FAULT, f"Every system is at chance, {chance:.1%}: {scores}.")
+    said = f"Every system is at chance, {chance:.1%}, on {probe['test']} pictures: {scores}."
+    if probe["test"] < ENOUGH:
+        return Finding(WARNING, said, "Hard pictures, few labels, or labels of other pictures")
+    return Finding(FAULT, said)
 
 
 def diverged(facts: Facts) -> Finding | None:
