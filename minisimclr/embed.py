@@ -102,7 +102,8 @@ def published(
     block: of InceptionV3, whose output is averaged over the pixels: (n, C) float32. Features are
     kept in the cache folder, since they take so much longer to make than to read.
     """
-    state = hashlib.sha256(f"{dataset.fingerprint} {block} {preprocessing}".encode())
+    kind = type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
+    state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())
     device, _ = choose_device(device)

@@ -75,6 +75,17 @@ def test_the_random_control_has_batch_norm_statistics_of_the_data(pictures):
     assert not net.training
 
 
+def test_kept_features_are_of_this_network_alone(pictures):
+    dataset, rows = ms.data.open_dataset(pictures, 20), np.arange(3)
+    made = []
+    for stem, seed in (("imagenet", 0), ("simclr", 0), ("imagenet", 1)):
+        net = ms.nn.resnet10(stem, 4, seed)
+        extract = embed.published(net, Preprocessing(32), dataset, None, "cpu", lambda *_: None)
+        made.append(extract(rows))
+        np.testing.assert_array_equal(extract(rows), made[-1])
+    assert len({features.tobytes() for features in made}) == 3
+
+
 def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):
     done = CliRunner().invoke(group, ["embed", str(run.path), "--out", str(tmp_path / "h.csv")])
     assert done.exit_code == 2

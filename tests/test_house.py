@@ -136,7 +136,7 @@ def test_budget():
     assert count.pop("data") <= 1132  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 734
     # The report's three systems.
-    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 620
+    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 621
     assert sum(count.values()) <= 2900, count
 
 
