@@ -282,8 +282,7 @@ def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> 
                 library, _, kind = side.partition("-")
                 if library == "ours":
                     ours[case, kind] = row["seconds"]
-                like = ours.get((case, kind if kind in ("tf32", "bf16") else ""))
-                if like:
+                if like := ours.get((case, kind if kind in ("tf32", "bf16") else "")):
                     row["ours_over_this"] = like / row["seconds"]
             except (RuntimeError, ValueError, OSError) as error:
                 row["failed"] = str(error) or type(error).__name__

@@ -386,6 +386,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
         sys.exit(f"error: {error}")
     global BUSY
     BUSY = 64 if a.small else BUSY
+    busy(BUSY)  # before any part counts bytes
     sizes, end = Sizes(a.small), time.monotonic() + 60 * a.minutes
     sizes.out = a.out
     sizes.left = lambda: max(1.0, end - time.monotonic())

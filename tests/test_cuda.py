@@ -683,6 +683,7 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
         "import sys; print('ready', flush=True)\nfor _ in sys.stdin: print({}, 1 << 20, flush=True)"
     )
     programs = {side: answer.format(seconds) for side, seconds in SECONDS.items()}
+    programs["torch-bf16"] = answer.format(1.0)  # with none of ours in that precision beside it
     programs["torch-graph"] = "raise SystemExit(1)"
 
     def start(side, case, threads, device):
@@ -696,7 +697,7 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(r["side"], r["case"]) for r in rows] == [(s, c) for s in programs for c in "ab"]
     ratios = [r.get("ours_over_this") for r in rows if r["case"] == "b"]
-    assert ratios == [1, 0.5, 1, 0.25, 2, None]
+    assert ratios == [1, 0.5, 1, 0.25, 2, None, None]
     assert rows[2]["rounds"] == 3 and rows[2]["mib"] == 1
     assert all("its process ended" in r["failed"] for r in rows[-2:])
 

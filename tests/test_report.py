@@ -171,6 +171,12 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
     assert title in faults(run.path) and title not in faults(sound)
 
 
+def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    assert run.step == 1
+    assert "The weights do not move" not in faults(run.path)
+
+
 @pytest.mark.parametrize("figure, value", [("effective_rank", 1.3), ("uniformity", -0.1)])
 def test_either_sign_of_collapse_is_enough(figure, value, sound, tmp_path):
     shutil.copytree(sound, tmp_path / "run")
