@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from . import checkpoint
-from .augment import center_view
 from .backend import Array, choose_device, to_device, to_host
 from .cores import set_threads
 from .data import Dataset, cache_folder, open_dataset
@@ -22,12 +21,11 @@ from .probe import Extract, features, probe, unit
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
-from .train import Notify, quiet
+from .train import Notify, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
 BATCH = 32  # images that a network with published weights sees at once
-CALIBRATED = 256  # images that set the batch norm statistics of a random encoder
 
 
 def open_trained(path: Path, device: str | None = None) -> Run:
@@ -42,8 +40,15 @@ def open_trained(path: Path, device: str | None = None) -> Run:
 
 
 def opened(run: Run, data: str | None, progress: Progress | None = None) -> Dataset:
-    """The run's own data set, or another (a name or a folder), with pictures of the same side."""
-    return open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
+    """The run's own data set, or another (a name or a folder), with pictures of the same side.
+
+    Raises DataError where its own is not the one it was trained on any more.
+    """
+    dataset = open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
+    if not data and dataset.fingerprint != run.data:
+        now = f"{run.config.data} holds other pictures than {run.path} was trained on"
+        raise DataError(f"{now}: to use them all the same name them with --data")
+    return dataset
 
 
 def extractor(
@@ -74,11 +79,10 @@ def extractor(
     return extract
 
 
-def control(run: Run, dataset: Dataset, view: int | None = None) -> Model:
-    """The run's network as it was before step 0, with batch norm statistics of the data."""
+def control(run: Run, dataset: Dataset) -> Model:
+    """The run's network as it was before step 0, calibrated as the trained one is."""
     fresh = new_run(run.path, run.config).model
-    sample = dataset.images[dataset.split("pretrain")[:CALIBRATED]]
-    calibrate(fresh.encoder, center_view(sample, view or run.config.image_size))
+    fresh.calibrate(sample_views(dataset, run.config.image_size))
     return fresh
 
 
@@ -88,7 +92,7 @@ def probe_run(
 ) -> dict[str, Any]:  # fmt: skip
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
     set_threads(run.config.threads)
-    models = run.model, control(run, dataset, view)
+    models = run.model, control(run, dataset)
     trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
     return probe(dataset, "SimCLR", trained, fresh, labels)
 
@@ -136,7 +140,7 @@ def published(
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
     """A network with random weights and the batch norm statistics of some of the images."""
-    calibrate(net, preprocessing(dataset.images[dataset.split("pretrain")[:BATCH]]))
+    calibrate(net, preprocessing(dataset.sample(BATCH)))
     return net
 
 

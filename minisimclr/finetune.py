@@ -23,7 +23,7 @@ from .errors import DataError, DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
 from .optim import LARS
-from .probe import features, holdout, labelled_and_test, scores
+from .probe import commonest, features, holdout, labelled_and_test, scores
 from .run import Run, new_run
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -147,14 +147,9 @@ def tuned(
 
 
 def finetune(
-    run: Run,
-    dataset: Dataset,
-    labels: int | None = None,
-    epochs: int = 60,
-    view: int | None = None,
-    seed: int = 0,
-    notify: Notify = quiet,
-) -> dict[str, Any]:
+    run: Run, dataset: Dataset, labels: int | None = None, epochs: int = 60,
+    view: int | None = None, seed: int = 0, notify: Notify = quiet,
+) -> dict[str, Any]:  # fmt: skip
     """Accuracy of a run's network trained on with labels, beside the same one from scratch.
 
     In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
@@ -170,7 +165,7 @@ def finetune(
         name: tuned(name, model, dataset, split, recipe, seed, notify)
         for name, model in systems.items()
     }
-    classes = len(dataset.class_names)
-    controls = {"chance": 1 / classes, "scratch": rows[SCRATCH]["top1"]}
-    counts = {"labels": len(split[0]), "test": len(split[1]), "classes": classes}
+    chance = commonest(dataset.labels[split[1]])
+    counts = {"labels": len(split[0]), "test": len(split[1]), "classes": len(dataset.class_names)}
+    controls = {"chance": chance, "scratch": rows[SCRATCH]["top1"]}
     return {**rows[TUNED], **counts, "controls": controls, "rows": rows}

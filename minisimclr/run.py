@@ -40,14 +40,15 @@ class Run:
     optimizer: SGD
     step: int = 0
     stopped: str = ""  # why training ended early: "time limit", "SIGINT" or "SIGTERM"
+    data: str = ""  # fingerprint of the data set it was trained on
 
-    def save(self, fingerprint: str) -> None:
+    def save(self) -> None:
         """Publish a checkpoint of this moment."""
         folder = self.path / "checkpoints"
         arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
         for part, module in self.model.parts():
             arrays |= checkpoint.prefixed(part, module.state_dict())
-        state = {"step": self.step, "config": self.config.to_dict(), "data": fingerprint}
+        state = {"step": self.step, "config": self.config.to_dict(), "data": self.data}
         sync(self.path / "metrics.jsonl")  # what a checkpoint points into is on the disk before it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
@@ -68,7 +69,7 @@ class Run:
         for part, module in self.model.parts():
             module.load_state_dict(checkpoint.unprefixed(part, arrays))
         self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
-        self.step = state["step"]
+        self.step, self.data = state["step"], state["data"]
         return state
 
 

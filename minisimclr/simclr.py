@@ -10,7 +10,7 @@ from math import isfinite, log
 
 from . import augment
 from .backend import Array, later, xp_of
-from .nn import ENCODERS, Module, ProjectionHead, ResNet
+from .nn import ENCODERS, BatchNorm, Module, ProjectionHead, ResNet
 from .ops.loss import contrastive_accuracy, nt_xent
 from .optim import SGD
 from .tensor import Tensor, no_grad
@@ -42,6 +42,10 @@ class Model:
     def train(self, training: bool = True) -> None:
         for _, module in self.parts():
             module.train(training)
+
+    def calibrate(self, x: Array) -> None:
+        """Set the running statistics of both parts to those of the views x (see `calibrate`)."""
+        calibrate(self.head, calibrate(self.encoder, x))
 
     def encode(self, x: Array) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
@@ -105,19 +109,23 @@ def training_step(
     return step
 
 
-def calibrate(module: Module, x: Array) -> None:
-    """Set a network's running statistics to those of the views x, as if it had seen nothing else.
+def calibrate(module: Module, x: Array) -> Array:
+    """Set a network's running statistics to those of the views x, whatever they were; its output.
 
-    A network with random weights needs this to be a fair control: its initial running statistics
-    (0 and 1) belong to no data at all.
+    Those kept in training lag behind weights that move fast, and after few steps still hold some of
+    the 0 and 1 they began with, as a network with random weights does (Wu & Johnson 2021,
+    arXiv:2105.07576, "precise" batch norm).
     """
-    norms = [m for _, m in module.named_modules() if hasattr(m, "momentum")]
-    before = [m.momentum for m in norms]
+    norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     module.train()
     for m in norms:
         m.momentum = 1.0
+        m.running_mean.fill(0)  # else a rounding of the old ones would stay
+        m.running_var.fill(0)
     with no_grad():
-        module(Tensor(x))
-    for m, momentum in zip(norms, before, strict=True):
-        m.momentum = momentum
+        y = module(Tensor(x)).data
+    for m, kept in zip(norms, before, strict=True):
+        m.momentum, m.num_batches_tracked = kept
     module.eval()
+    return y

@@ -243,12 +243,9 @@ def _count_children(root: Function) -> dict[Function, int]:
 
 
 def gradcheck(
-    fn: Callable[..., Tensor],
-    *arrays: np.ndarray,
-    eps: float = 1e-5,
-    rtol: float = 1e-7,
+    fn: Callable[..., Tensor], *arrays: np.ndarray, eps: float = 1e-5, rtol: float = 1e-7,
     seed: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Check fn's gradients against finite differences, in float64, along one random direction an
     input.
 

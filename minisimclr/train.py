@@ -18,7 +18,7 @@ from . import augment, backend
 from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded, xp_of
 from .config import TrainConfig, first_layers
 from .cores import set_threads
-from .data import Dataset, batches, open_dataset
+from .data import BUILT_IN, Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, OutputError
 from .files import locked, require_writable
 from .optim import LARS
@@ -28,7 +28,7 @@ from .schedule import scaled_rate, warmup_cosine
 from .simclr import Step, chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
-MONITORED = 256  # images on which alignment, uniformity and rank are measured
+MONITORED = 256  # images for batch norm statistics, alignment, uniformity and rank
 Notify = Callable[[str, dict[str, Any]], None]
 
 
@@ -53,13 +53,9 @@ def epoch_line(epoch: int, epochs: int, **v: Any) -> str:
 
 
 def pretrain(
-    config: TrainConfig,
-    out: Path | None = None,
-    *,
-    origins: dict[str, str] | None = None,
-    time_limit: float | None = None,
-    notify: Notify = say,
-) -> Run:
+    config: TrainConfig, out: Path | None = None, *, origins: dict[str, str] | None = None,
+    time_limit: float | None = None, notify: Notify = say,
+) -> Run:  # fmt: skip
     """Train encoder and head without labels and leave a run folder at `out`.
 
     out: must not exist (default runs/<time>-<encoder>). origins: where each setting came from,
@@ -75,6 +71,8 @@ def pretrain(
     with backend.precision(config.precision, choose_device(config.device)[0]):
         pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
+    if config.data not in BUILT_IN:  # the run will be used from other folders as well
+        config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
     make_run_folder(out, config, origins or {})
     return resume(out, time_limit=time_limit, notify=notify, dataset=dataset)
@@ -97,13 +95,9 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
 
 
 def resume(
-    path: Path,
-    *,
-    time_limit: float | None = None,
-    notify: Notify = say,
-    dataset: Dataset | None = None,
-    device: str | None = None,
-) -> Run:
+    path: Path, *, time_limit: float | None = None, notify: Notify = say,
+    dataset: Dataset | None = None, device: str | None = None,
+) -> Run:  # fmt: skip
     """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end, on
     its own device or another.
     """
@@ -115,8 +109,9 @@ def resume(
         with locked(path / "run", wait=False):
             run, state = open_run(path, device)
             run.config = config
-            if state and state["data"] != dataset.fingerprint:
+            if state and run.data != dataset.fingerprint:
                 raise DataError(f"{path} was trained on other data than {config.data} holds now")
+            run.data = dataset.fingerprint
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
             if log.stat().st_size < logged:
                 raise DataError(f"{log}: lines of the steps up to {run.step} are gone: restore it")
@@ -153,10 +148,13 @@ class Plan:
 def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> augment.Views:
     """The random parameters of both views of `images` (N, S, S, 3) at a step."""
     n, height, width, _ = images.shape
-    crop = (config.crop_min, 1.0)
-    return augment.draw_views(
-        config.seed, step, n, height, width, config.strength, crop, stream=stream
-    )
+    how = config.strength, (config.crop_min, 1.0)
+    return augment.draw_views(config.seed, step, n, height, width, *how, stream=stream)
+
+
+def sample_views(dataset: Dataset, size: int) -> Array:
+    """Centre views (n, size, size, 3) to calibrate a model with."""
+    return augment.center_view(dataset.sample(MONITORED), size)
 
 
 def train(
@@ -212,12 +210,14 @@ def train(
                 mark += seconds
                 seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
-                if end_of_epoch and not open_steps:
+                if closing := last and not open_steps:
+                    model.calibrate(to_device(sample_views(dataset, config.image_size), device))
+                if closing and end_of_epoch:
                     line |= monitor(run, dataset, device)
                 write_line(metrics, line)
                 write_line(timings, timing)
-                if last and not open_steps:
-                    run.save(dataset.fingerprint)
+                if closing:
+                    run.save()
                 notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
                 mean, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
@@ -243,7 +243,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     Also how many positive and negative pairs have a cosine in each of 20 bins from -1 to 1, and the
     trust ratios that LARS used last. Raises DivergedError.
     """
-    images = to_device(dataset.images[dataset.split("pretrain")[:MONITORED]], device)
+    images = to_device(dataset.sample(MONITORED), device)
     views = draw(run.config, 0, images, stream=MONITOR)
     h1, h2 = map(run.model.encode, augment.apply_views(images, views, run.config.image_size))
     z1, z2 = run.model.project(h1), run.model.project(h2)
@@ -268,8 +268,7 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = open_training_data(config, notify)
-    run = new_run(Path("-"), config, device)
-    pool = dataset.split("pretrain")
+    run, pool = new_run(Path("-"), config, device), dataset.split("pretrain")
     plan = Plan.of(config, len(pool))
     images = to_device(dataset.images[pool[: config.batch_size]], device)
     seconds = []

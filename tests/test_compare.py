@@ -270,7 +270,9 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     points = [{"system": "A", "per_class": n, "top1": [0.1, 0.2]} for n in (1, 2)]
     points.append({"system": "A", "per_class": "all", "top1": [0.3]})
     points += [{"system": "B", "per_class": n, "status": "not run"} for n in (1, 2, "all")]
-    text = markdown({"rows": [one, knn | {"seconds": 89}, waiting], "curve": points, "classes": 4})
+    text = markdown(
+        {"rows": [one, knn | {"seconds": 89}, waiting], "curve": points, "chance": 0.25}
+    )
     lines = text.splitlines()
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")
@@ -292,6 +294,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     assert code == 0 and "SimCLR, fine-tuned" in out and "supervised from scratch" in out
     stored = json.loads((run.path / "finetune.json").read_text())
     assert stored["controls"]["scratch"] == stored["rows"]["supervised from scratch"]["top1"]
+    assert stored["controls"]["chance"] == pytest.approx(1 / 3)
     code, out, _ = call("probe", run.path, "--data", pictures, "--json")
     assert code == 0 and json.loads(out)["classes"] == 3
 
@@ -307,7 +310,9 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     code, _, err = call("probe", tmp_path / "nowhere")
     assert code == 3 and "nowhere" in err and len(err.splitlines()) == 1
 
-    monkeypatch.setattr(Comparison, "make", lambda self, out: {"rows": [], "curve": [],
-                                                               "classes": self.epochs})  # fmt: skip
+    def empty(self, out):
+        return {"rows": [], "curve": [], "chance": 1 / self.epochs}
+
+    monkeypatch.setattr(Comparison, "make", empty)
     code, out, _ = call("compare", run.path, "--epochs", 5, "--out", tmp_path / "results")
     assert code == 0 and "| chance |  | none |  | 0 | 20.0% |" in out

@@ -49,6 +49,16 @@ def test_class_folders(pictures):
     assert sorted(rows) == list(range(120))
 
 
+def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
+    dataset = open_dataset(pictures, 16)
+    pixels = [image.tobytes() for image in dataset.images]
+    rows = [[pixels.index(image.tobytes()) for image in dataset.sample(n)] for n in (5, 24, 999)]
+    assert sorted(rows[2]) == dataset.split("pretrain").tolist()
+    assert rows[1] == rows[2][:24] and rows[0] == rows[1][:5]
+    assert np.bincount(dataset.labels[rows[1]], minlength=3).min() >= 4
+    assert dataset.sample(5).tobytes() == open_dataset(pictures, 16).sample(5).tobytes()
+
+
 def test_small_classes(tmp_path):
     for name, count in (("one", 1), ("two", 2), ("three", 3), ("eight", 8)):
         for i in range(count):

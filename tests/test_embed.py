@@ -14,7 +14,8 @@ from minisimclr import doctor, embed
 from minisimclr.augment import center_view
 from minisimclr.cli import group
 from minisimclr.errors import ConfigError, DataError
-from minisimclr.train import pretrain
+from minisimclr.report import facts
+from minisimclr.train import pretrain, quiet
 from minisimclr.weights import Preprocessing
 
 
@@ -69,10 +70,21 @@ def test_what_takes_long_tells_how_far_it_is(run, pictures, monkeypatch):
 def test_the_random_control_has_batch_norm_statistics_of_the_data(pictures):
     dataset, preprocessing = ms.data.open_dataset(pictures, 20), Preprocessing(16)
     net = embed.calibrated(ms.nn.resnet10(width=4), preprocessing, dataset)
-    images = preprocessing(dataset.images[dataset.split("pretrain")[: embed.BATCH]])
+    images = preprocessing(dataset.sample(embed.BATCH))
     seen = ms.nn.resnet10(width=4).conv1(ms.Tensor(images)).data
     np.testing.assert_allclose(net.bn1.running_mean, seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
     assert not net.training
+
+
+def test_control_and_trained_network_are_calibrated_alike(run, pictures):
+    dataset = ms.data.open_dataset(pictures, 20)
+    views = center_view(dataset.sample(256), run.config.image_size)
+    for model in (run.model, embed.control(run, dataset)):
+        seen = model.encoder.conv1(ms.Tensor(views)).data
+        np.testing.assert_allclose(model.encoder.bn1.running_mean, seen.mean((0, 1, 2)), atol=1e-5)
+    fresh = facts.read(run.path).test_h[1]
+    expected = embed.extractor(run, model, dataset)(dataset.split("test"))
+    np.testing.assert_allclose(fresh, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_kept_features_are_of_this_network_alone(pictures):
@@ -84,6 +96,27 @@ def test_kept_features_are_of_this_network_alone(pictures):
         made.append(extract(rows))
         np.testing.assert_array_equal(extract(rows), made[-1])
     assert len({features.tobytes() for features in made}) == 3
+
+
+def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
+    pictures, tmp_path, monkeypatch
+):
+    shutil.copytree(pictures, tmp_path / "here" / "photos")
+    shutil.copytree(pictures, tmp_path / "there" / "photos")
+    (tmp_path / "there" / "photos" / "blob" / "00.png").unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    config = ms.TrainConfig(data="photos", width=4, image_size=16, batch_size=16)
+    made = pretrain(config, tmp_path / "run", time_limit=0, notify=quiet)
+    assert made.config.data == str(tmp_path / "here" / "photos")
+    monkeypatch.chdir(tmp_path / "there")
+    assert call("probe", made.path).exit_code == 0
+    before = (made.path / "probe.json").read_bytes()
+    shutil.rmtree(tmp_path / "here" / "photos" / "blob")
+    for command in (["probe"], ["embed", "--out", tmp_path / "h.npy"]):
+        with pytest.raises(DataError, match=r"holds other pictures than .* name them with --data"):
+            call(*command, made.path)
+    assert call("probe", made.path, "--data", tmp_path / "here" / "photos").exit_code == 0
+    assert (made.path / "probe.json").read_bytes() == before
 
 
 def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):

@@ -277,3 +277,15 @@ def test_calibrate_gives_a_random_network_the_statistics_of_its_data():
     assert not fresh.training
     assert distance(fresh(Tensor(x)).data, batch) < 0.05  # but for biased against unbiased variance
     assert fresh.bn1.momentum == 0.1
+
+
+def test_calibrate_leaves_nothing_of_what_was_before():
+    x = rand(16, 16, 16, 3, dtype=np.float32)
+    fresh, used = ms.nn.resnet10(width=4), ms.nn.resnet10(width=4)
+    used.train()(Tensor(100 + 7 * x))
+    before = used.state_dict()
+    y = calibrate(used, x)
+    np.testing.assert_array_equal(y, calibrate(fresh, x))
+    for name, array in used.state_dict().items():
+        np.testing.assert_array_equal(array, fresh.state_dict()[name] if "running" in name else
+                                      before[name], name)  # fmt: skip

@@ -14,6 +14,7 @@ from minisimclr.probe import (
     LogisticRegression,
     Problem,
     alignment,
+    commonest,
     effective_rank,
     features,
     folds,
@@ -356,6 +357,18 @@ def test_top_5_counts_the_five_likeliest_classes():
     assert result["top1"] < result["top5"] < 1
 
 
+def test_chance_is_the_share_of_the_commonest_class():
+    """One over their number says too little where classes differ in size, or some have no test."""
+    assert commonest(np.array([7, 2, 2, 9])) == 0.5
+    labels = np.where(np.arange(120) % 8 == 1, 1, 0)  # 90 % zeros in the test, and no 2
+    labels[:6] = [0, 1, 2, 0, 1, 2]
+    seen = Colours(labels=labels)
+    result = probed(seen)
+    test = labels[seen.split("test")]
+    assert result["classes"] == 3
+    assert result["controls"]["chance"] == (test == 0).mean() > 0.7
+
+
 @pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (412, 6864)])
 def test_wilson_interval(hits, n):
     stats = pytest.importorskip("scipy.stats")
@@ -404,7 +417,7 @@ def test_probe_has_the_form_of_probe_json():
     assert result["knn"] > 0.9
     assert result["ci95"] == pytest.approx(wilson_interval(1.0, 70))
     controls = result["controls"]
-    assert controls["chance"] == pytest.approx(1 / 3)
+    assert controls["chance"] == pytest.approx(24 / 70)  # the commonest of three classes
     assert controls["pixels"] > 0.9
     assert controls["random_encoder"] < 0.6
     text = table(result)
@@ -415,7 +428,7 @@ def test_probe_has_the_form_of_probe_json():
         "raw pixels",
         "chance",
     ]
-    assert "100.0%" in text and "33.3%" in text and " 94.8% -100.0%" in text
+    assert "100.0%" in text and "34.3%" in text and " 94.8% -100.0%" in text
     result["rows"]["raw pixels"]["warning"] = "the best C, 1, is at the edge"
     assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
 

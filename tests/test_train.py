@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import checkpoint, cores
+from minisimclr.data import open_dataset
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.run import open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss
-from minisimclr.train import Plan, pretrain, quiet, resume
+from minisimclr.train import Plan, pretrain, quiet, resume, sample_views
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,19 @@ def test_lars_logs_a_trust_ratio_for_every_weight(config, tmp_path):
 
 def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
     assert content(pretrain(config, tmp_path / "again").path) == content(finished.path)
+
+
+@pytest.mark.parametrize("step", [1, 4, None])  # early, at the edge of an epoch, at the end
+def test_a_checkpoint_has_the_batch_norm_statistics_of_its_weights(
+    step, finished, config, tmp_path
+):
+    run = pretrain(config, tmp_path / "run", notify=Stop(step)) if step else finished
+    views = sample_views(open_dataset(config.data, 20), config.image_size)
+    model = open_run(run.path)[0].model
+    seen = model.encoder.conv1(ms.Tensor(views)).data.mean((0, 1, 2))
+    np.testing.assert_allclose(model.encoder.bn1.running_mean, seen, rtol=1e-4, atol=1e-6)
+    seen = model.head.linear1(ms.Tensor(model.encode(views))).data.mean(0)
+    np.testing.assert_allclose(model.head.bn1.running_mean, seen, atol=0.01 * np.ptp(seen))
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])  # warming up, at the edge of an epoch, within one

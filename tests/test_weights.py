@@ -336,7 +336,7 @@ def test_a_run_is_exported(tmp_path, capsys):
     assert "a.pth: name it *.safetensors" in capsys.readouterr().err
     run = new_run(path, config)
     run.step = 7
-    run.save("data")
+    run.save()
     cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"])
     encoder, preprocessing = weights.encoder(tmp_path / "a.safetensors")
     assert_state(encoder, run.model.encoder.state_dict())

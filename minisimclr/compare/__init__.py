@@ -21,7 +21,7 @@ from ..data import Dataset
 from ..errors import DataError, DivergedError
 from ..files import file_sha256, write_bytes
 from ..finetune import finetune
-from ..probe import Extract, by_class, labelled_and_test, measure, wilson_interval
+from ..probe import Extract, by_class, commonest, labelled_and_test, measure, wilson_interval
 from ..run import Run
 from ..train import Notify, quiet
 from ..weights.names import TENSORFLOW
@@ -128,7 +128,7 @@ class Comparison:
     ) -> dict[str, Any]:
         """results.json as far as it is made."""
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
-        results |= {"rows": [], "curve": []}
+        results |= {"chance": commonest(self.dataset.labels[self.test]), "rows": [], "curve": []}
         for part in parts:
             state = {"status": "not run", "warning": reasons.get(part.key, "")}
             results[part.table] += done.get(part.key, [about | state for about in part.rows])
@@ -239,7 +239,7 @@ class Comparison:
         rows = [{"system": name, "per_class": n or "all"} for name in names for n in BUDGETS]
 
         def make() -> list[Row]:
-            models = self.run.model, embed.control(self.run, self.dataset, self.view)
+            models = self.run.model, embed.control(self.run, self.dataset)
             extracts = [embed.extractor(self.run, m, self.dataset, self.view) for m in models]
             extracts += [self.features(self.inception)] if self.inception else []
             made: list[Row] = []

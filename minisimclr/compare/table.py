@@ -22,7 +22,7 @@ def markdown(results: dict[str, Any]) -> str:
         took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
         shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
         lines.append([*about, f"{each['labels']:,}", *shown])
-    lines.append(["chance", "", "none", "", "0", f"{1 / results['classes']:.1%}", "", "", ""])
+    lines.append(["chance", "", "none", "", "0", f"{results['chance']:.1%}", "", "", ""])
     systems = dict.fromkeys(each["system"] for each in results["curve"])
     budgets = dict.fromkeys(str(each["per_class"]) for each in results["curve"])
     curve = [["labels per class", *budgets], ["---"] * (1 + len(budgets))]

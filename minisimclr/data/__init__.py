@@ -26,6 +26,7 @@ from .source import SPLITS, Job, Options, Plan, Source
 
 __all__ = ["Dataset", "Options", "batches", "cache_path", "open_dataset", "prepare", "prepared"]
 
+BUILT_IN = "toydogs", "stanford-dogs"  # every other name is a path
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)
 DEFAULTS = Options()
@@ -64,14 +65,10 @@ def open_dataset(
 
 
 def prepare(
-    name_or_path: str | Path,
-    image_size: int | None = None,
-    options: Options = DEFAULTS,
-    progress: Progress | None = None,
-    archives: stanford_dogs.Archives | None = None,
-    url: str | None = None,
-    allow_unverified: bool = False,
-) -> Dataset:
+    name_or_path: str | Path, image_size: int | None = None, options: Options = DEFAULTS,
+    progress: Progress | None = None, archives: stanford_dogs.Archives | None = None,
+    url: str | None = None, allow_unverified: bool = False,
+) -> Dataset:  # fmt: skip
     """Build the cache of a data set with these options, unless the one there is just so; open it.
 
     The last three are for stanford-dogs: `archives` (images, lists, annotation) that need no
@@ -144,7 +141,8 @@ def find(name_or_path: str | Path, options: Options) -> Source:
             raise ConfigError("toydogs has no boxes, no bad pictures and a fixed split")
         return Source("toydogs", toydogs.VERSION, plan_toydogs)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder, nor one of the data sets toydogs, stanford-dogs")
+        names = ", ".join(BUILT_IN)
+        raise DataError(f"{root}: no such folder, nor one of the data sets {names}")
     if archives := stanford_dogs.in_folder(root):
         stats = [(path.name, path.stat()) for path in archives.values()]
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -172,17 +170,15 @@ def cache_folder() -> Path:
 
 def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple[Path, int]:
     """Where the cache of a data set belongs, and its side S; a cache file belongs where it is."""
-    path = Path(name_or_path)
-    stem = str(name_or_path)
-    size = DEFAULT_SIZE if image_size is None else image_size
-    if stem == "toydogs" and image_size is None:
-        size = toydogs.IMAGE_SIZE
+    path, stem = Path(name_or_path), str(name_or_path)
+    default = toydogs.IMAGE_SIZE if stem == "toydogs" else DEFAULT_SIZE
+    size = default if image_size is None else image_size
     if size not in SIZES:
         raise ConfigError(
             f"pictures cannot be stored with {size} px: choose {SIZES[0]} to {SIZES[-1]} "
             "(training views have 4/5 of that)"
         )
-    if stem not in ("toydogs", "stanford-dogs"):
+    if stem not in BUILT_IN:
         if path.is_file():
             return path, size
         place = path.resolve()

@@ -29,7 +29,7 @@ import numpy as np
 from ..cores import available_cores
 from ..errors import DataError, OutputError
 from ..files import publish
-from .source import SPLITS, Job, Options, Plan
+from .source import SPLITS, Job, Options, Plan, choose
 from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
@@ -38,6 +38,7 @@ CHUNK = 128  # pictures in a message to a worker, at most
 CHUNKS = 50  # messages, at least, if there are as many pictures: progress should be seen
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
+SAMPLE = 2**32  # the stream that `sample` draws from; those below belong to classes
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -61,6 +62,10 @@ class Dataset:
     def split(self, name: str) -> np.ndarray:
         """Indices (int64, increasing) of the pictures in pretrain, labelled or test."""
         return np.flatnonzero(self.splits == SPLITS.index(name))
+
+    def sample(self, count: int) -> np.ndarray:
+        """`count` pictures (n, S, S, 3) of pretrain, at random but always the same; or all."""
+        return self.images[choose(self.split("pretrain"), count, stream=SAMPLE)]
 
     @property
     def options(self) -> Options:

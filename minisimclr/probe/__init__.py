@@ -164,14 +164,15 @@ def labelled_and_test(
     return (train if labels is None else train[stratified(y[train], labels, seed)]), test
 
 
+def commonest(y: np.ndarray) -> float:
+    """The share of the commonest of the labels y: what the same answer to all is worth, at best."""
+    return float(np.unique(y, return_counts=True)[1].max() / len(y))
+
+
 def probe(
-    dataset: Any,
-    name: str,
-    extract: Extract,
-    fresh: Extract,
-    labels: int | None = None,
+    dataset: Any, name: str, extract: Extract, fresh: Extract, labels: int | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Accuracy of an encoder beside its controls, in the form of probe.json.
 
     name: of the row. fresh: the same network with random weights, and batch norm statistics of
@@ -189,10 +190,9 @@ def probe(
         system: measure(made(train), y[train], made(test), y[test], seed)
         for system, made in systems.items()
     }
-    K = len(dataset.class_names)
-    controls = {"chance": 1 / K, "pixels": rows["raw pixels"]["top1"]}
+    controls = {"chance": commonest(y[test]), "pixels": rows["raw pixels"]["top1"]}
     controls["random_encoder"] = rows["random encoder"]["top1"]
-    counts = {"labels": len(train), "test": len(test), "classes": K}
+    counts = {"labels": len(train), "test": len(test), "classes": len(dataset.class_names)}
     return {**rows[name], **counts, "controls": controls, "rows": rows}
 
 

@@ -22,9 +22,9 @@ from ..files import locked, write_bytes
 from ..probe import features, stratified
 from ..profile import profile
 from ..run import Run, new_run, open_run, read_config
-from ..simclr import Model, calibrate
+from ..simclr import Model
 from ..tensor import Tensor, no_grad
-from ..train import MONITORED, Plan, draw, open_training_data, quiet
+from ..train import Plan, draw, open_training_data, quiet, sample_views
 from .page import Missing
 
 MOST = 1200  # test pictures that are looked at
@@ -121,8 +121,7 @@ class Facts:
     def test_h(self) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, D) of the test rows, by the trained network and by the fresh one."""
         data, run, size = self.need("dataset"), self.need("run"), self.config.image_size
-        sample = np.asarray(data.images[data.split("pretrain")[:MONITORED]])
-        calibrate(self.fresh.encoder, augment.center_view(sample, size))
+        self.fresh.calibrate(sample_views(data, size))
         models = (run.model, self.fresh)
         both = [features(m.encode, data.images, self.test_rows, size) for m in models]
         return both[0], both[1]
@@ -182,14 +181,14 @@ def read(path: Path) -> Facts:
         facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            run, state = open_run(path)
+            run, _ = open_run(path)
     except (DataError, ConfigError, OSError) as error:
         facts.missing.append(f"{error}.")
         return facts
     facts.missing += [str(note.message) for note in notes]
     if not run.step:
         facts.missing.append("There is no checkpoint yet.")
-    elif state["data"] != facts.dataset.fingerprint:
+    elif run.data != facts.dataset.fingerprint:
         facts.missing.append("The data set has changed since this run: its pictures are left out.")
         facts.dataset, facts.total = None, 0
     else:

@@ -15,7 +15,6 @@ from .page import Missing, told
 
 FAULT, WARNING, GOOD = LEVELS = ("fault", "warning", "good")
 HEADLINES = {FAULT: "Broken", WARNING: "Look here", GOOD: "Healthy"}
-SETTLED = 50  # steps after which running statistics are those of the data, to 1 %
 ENOUGH = 200  # test pictures that tell a probe without any skill from a weak one
 SAME = 2e-3  # relative difference of two losses that rounding on another machine may make
 
@@ -147,8 +146,7 @@ def collapse(facts: Facts) -> Finding | None:
     rank, spread = last["effective_rank"], last["uniformity"]
     said = f"Its features have an effective rank of {rank:.2f} (1: all on one line); uniformity of "
     said += f"the embeddings is {spread:.2f} (0: all equal)."
-    # Running statistics start at 0 and 1: in the first steps they, not weights, join embeddings.
-    return Finding(FAULT, said) if rank < 2 or (spread > -0.3 and last["step"] >= SETTLED) else None
+    return Finding(FAULT, said) if rank < 2 or spread > -0.3 else None
 
 
 def labels(facts: Facts) -> Finding | None:
