@@ -46,15 +46,9 @@ class Views:
 
 
 def draw_views(
-    seed: int,
-    step: int,
-    n: int,
-    height: int,
-    width: int,
-    strength: float = 0.5,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    stream: int = 1,
-) -> Views:
+    seed: int, step: int, n: int, height: int, width: int, strength: float = 0.5,
+    crop_scale: tuple[float, float] = (0.08, 1.0), stream: int = 1,
+) -> Views:  # fmt: skip
     """Draw the parameters of both views of a batch of n images of height x width px.
 
     A crop shows a share of the image's area drawn from U(crop_scale) at an aspect ratio from

@@ -34,7 +34,9 @@ def first_layers(stem: str, encoder: str, image_size: int) -> str:
 class TrainConfig:
     """Settings of `pretrain`. Raises ConfigError that lists every bad value."""
 
-    data: str = setting("toydogs", "toydogs, stanford-dogs, or the path of a folder or cache")
+    data: str = setting(
+        "toydogs", "pictures: toydogs, stanford-dogs, or the path of a folder or cache"
+    )
     encoder: str = setting("resnet_small", "network to train", choices=ENCODERS)
     stem: str = setting(
         "auto",
@@ -92,6 +94,8 @@ def _problem(f: Any, value: Any) -> str | None:
         return f"{f.name} must be a finite number, not {value}"
     if f.type is float and low is not None and value <= low:
         return f"{f.name} must be greater than {low}, not {value}"
+    if f.type is int and value >= 2**63:
+        return f"{f.name} must be less than 2**63, not {value}"
     if f.type in (int, float) and value < (low or 0):
         return f"{f.name} must be at least {low or 0}, not {value}"
     return None

@@ -34,6 +34,7 @@ def open_trained(path: Path, device: str | None = None) -> Run:
     """
     run, _ = open_run(path)
     run.config = replace(run.config, device=device or run.config.device)
+    set_threads(run.config.threads)
     if not run.step:
         raise DataError(f"{path} has no checkpoint yet: train it first")
     return run
@@ -91,7 +92,6 @@ def probe_run(
     notify: Notify = quiet,
 ) -> dict[str, Any]:  # fmt: skip
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
-    set_threads(run.config.threads)
     models = run.model, control(run, dataset)
     trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
     return probe(dataset, "SimCLR", trained, fresh, labels)

@@ -16,7 +16,6 @@ import numpy as np
 
 from .augment import crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
-from .cores import set_threads
 from .data import Dataset, batches
 from .data.cache import Progress
 from .errors import DataError, DivergedError
@@ -155,7 +154,6 @@ def finetune(
     In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
     DataError, DivergedError.
     """
-    set_threads(run.config.threads)
     device, _ = choose_device(run.config.device)
     split = labelled_and_test(dataset, labels, seed)
     size = run.config.image_size

@@ -29,6 +29,8 @@ from .files import sync, write_bytes
 from .optim import LARS, SGD
 from .simclr import Model
 
+STOPPING = b"\nstopping after this step, saving its state (once more to stop at once)\n"
+
 
 @dataclass
 class Run:
@@ -90,7 +92,8 @@ def read_config(path: Path) -> TrainConfig:
         entries = json.loads((path / "config.json").read_text())
         return TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a run folder ({error})") from error
+        reason = f"config.json: {getattr(error, 'strerror', None) or error}"
+        raise DataError(f"{path}: not a run folder ({reason})") from error
 
 
 def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
@@ -151,6 +154,7 @@ def stop_signals() -> Iterator[dict[str, str]]:
 
     def handle(number: int, frame: Any) -> None:
         note["signal"] = signal.Signals(number).name
+        os.write(2, STOPPING)  # in a handler print may meet itself
         for s, handler in before.items():
             signal.signal(s, handler)
 

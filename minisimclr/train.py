@@ -170,7 +170,7 @@ def train(
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
     mark = 0.0  # when the step before was read
-    first = run.step
+    first, warned = run.step, False
     with (
         np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
         stop_signals() as stop,
@@ -196,7 +196,7 @@ def train(
             line |= {"chance": chance_loss(n), "lr": optimizer.lr}
             timing = {"step": run.step, "seconds": 0.0, "data_wait": waited}
             open_steps.append((step, line, timing))
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline and run.step < plan.total:
                 run.stopped = "time limit"
             run.stopped = stop.get("signal", run.stopped)
             last = end_of_epoch or run.stopped
@@ -225,13 +225,14 @@ def train(
                 means = {"mean_loss": mean, "mean_accuracy": accuracy, "data_wait": waited}
                 means |= {"seconds": seconds, "views_per_second": 2 * n / seconds}
                 notify("epoch", line | means | {"epochs": config.epochs})
-                if run.step > plan.warmup and mean > chance_loss(n) - 0.01:
+                if run.step > plan.warmup and mean > chance_loss(n) - 0.01 and not warned:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
+                    warned = True
 
 
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is not below its chance line ln(2N-1) = {:.3f}: the model tells images "
+    "the loss ({:.3f}) is hardly below its chance line ln(2N-1) = {:.3f}: the model tells images "
     "apart no better than guessing. Early on that is normal; later, look for a learning rate of "
     "zero or far too high, too high a temperature, or collapse"
 )

@@ -168,4 +168,4 @@ def test_command_line(pictures, tmp_path, monkeypatch, capsys):
     assert values["imagenet_weights"] and "20 px enlarged to 299 px" in values["features"]
     assert len(values["trials"]) == 2
     code, _, err = run()
-    assert code == 2 and "--weights FILE, or --random" in err
+    assert code == 2 and "--weights FILE or, for the control, --random" in err

@@ -12,12 +12,14 @@ import time
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import minisimclr
+from minisimclr.cli import main
 from minisimclr.cli.display import Display
 from minisimclr.config import TrainConfig
 
@@ -97,7 +99,7 @@ def test_a_damaged_checkpoint_is_a_line_of_warning(trained, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
 def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "my run"
     command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
@@ -106,9 +108,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130, said
-    assert f"minisimclr train --resume {out}" in said
-    assert "Traceback" not in said
+    assert f"minisimclr train --resume '{out}'" in said  # to be copied, blanks and all
+    assert "Traceback" not in said and "stopping after this step, saving its state" in said
     assert list((out / "checkpoints").glob("step-*.h5"))
+
+
+def test_help_tells_of_every_command_in_a_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("--help").stdout.splitlines()[1:]
+    assert max(map(len, lines)) <= 80 and not any(line.endswith("...") for line in lines)
 
 
 def test_a_terminal_gets_a_bar(pictures, tmp_path):
@@ -181,13 +189,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--temperature", "-1"], 2, "temperature"),
         (["--temperature", "nan"], 2, "temperature"),
         (["--lr", "fast"], 2, "fast"),
+        (["--seed", "9223372036854775808"], 2, "less than 2"),
         (["--colour", "red"], 2, "--colour"),
         (["--config", "nonexistent.toml"], 2, "nonexistent.toml"),
         (["--config", "{typo}"], 2, "did you mean 'temperature'"),
         (["--config", "{torn}"], 2, "torn.toml"),
         (["--out", "{exists}"], 2, "exists already"),
         (["--out", "{torn}/run"], 4, r"cannot write to .*torn\.toml.run"),
-        (["--resume", "nonexistent"], 3, "nonexistent"),
+        (["--resume", "nonexistent"], 3, r"nonexistent: not a run folder \(config.json: No such"),
         (["--resume", "{empty}", "--lr", "1"], 2, "--resume"),
         (["--time-limit", "soon"], 2, "soon"),
         (["--image-size", "900"], 2, "1125"),
@@ -346,6 +355,10 @@ def test_a_reader_that_leaves_is_no_error():
 def test_profile_of_nothing_is_refused(tmp_path):
     for flag in ("--image-size", "--batch-size", "--steps", "--threads"):
         fails(2, "must be at least", "profile", flag, -1)
+    (tmp_path / "file").touch()  # seen before anything is measured
+    with patch("minisimclr.profile.profile") as measured, pytest.raises(SystemExit) as exit:
+        main(["profile", "--trace", str(tmp_path / "file" / "trace.json")])
+    assert exit.value.code == 4 and not measured.called
 
 
 def test_profile(tmp_path):

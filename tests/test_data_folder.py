@@ -59,6 +59,13 @@ def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
     assert dataset.sample(5).tobytes() == open_dataset(pictures, 16).sample(5).tobytes()
 
 
+def test_a_sample_without_pretrain_is_of_what_there_is(tmp_path):
+    for i in range(3):
+        save(tmp_path / "a" / f"{i}.png", 50 * i)
+    dataset = prepare(tmp_path, 16, Options(labels_per_class=2))
+    assert not len(dataset.split("pretrain")) and len(dataset.sample(9)) == 3
+
+
 def test_small_classes(tmp_path):
     for name, count in (("one", 1), ("two", 2), ("three", 3), ("eight", 8)):
         for i in range(count):
@@ -120,6 +127,7 @@ def test_what_does_not_count(tmp_path, capsys):
         ([], "holds no pictures"),
         (["a/x.gif", "notes.txt"], "holds no pictures"),
         (["a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+        (["Train/a/x.png", "test/a/x.png"], "holds Train and test, which are no classes: name one"),
     ],
 )
 def test_folders_that_are_no_data_set(tmp_path, contents, reason):
@@ -248,6 +256,8 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     first = open_dataset(pictures).images[0]
     np.testing.assert_array_equal(pixels[:80, 150:230], first)
     assert run(capsys, "data", "info", pictures, "--sheet", figures / "sheet.png")[0] == 4
+    assert run(capsys, "data", "info", pictures, "--sheet", tmp_path / "a.jpg")[0] == 2
+    assert not (tmp_path / "a.jpg").exists()
     assert run(capsys, "data", "prepare", pictures, "--crop", "left")[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--labels-per-class", 0)[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--crop", "boxes")[0] == 2

@@ -142,6 +142,19 @@ def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):
     assert content(tmp_path / "run") == content(finished.path)
 
 
+def test_a_time_limit_that_ends_with_the_last_step_stops_nothing(finished, config, tmp_path):
+    class Clock:
+        now = 0.0
+
+        def __call__(self, event, values):
+            self.now = 100.0 * (event == "step" and values["step"] >= finished.step - 1)
+
+    clock = Clock()
+    with patch("minisimclr.train.time.monotonic", lambda: clock.now):
+        run = pretrain(config, tmp_path / "run", time_limit=50, notify=clock)
+    assert (run.step, run.stopped) == (finished.step, "")
+
+
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = content(finished.path)
     assert resume(finished.path).step == finished.step
@@ -278,9 +291,10 @@ def test_divergence_keeps_the_last_good_state(config, tmp_path):
 
 def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     heard = []
-    flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 2})
+    flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 4})
     pretrain(flat, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
-    assert any(event == "warning" and "chance line" in v["text"] for event, v in heard)
+    warnings = [v["text"] for event, v in heard if event == "warning"]
+    assert len(warnings) == 1 and "chance line" in warnings[0]  # and not one an epoch
 
 
 def test_an_epochs_line_is_about_all_its_steps(config, tmp_path):

@@ -45,8 +45,8 @@ def group() -> None:
     """SimCLR from scratch on NumPy and CuPy.
 
     \b
-    minisimclr train                          learn from cartoon dogs in minutes, without a GPU
-    minisimclr train --data DIR --epochs 50   the same on a folder of your own pictures
+    minisimclr train              learn from cartoon dogs, minutes without a GPU
+    minisimclr train --data DIR   the same on a folder of your own pictures
     """
 
 

@@ -24,12 +24,15 @@ def baseline(
     weights: Path | None, random: bool, data: str, image_size: int | None, block: str, trials: int,
     epochs: int, seed: int, device: str, json_file: str | None,
 ) -> None:  # fmt: skip
-    """Dense layers with dropout, tuned by random search, on pictures enlarged to 299 px."""
+    """Tune dense layers on frozen InceptionV3 features.
+
+    They have dropout, the search is random, and pictures are enlarged to 299 px.
+    """
     from .. import baseline as dense
     from ..data import open_dataset
 
     if (weights is None) != random:
-        raise ConfigError("give --weights FILE, or --random for the control")
+        raise ConfigError("give either --weights FILE or, for the control, --random")
     with Display() as progress:
         dataset = open_dataset(data, image_size, progress.on_prepare)
         extract = dense.inception(dataset, weights, block, device, progress.notify)

@@ -26,9 +26,10 @@ def compare(
     run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
     epochs: int, view: int | None, device: str | None, out: Path, json_file: str | None,
 ) -> None:  # fmt: skip
-    """Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 on the same images and labels, with controls.
+    """Put three systems and their controls in one table.
 
-    Parts are kept in results.json and not made again; those without their input are "not run".
+    Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 get the same images and labels. Parts are kept in
+    results.json and not made again; those without their input are "not run".
     """
     from .. import compare as library
     from .. import embed

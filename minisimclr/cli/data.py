@@ -8,7 +8,7 @@ import click
 
 from ..files import write_bytes
 from .display import Display
-from .options import json_option, write_json
+from .options import SHEET, json_option, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
@@ -18,7 +18,10 @@ SPLITS = ("pretrain", "labelled", "test")
 
 @click.group()
 def data() -> None:
-    """Prepare, check and show data sets: toydogs, stanford-dogs, or a folder of pictures."""
+    """Prepare, check and show data sets.
+
+    They are toydogs, stanford-dogs, and folders of pictures.
+    """
 
 
 @data.command()
@@ -66,7 +69,7 @@ def verify(name, image_size, json_file) -> None:
 @data.command()
 @NAME
 @SIZE
-@click.option("--sheet", type=FILE, metavar="FILE.png", help="Draw sample pictures of each class.")
+@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw sample pictures of each class.")
 @json_option
 def info(name, image_size, sheet, json_file) -> None:
     """Show what a prepared data set holds and where it lies."""

@@ -8,9 +8,10 @@ from .options import json_option, write_json
 @click.command()
 @json_option
 def doctor(json_file: str | None) -> int:
-    """Check versions, devices, caches and disk, then test gradients and training for seconds.
+    """Tell whether this installation is sound.
 
-    The exit code is 3 if something is wrong.
+    Versions, devices, caches and disk are looked at, gradients and training tried for seconds. The
+    exit code is 3 if something is wrong.
     """
     from ..doctor import examine
 

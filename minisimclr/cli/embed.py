@@ -8,7 +8,7 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import DEVICE, json_option, write_json
+from .options import DEVICE, SHEET, json_option, write_json
 
 FILE = click.Path(path_type=Path)
 RUN = click.argument("run", type=FILE)
@@ -20,10 +20,10 @@ RUN = click.argument("run", type=FILE)
 @click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="To write.")
 @DEVICE
 def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
-    """Write the features that RUN's encoder gives the pictures of PATH (default: its own data).
+    """Write the features that RUN's encoder gives to pictures.
 
-    PATH is a folder or the name of a data set. A .npy file holds the features (n, D) alone, in the
-    order of the data set; an .h5 file also file_names and labels.
+    PATH, if not the run's own data, is a folder or the name of a data set. A .npy file holds the
+    features (n, D) alone, in the order of the data set; an .h5 file also file_names and labels.
     """
     from .. import embed as library
 
@@ -43,14 +43,14 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
 @click.option("--data", help="Search here and not in the run's own data: a name or a folder.")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
-@click.option("--sheet", type=FILE, metavar="FILE.png", help="Draw them, too.")
+@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too.")
 @DEVICE
 @json_option
 def neighbors(
     run: Path, images: tuple[Path, ...], data: str | None, count: int, sheet: Path | None,
     device: str | None, json_file: str | None,
 ) -> None:  # fmt: skip
-    """Find the pictures that RUN's encoder takes to be most like each IMAGE."""
+    """Find the pictures that RUN's encoder finds most like IMAGE."""
     import numpy as np
 
     from .. import embed as library

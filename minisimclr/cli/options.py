@@ -32,26 +32,29 @@ class Duration(click.ParamType):
         return float(3600 * hours + 60 * minutes + seconds)
 
 
-class JsonFile(click.Path):
-    """A FILE to write that ends in .json: of `--json PICTURE` the picture is no such thing."""
+class Named(click.Path):
+    """A file to write whose name must end so: of `--json PICTURE` the picture is no such thing."""
+
+    def __init__(self, suffix: str, **options: Any):
+        super().__init__(dir_okay=False, **options)
+        self.suffix = suffix
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value != "-" and not str(value).endswith(".json"):
-            self.fail(f"{value!r} must end in .json", param, ctx)
+        if not (str(value).lower().endswith(self.suffix) or (self.allow_dash and value == "-")):
+            self.fail(f"{str(value)!r} must end in {self.suffix}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+SHEET = Named(".png", path_type=Path)
 
 
 def json_option(function: Any) -> Any:
     """--json [FILE]: figures as JSON, to standard output or a file."""
     return click.option(
-        "--json",
-        "json_file",
-        is_flag=False,
-        flag_value="-",
-        type=JsonFile(dir_okay=False, allow_dash=True),
-        metavar="[FILE]",
+        "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]",
+        type=Named(".json", allow_dash=True),
         help="Print the figures as JSON, or write them to FILE, which ends in .json.",
-    )(function)
+    )(function)  # fmt: skip
 
 
 def write_json(json_file: str | None, values: Any) -> bool:

@@ -25,8 +25,10 @@ def probe(
     path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int | None,
     view: int | None, block: str | None, device: str | None, json_file: str | None,
 ) -> None:  # fmt: skip
-    """Fit a linear classifier to the frozen features of a RUN, or of published WEIGHTS, and test
-    it once.
+    """Tell what the features of a RUN or of WEIGHTS are worth.
+
+    A linear classifier is fitted to the frozen features of labelled images and tested once, beside
+    the same on random features and on pixels.
     """
     from .. import embed
 

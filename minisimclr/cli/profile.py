@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ..config import TrainConfig
+from ..files import require_writable
 from .options import json_option, write_json
 
 FIELDS = TrainConfig.__dataclass_fields__
@@ -23,12 +24,15 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace.")
 @json_option
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
-    """Time a training step, then each of its operations against this machine's roofline.
+    """Time a training step and each of its operations.
 
-    An operation may pass the roof where it multiplies less than is counted, as Winograd's does.
+    They are set beside this machine's roofline. An operation may pass the roof where it multiplies
+    less than is counted, as Winograd's does.
     """
     from .. import profile as profiling
 
+    if trace:
+        require_writable(trace)
     result = profiling.profile(**settings, thread_count=threads)
     if trace:
         profiling.write_trace(result, trace)

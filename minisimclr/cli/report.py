@@ -16,9 +16,9 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--out", type=PAGE, help="Page to write.  [default: RUN/report.html]")
 @json_option
 def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
-    """Show what a run has learned and what is wrong with it; or compare several.
+    """Show what a run has learned and what is wrong with it.
 
-    The page of several runs is comparison.html unless --out says otherwise.
+    Several runs are compared, on a page that is comparison.html unless --out says otherwise.
     """
     from .. import report as pages
 
@@ -44,7 +44,10 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of weights and views.")
 @click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
 def walkthrough(data: str, images: int, seed: int, out: Path) -> None:
-    """Show one step of SimCLR line by line, with its real numbers and its code."""
+    """Show one step of SimCLR line by line, with its numbers.
+
+    The page has the code beside what each line of it makes of a batch of pictures.
+    """
     from ..data import open_dataset
     from ..report import build_walkthrough
 

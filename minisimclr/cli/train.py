@@ -1,6 +1,7 @@
 """minisimclr train: settings from flags, environment and files; a bar; the probe's table."""
 
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 @click.option("--dry-run", is_flag=True, help="Show settings, sizes and an estimate; write no run.")
 @click.pass_context
 def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
-    """Pre-train an encoder without labels, then show what it learned beside its controls."""
+    """Pre-train an encoder without labels and show what it learned.
+
+    The last is a linear probe of its features, beside controls that have learned nothing.
+    """
     from .. import train as training
     from .display import Display
 
     given = {n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     if resume and (given - {"device"} or out or config or preset or dry_run):
-        raise ConfigError("--resume keeps all settings, epochs too: --time-limit and --device fit")
+        raise ConfigError("a run keeps its settings: --resume takes --time-limit and --device only")
     with Display() as display:
         how: Any = {"time_limit": time_limit, "notify": display.notify}
         if resume:
@@ -92,16 +96,17 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
             if dry_run:
                 return show_plan(training.dry_run(settings, display.notify), origins)
             run = training.pretrain(settings, out, origins=origins, **how)
+    path = shlex.quote(str(run.path))
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
-        click.echo(f"{said}\n  minisimclr train --resume {run.path}", err=True)
+        click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)
     if run.stopped.startswith("SIG"):
         return {"SIGINT": 130, "SIGTERM": 143}[run.stopped]
     try:
         show_probe(run)
     except DataError as error:  # training without labels is what this is for
         click.echo(f"note: {error}", err=True)
-    click.echo(f"to see more: minisimclr report {run.path}", err=True)
+    click.echo(f"to see more: minisimclr report {path}", err=True)
     return 0
 
 

@@ -13,7 +13,10 @@ FILE = click.Path(path_type=Path)
 
 @click.group()
 def weights() -> None:
-    """Weights of PyTorch, Keras, TensorFlow and .safetensors files, and of runs."""
+    """Read files of weights, convert them, write a run's.
+
+    PyTorch's, Keras', TensorFlow's and .safetensors are read, .safetensors are written.
+    """
 
 
 @weights.command()
@@ -71,12 +74,7 @@ def export(run: Path, out: Path) -> None:
     if not opened.step:
         raise DataError(f"{run} has no checkpoint yet: train it first")
     config = opened.config
-    save(
-        opened.model.encoder,
-        out,
-        Preprocessing(config.image_size),
-        encoder=config.encoder,
-        step=str(opened.step),
-        config=json.dumps(config.to_dict()),
-    )
+    about = {"step": str(opened.step), "config": json.dumps(config.to_dict())}
+    preprocessing = Preprocessing(config.image_size)
+    save(opened.model.encoder, out, preprocessing, encoder=config.encoder, **about)
     click.echo(f"{out}: {config.encoder} at step {opened.step}")

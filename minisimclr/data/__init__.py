@@ -141,8 +141,7 @@ def find(name_or_path: str | Path, options: Options) -> Source:
             raise ConfigError("toydogs has no boxes, no bad pictures and a fixed split")
         return Source("toydogs", toydogs.VERSION, plan_toydogs)
     if not root.is_dir():
-        names = ", ".join(BUILT_IN)
-        raise DataError(f"{root}: no such folder, nor one of the data sets {names}")
+        raise DataError(f"{root}: no such folder, nor one of the data sets {', '.join(BUILT_IN)}")
     if archives := stanford_dogs.in_folder(root):
         stats = [(path.name, path.stat()) for path in archives.values()]
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -64,8 +64,13 @@ class Dataset:
         return np.flatnonzero(self.splits == SPLITS.index(name))
 
     def sample(self, count: int) -> np.ndarray:
-        """`count` pictures (n, S, S, 3) of pretrain, at random but always the same; or all."""
-        return self.images[choose(self.split("pretrain"), count, stream=SAMPLE)]
+        """`count` pictures (n, S, S, 3) of pretrain, at random but always the same; or all.
+
+        Of all splits, where there are none to train on.
+        """
+        rows = self.split("pretrain")
+        rows = rows if len(rows) else np.arange(len(self.images))
+        return self.images[choose(rows, count, stream=SAMPLE)]
 
     @property
     def options(self) -> Options:
@@ -90,8 +95,7 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
         if needed > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with publish(path) as temporary, temporary.open("w+b", 1 << 20) as file:
-            bad = fill(file, name, plan, recipe, progress)
-            if bad:
+            if bad := fill(file, name, plan, recipe, progress):
                 fill(file, name, plan.without(bad), recipe, progress)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free

@@ -15,6 +15,8 @@ from ..errors import ConfigError, DataError
 from .images import SUFFIXES, decode_file
 from .source import LABELLED, TEST, Job, Options, Plan, Source, choose
 
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")  # of others
+
 
 def source(root: Path, options: Options) -> Source:
     """The pictures below `root`, but for hidden ones. Raises DataError if there are none."""
@@ -27,6 +29,9 @@ def source(root: Path, options: Options) -> Source:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     classes = sorted({path.parts[0] for path in pictures if len(path.parts) > 1})
     loose = [path for path in pictures if len(path.parts) == 1]
+    if classes and all(name.lower() in SPLIT_NAMES for name in classes):
+        said = " and ".join(classes)
+        raise DataError(f"{root} holds {said}, which are no classes: name one of these folders")
     if classes and loose:
         raise DataError(f"{root} holds folders, but {loose[0].name!r} and maybe others are in none")
 

@@ -21,14 +21,9 @@ Batch = tuple[int, np.ndarray, np.ndarray]
 
 
 def batches(
-    images: np.ndarray,
-    indices: np.ndarray,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
+    images: np.ndarray, indices: np.ndarray, batch_size: int, seed: int, start_step: int = 0,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
     """Endless batches of images[indices] from step `start_step` on; each epoch is shuffled anew.
 
     `batch_size` counts all processes; this one gets the n = batch_size / world_size pictures of its
