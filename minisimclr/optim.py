@@ -55,12 +55,9 @@ class SGD:
     """
 
     def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, Parameter]],
-        lr: float,
-        momentum: float = 0.9,
+        self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, momentum: float = 0.9,
         weight_decay: float = 0.0,
-    ):
+    ):  # fmt: skip
         self.parameters = dict(named_parameters)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
@@ -109,13 +106,9 @@ class LARS(SGD):
     """
 
     def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, Parameter]],
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-6,
-        eeta: float = 0.001,
-    ):
+        self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, momentum: float = 0.9,
+        weight_decay: float = 1e-6, eeta: float = 0.001,
+    ):  # fmt: skip
         super().__init__(named_parameters, lr, momentum, weight_decay)
         self.eeta = eeta
         self.trust: dict[str, Array] = {}  # last ratio of each weight, to look at

@@ -64,8 +64,9 @@ def pretrain(
     nobody. Raises ConfigError, DataError, OutputError, and DivergedError where the loss stops being
     a number.
     """
-    out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
-    if out.exists():
+    ours = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
+    out = out or ours
+    if out != ours and out.exists():
         way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
         raise ConfigError(f"{out} exists already: name another --out{way}")
     with backend.precision(config.precision, choose_device(config.device)[0]):
@@ -74,6 +75,8 @@ def pretrain(
     if config.data not in BUILT_IN:  # the run will be used from other folders as well
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
+    if out == ours and out.exists():  # another run began in the same second
+        out = out.with_name(f"{out.name}-{os.getpid()}")
     make_run_folder(out, config, origins or {})
     return resume(out, time_limit=time_limit, notify=notify, dataset=dataset)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
 from unittest.mock import patch
 
 import hypothesis
@@ -140,6 +142,21 @@ def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):
     assert run.step == 1
     resume(tmp_path / "run")
     assert content(tmp_path / "run") == content(finished.path)
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_path, monkeypatch):
+    class Now:
+        @staticmethod
+        def now():
+            return datetime(2026, 5, 4, 3, 2, 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minisimclr.train.datetime", Now)
+    first, second = (pretrain(config, time_limit=0, notify=quiet).path for _ in range(2))
+    assert first == Path("runs/20260504-030201-resnet_small")
+    assert second.parent == first.parent and second.name.startswith(f"{first.name}-")
+    with pytest.raises(ConfigError, match="exists already"):
+        pretrain(config, second, notify=quiet)
 
 
 def test_a_time_limit_that_ends_with_the_last_step_stops_nothing(finished, config, tmp_path):
