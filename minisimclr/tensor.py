@@ -138,9 +138,9 @@ class Parameter(Tensor):
 class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 
-    `backward` returns the gradient of each input (a tuple, or one array for one input), None where
-    `self.needs[i]` is false. Both may write only into arrays they have allocated themselves:
-    inputs, `gy` and saved arrays belong to others as well.
+    `backward` returns the gradient of each input (a tuple, or one array for one input); where
+    `self.needs[i]` is false it may save the work and return None. Both may write only into arrays
+    they have allocated themselves: inputs, `gy` and saved arrays belong to others as well.
     """
 
     # Who made each input; the input, if it is a leaf; None if it needs no gradient.
@@ -206,7 +206,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
                 f"{type(function).__name__}: gradient {gx.shape} of an input of shape {shape}"
             )
             if isinstance(parent, Tensor):  # whose gradient is its own, to write into
-                gx = gx.copy() if memory_of(gx) == shared else gx
+                gx = gx.astype(parent.dtype, copy=memory_of(gx) == shared or 0 in gx.strides)
                 parent.grad = gx if parent.grad is None else parent.grad + gx
                 continue
             if parent in owned:

@@ -211,6 +211,15 @@ def test_pooling(pool, kernel, stride, padding):
     np.testing.assert_allclose(ours.grad, tx.grad.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("pool", [max_pool, average_pool])
+def test_pooling_that_does_not_fit_is_refused(pool):
+    with pytest.raises(ValueError, match=r"kernel \(5, 3\) exceeds images \(2, 4, 4, 1\) padded"):
+        pool(Tensor(np.ones((2, 4, 4, 1))), (5, 3), 1)
+    with pytest.raises(ValueError, match="256 pixels is too large"):
+        max_pool(Tensor(np.ones((2, 16, 16, 1))), 16, 1)
+    assert max_pool(Tensor(np.ones((2, 15, 17, 1))), (15, 17), 1).shape == (2, 1, 1, 1)
+
+
 def test_pooling_with_more_padding_at_the_end():
     """TensorFlow's SAME for 3/2 windows on an even side: nothing before, one pixel after."""
     x = randn(2, 6, 6, 3)

@@ -501,6 +501,7 @@ def test_alignment():
 
 def test_uniformity():
     assert uniformity(np.ones((9, 5))) == pytest.approx(0, abs=1e-9)
+    assert uniformity(np.zeros((9, 5))) == 0
     assert uniformity(np.array([[2.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-8)
     assert uniformity(np.eye(6)) == pytest.approx(-4)
     z = np.random.default_rng(0).normal(size=(15, 4))

@@ -90,6 +90,25 @@ def test_the_gradient_of_a_leaf_is_its_own():
         assert (leaf.grad == 2).all() and (given == 1).all()
 
 
+@pytest.mark.parametrize(
+    "fn", [lambda x: x.mean(), lambda x: x.sum(), lambda x: (x * Tensor(np.ones(4))).sum()]
+)
+def test_the_gradient_of_a_leaf_is_like_its_data(fn):
+    x = Tensor(np.ones((3, 4), np.float32), requires_grad=True)
+    fn(x).backward()
+    assert x.grad.dtype == np.float32
+    before = x.grad[0, 1]
+    x.grad[0, 0] = 7  # as clipping does: one number, and no other
+    assert x.grad[0, 1] == x.grad[2, 3] == before != 7
+
+
+def test_the_gradient_of_a_power_at_zero():
+    for p, expected in ((0, 0), (1, 1), (2, 0)):
+        x = Tensor(np.zeros(3), requires_grad=True)
+        (x**p).sum().backward()
+        np.testing.assert_array_equal(x.grad, expected)
+
+
 def test_linear_gradients():
     gradcheck(linear, randn(5, 3), randn(2, 3, seed=1), randn(2, seed=2))
     gradcheck(linear, randn(5, 3), randn(2, 3, seed=1))

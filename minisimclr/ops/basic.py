@@ -65,7 +65,7 @@ class Power(Function):
         return x**self.p
 
     def backward(self, gy):
-        return gy * (self.p * self.x ** (self.p - 1))
+        return gy * (self.p * self.x ** (self.p - 1) if self.p else 0)  # at x = 0, too
 
 
 class Exp(Function):

@@ -1,6 +1,7 @@
 """Max, average and global pooling of images (N, H, W, C)."""
 
 from functools import singledispatch
+from math import prod
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
@@ -18,6 +19,8 @@ def pads(padding: int | Padding) -> Padding:
 def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
     sizes = zip(x_shape[1:3], kernel, stride, padding, strict=True)
     height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
+    if min(height, width) < 1:
+        raise ValueError(f"pooling: kernel {kernel} exceeds images {x_shape} padded {padding}")
     return height, width
 
 
@@ -112,7 +115,12 @@ class GlobalAveragePool(Function):
 def max_pool(
     x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
 ) -> Tensor:
-    """Maximum of each window of x (N, H, W, C); padding is never the maximum."""
+    """Maximum of each window of x (N, H, W, C); padding is never the maximum.
+
+    Raises ValueError for windows of more than 255 pixels, whose places are kept in bytes.
+    """
+    if (pixels := prod(pair(kernel))) > 255:
+        raise ValueError(f"max_pool: a kernel of {pixels} pixels is too large: 255 are the most")
     return MaxPool(pair(kernel), pair(stride), pads(padding))(x)
 
 

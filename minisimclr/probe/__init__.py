@@ -223,10 +223,12 @@ def alignment(z1: Array, z2: Array) -> float:
 def uniformity(z: Array) -> float:
     """log mean exp(-2 d^2) over pairs of N >= 2 unit embeddings (N, D) (Wang & Isola 2020).
 
-    0 under collapse, about -4 when spread evenly over a sphere of many dimensions.
+    0 under collapse (to zeros as well), about -4 when spread evenly over a sphere of many
+    dimensions.
     """
     z = unit(z)
-    kernel = xp_of(z).exp(4 * (z @ z.T) - 4)  # (N, D) (D, N) -> (N, N); d^2 = 2 - 2 cos
+    square = (z * z).sum(1)  # (N,): 1, or 0 for rows of zeros
+    kernel = xp_of(z).exp(4 * (z @ z.T) - 2 * (square[:, None] + square))  # (N, N), of d^2
     return float(np.log(float(kernel.sum() - kernel.trace()) / (len(z) * (len(z) - 1))))
 
 
