@@ -1,10 +1,10 @@
 """What did an encoder learn? Freeze it, fit a linear classifier to its features, and compare.
 
-The SimCLR paper's protocol for small data sets (Chen et al. 2020, appendix B.8): features of one
-fixed view an image, L2-regularised multinomial logistic regression by L-BFGS, the penalty chosen by
-cross-validation on the labelled images. Test images are looked at once, and the result stands
-beside its controls: chance, raw pixels, a random encoder. Last come three statistics to monitor
-training by.
+After the SimCLR paper's protocol for small data sets (Chen et al. 2020, appendix B.8): features of
+one fixed view an image, L2-regularised multinomial logistic regression by L-BFGS. The penalty is
+chosen by cross-validation on the labelled images. Test images are looked at once, and the result
+stands beside its controls: chance, raw pixels, a random encoder. Last come three statistics to
+monitor training by.
 """
 
 from collections.abc import Callable, Sequence
