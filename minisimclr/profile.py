@@ -37,15 +37,9 @@ WARMUP, BATCHES = 2, 3  # untimed steps; input batches taken in turn, so that no
 
 
 def profile(
-    encoder: str = "resnet18",
-    stem: str = "auto",
-    width: int = 0,
-    image_size: int = 32,
-    batch_size: int = 64,
-    steps: int = 5,
-    device: str = "auto",
-    thread_count: int = 0,
-) -> dict[str, Any]:
+    encoder: str = "resnet18", stem: str = "auto", width: int = 0, image_size: int = 32,
+    batch_size: int = 64, steps: int = 5, device: str = "auto", thread_count: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Time `steps` training steps without augmentation, then one more operation by operation.
 
     The step: encoder, head (D-D-128), NT-Xent, backward, SGD with momentum, on 2 * batch_size

@@ -27,6 +27,7 @@ from .cores import available_cores
 from .errors import DataError, DivergedError, OutputError
 from .files import sync, write_bytes
 from .optim import LARS, SGD
+from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
 
 STOPPING = b"\nstopping after this step, saving its state (once more to stop at once)\n"
@@ -59,7 +60,7 @@ class Run:
     def diverged(self, step: int, seen: str) -> DivergedError:
         """Log at which step training diverged and what was seen; the error that says so."""
         with (self.path / "metrics.jsonl").open("a") as log:
-            write_line(log, {"step": step, "diverged": seen})
+            log_line(log, {"step": step, "diverged": seen})
         kept = checkpoint.listed(self.path / "checkpoints")
         state = f"; the last good state is {kept[-1]}" if kept else ""
         advice = f"lower --lr or raise --temperature{state}"
@@ -73,6 +74,25 @@ class Run:
         self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
         self.step, self.data = state["step"], state["data"]
         return state
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how its learning rate moves; all in steps."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    peak: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: int) -> "Plan":
+        each = images // config.batch_size
+        peak = scaled_rate(config.lr, config.batch_size, config.lr_scaling)
+        return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
+
+    def rate(self, step: int) -> float:
+        return warmup_cosine(step, self.peak, self.warmup, self.total)
 
 
 def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
@@ -138,7 +158,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
 
 
-def write_line(log: Any, values: dict[str, Any]) -> None:
+def log_line(log: Any, values: dict[str, Any]) -> None:
     log.write(json.dumps(values) + "\n")
     log.flush()
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from math import inf
 from pathlib import Path
@@ -23,8 +23,7 @@ from .errors import ConfigError, DataError, OutputError
 from .files import locked, require_writable
 from .optim import LARS
 from .probe import alignment, effective_rank, uniformity, unit
-from .run import Run, make_run_folder, new_run, open_run, read_config, stop_signals, write_line
-from .schedule import scaled_rate, warmup_cosine
+from .run import Plan, Run, log_line, make_run_folder, new_run, open_run, read_config, stop_signals
 from .simclr import Step, chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
@@ -129,25 +128,6 @@ def resume(
         raise OutputError(f"{path} is being trained by another process") from error
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is and how its learning rate moves; all in steps."""
-
-    steps_per_epoch: int
-    total: int
-    warmup: int
-    peak: float
-
-    @classmethod
-    def of(cls, config: TrainConfig, images: int) -> "Plan":
-        each = images // config.batch_size
-        peak = scaled_rate(config.lr, config.batch_size, config.lr_scaling)
-        return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
-
-    def rate(self, step: int) -> float:
-        return warmup_cosine(step, self.peak, self.warmup, self.total)
-
-
 def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> augment.Views:
     """The random parameters of both views of `images` (N, S, S, 3) at a step."""
     n, height, width, _ = images.shape
@@ -160,12 +140,23 @@ def sample_views(dataset: Dataset, size: int) -> Array:
     return augment.center_view(dataset.sample(MONITORED), size)
 
 
+def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
+    """One step of Algorithm 1, on its way, and what is known of its line in the log."""
+    config, optimizer = run.config, run.optimizer
+    run.model.train()
+    optimizer.lr = plan.rate(run.step)
+    views = draw(config, run.step, images)
+    step = training_step(run.model, optimizer, images, views, config.image_size, config.temperature)
+    run.step += 1
+    line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
+    return step, line | {"chance": chance_loss(config.batch_size), "lr": optimizer.lr}
+
+
 def train(
     run: Run, dataset: Dataset, plan: Plan, device: str, time_limit: float | None, notify: Notify
 ) -> None:
     """The training loop: from run.step to the end, a time limit or a signal."""
-    config, model, optimizer = run.config, run.model, run.optimizer
-    pool, n = dataset.split("pretrain"), config.batch_size
+    config, pool, n = run.config, dataset.split("pretrain"), run.config.batch_size
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
@@ -186,19 +177,10 @@ def train(
             images = next(arriving)  # (N, S, S, 3) uint8
             waited = time.perf_counter() - begin
 
-            model.train()
-            optimizer.lr = plan.rate(run.step)
-            views = draw(config, run.step, images)
             with backend.sized_by_first(device) if run.step == first else nullcontext():
-                step = training_step(
-                    model, optimizer, images, views, config.image_size, config.temperature
-                )
-            run.step += 1
+                step, line = ask(run, plan, images)
+            open_steps.append((step, line, {"step": run.step, "seconds": 0.0, "data_wait": waited}))
             end_of_epoch = run.step % plan.steps_per_epoch == 0
-            line: dict[str, Any] = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
-            line |= {"chance": chance_loss(n), "lr": optimizer.lr}
-            timing = {"step": run.step, "seconds": 0.0, "data_wait": waited}
-            open_steps.append((step, line, timing))
             if time.monotonic() >= deadline and run.step < plan.total:
                 run.stopped = "time limit"
             run.stopped = stop.get("signal", run.stopped)
@@ -214,23 +196,29 @@ def train(
                 seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if closing := last and not open_steps:
-                    model.calibrate(to_device(sample_views(dataset, config.image_size), device))
+                    run.model.calibrate(to_device(sample_views(dataset, config.image_size), device))
                 if closing and end_of_epoch:
                     line |= monitor(run, dataset, device)
-                write_line(metrics, line)
-                write_line(timings, timing)
+                log_line(metrics, line)
+                log_line(timings, timing)
                 if closing:
                     run.save()
                 notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
-                mean, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
+                means = epoch_means(seen, n)
                 seen.clear()
-                means = {"mean_loss": mean, "mean_accuracy": accuracy, "data_wait": waited}
-                means |= {"seconds": seconds, "views_per_second": 2 * n / seconds}
                 notify("epoch", line | means | {"epochs": config.epochs})
-                if run.step > plan.warmup and mean > chance_loss(n) - 0.01 and not warned:
-                    notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance_loss(n))})
+                mean, chance = means["mean_loss"], chance_loss(n)
+                if run.step > plan.warmup and mean > chance - 0.01 and not warned:
+                    notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance)})
                     warned = True
+
+
+def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
+    """Loss, accuracy, seconds and data wait of an epoch's steps of `n` images, as their means."""
+    loss, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
+    means = {"mean_loss": loss, "mean_accuracy": accuracy, "data_wait": waited}
+    return means | {"seconds": seconds, "views_per_second": 2 * n / seconds}
 
 
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
+from minisimclr import run as runs
 from minisimclr import simclr, train
 from minisimclr.embed import opened, probe_run
 from minisimclr.errors import DivergedError
@@ -46,7 +47,7 @@ def test_a_sound_run_has_no_fault(sound):
 
 
 def no_rate(monkeypatch, config):
-    monkeypatch.setattr(train, "warmup_cosine", lambda *_: 0.0)
+    monkeypatch.setattr(runs, "warmup_cosine", lambda *_: 0.0)
     return config, "weights do not move"
 
 
@@ -148,7 +149,7 @@ def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_run_that_diverged_is_named(last_step, seen, config, tmp_path, monkeypatch):
     rates = [0.1] * (last_step - 1) + [1e30] * 9
-    monkeypatch.setattr(train, "warmup_cosine", lambda step, *_: rates[step])
+    monkeypatch.setattr(runs, "warmup_cosine", lambda step, *_: rates[step])
     for attempt in (pretrain, lambda _, path: train.resume(path)):
         with pytest.raises(DivergedError, match=seen), np.errstate(all="ignore"):
             attempt(config, tmp_path / "run")
