@@ -12,10 +12,12 @@ import pytest
 
 import minisimclr as ms
 from minisimclr import report
+from minisimclr.augment import draw_views
 from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
+from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.simclr import training_step
 from minisimclr.tensor import Tensor
@@ -94,6 +96,15 @@ def check(page):
     assert 'lang="en"' in page
     assert len(page.encode()) < 3e6
     return reader
+
+
+def test_a_view_is_described_as_it_was_made():
+    views = draw_views(0, 0, 40, 20, 20)
+    for i in range(40):
+        small, large = (" ".join(described(views, 0, i, side)) for side in (32, 33))
+        assert "blur" not in small  # which apply_views leaves sharp
+        assert ("blur" in large) == bool(views.sigmas[0, i])
+        assert ("mirrored" in small) == views.flips[0, i] and ("grey" in small) == views.greys[0, i]
 
 
 def test_the_report_is_whole_and_self_contained(page):

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from ..augment import Views
+from ..augment import SMALL, Views
 from ..config import TrainConfig
 from ..embed import nearest
 from ..probe import LogisticRegression, features, standardize, unit
@@ -89,8 +89,8 @@ def spectrum(facts: Facts) -> str:
     return lines("singular values", "number", series, yscale="log")
 
 
-def described(views: Views, k: int, i: int) -> list[str]:
-    """What was drawn for view k of picture i, in words."""
+def described(views: Views, k: int, i: int, side: int) -> list[str]:
+    """What was done to view k of picture i, `side` px large, in words."""
     left, top, width, height = views.boxes[k, i]
     words = [f"crop {width:.0f}×{height:.0f} at {left:.0f},{top:.0f}"]
     brightness, contrast, saturation, hue = views.factors[k, i]
@@ -99,7 +99,8 @@ def described(views: Views, k: int, i: int) -> list[str]:
         words += [f"saturation ×{saturation:.2f}", f"hue {360 * hue:+.0f}°"]
     words += ["mirrored"] if views.flips[k, i] else []
     words += ["grey"] if views.greys[k, i] else []
-    return words + ([f"blur {views.sigmas[k, i]:.1f} px"] if views.sigmas[k, i] else [])
+    sigma = views.sigmas[k, i] if side > SMALL else 0
+    return words + ([f"blur {sigma:.1f} px"] if sigma else [])
 
 
 def view_cards(images: np.ndarray, drawn: Views, pair: tuple[np.ndarray, ...], most: int) -> str:
@@ -108,7 +109,7 @@ def view_cards(images: np.ndarray, drawn: Views, pair: tuple[np.ndarray, ...], m
     for i, image in enumerate(images[:most]):
         cards = [card(image, f"Picture {i + 1}", f"picture {i + 1}", mark="large")]
         for k, x in enumerate(pair):
-            name, words = f"{i + 1}{'ab'[k]}", described(drawn, k, i)
+            name, words = f"{i + 1}{'ab'[k]}", described(drawn, k, i, x.shape[1])
             cards.append(card(x[i], f"View {name}: {', '.join(words)}", name, *words, mark="large"))
         groups.append(row(*cards))
     return row(*groups)
