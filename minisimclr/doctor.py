@@ -1,5 +1,6 @@
 """Is this installation sound, and what can the machine do? Facts, then a self-test of seconds."""
 
+import os
 import platform
 import shutil
 import time
@@ -89,6 +90,8 @@ def disk() -> tuple[bool, str]:
     free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
     used = sum(path.stat().st_size for path in files)
     said = f"{folder}: {len(files)} data sets, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"
+    if not os.access(there, os.W_OK):
+        return False, f"{said}: {there} cannot be written: name another in XDG_CACHE_HOME"
     return free > 1e9, said if free > 1e9 else f"{said}: less than a data set may need"
 
 

@@ -185,6 +185,14 @@ def test_the_doctor_finds_a_sound_installation():
     assert {"versions", "blas", "device", "disk", "gradients", "learning"} <= set(names)
 
 
+def test_the_doctor_finds_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert doctor.disk()[0]
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    ok, said = doctor.disk()
+    assert not ok and f"{tmp_path} cannot be written: name another in XDG_CACHE_HOME" in said
+
+
 def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
     backward = ms.ops.loss.NTXent.backward
     monkeypatch.setattr(ms.ops.loss.NTXent, "backward", lambda self, gy: -backward(self, gy))
