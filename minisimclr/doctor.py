@@ -19,10 +19,8 @@ from .optim import SGD
 from .simclr import Model, chance_loss, training_step
 from .tensor import Tensor, gradcheck
 
-NEEDED, OPTIONAL = (
-    ("numpy", "pillow", "h5py", "click"),
-    ("matplotlib", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes"),
-)
+NEEDED = "numpy", "pillow", "h5py", "click"
+OPTIONAL = "matplotlib", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes"
 STEPS = 25
 
 

@@ -47,6 +47,16 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        files.write_bytes(tmp_path / "file", b"new")
+    assert raised.value.filename == str(tmp_path / "file")
+
+
 def test_interrupt_while_writing_removes_the_temporary_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.publish(tmp_path / "file") as temporary:
         temporary.write_bytes(b"half")
