@@ -22,26 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Function",
-    "Parameter",
-    "Tensor",
-    "TrainConfig",
-    "augment",
-    "data",
-    "gradcheck",
-    "kernels",
-    "nn",
-    "no_grad",
-    "nt_xent",
-    "ops",
-    "optim",
-    "pretrain",
-    "probe",
-    "schedule",
-    "simclr",
-    "train",
+    "Function", "Parameter", "Tensor", "TrainConfig", "augment", "data", "gradcheck", "kernels",
+    "nn", "no_grad", "nt_xent", "ops", "optim", "pretrain", "probe", "schedule", "simclr", "train",
     "weights",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -75,15 +75,16 @@ def extractor(
             notify("progress", {"done": seen, "total": len(rows), "label": "features"})
             return h
 
-        return features(encode, dataset.images, rows, size)
+        return features(encode, dataset.images, rows, size, min(256, 2 * run.config.batch_size))
 
     return extract
 
 
 def control(run: Run, dataset: Dataset) -> Model:
     """The run's network as it was before step 0, calibrated as the trained one is."""
-    fresh = new_run(run.path, run.config).model
-    fresh.calibrate(sample_views(dataset, run.config.image_size))
+    device, _ = choose_device(run.config.device)
+    fresh = new_run(run.path, run.config, device).model
+    fresh.calibrate(*sample_views(dataset, run.config, device))
     return fresh
 
 
@@ -140,7 +141,7 @@ def published(
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
     """A network with random weights and the batch norm statistics of some of the images."""
-    calibrate(net, preprocessing(dataset.sample(BATCH)))
+    calibrate(net, preprocessing(dataset.sample(BATCH)), BATCH)
     return net
 
 

@@ -43,17 +43,21 @@ class Model:
         for _, module in self.parts():
             module.train(training)
 
-    def calibrate(self, x: Array) -> None:
+    def calibrate(self, x: Array, batch_size: int) -> None:
         """Set the running statistics of both parts to those of the views x (see `calibrate`)."""
-        calibrate(self.head, calibrate(self.encoder, x))
+        calibrate(self.encoder, x, batch_size)
+        calibrate(self.head, self.encode(x, batch_size), batch_size)
 
-    def encode(self, x: Array) -> Array:
+    def encode(self, x: Array, batch_size: int = 256) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
         if x.dtype.kind != "f":
             raise TypeError(f"encode takes views, as center_view makes them, not {x.dtype}")
         self.encoder.eval()
         with no_grad():
-            return self.encoder(Tensor(x)).data  # (N, D)
+            parts = (x[i : i + batch_size] for i in range(0, max(1, len(x)), batch_size))
+            return xp_of(x).concatenate(
+                [self.encoder(Tensor(part)).data for part in parts]
+            )  # (N, D)
 
     def project(self, h: Array) -> Array:
         """z = g(h), likewise."""
@@ -109,8 +113,9 @@ def training_step(
     return step
 
 
-def calibrate(module: Module, x: Array) -> Array:
-    """Set a network's running statistics to those of the views x, whatever they were; its output.
+def calibrate(module: Module, x: Array, batch_size: int) -> None:
+    """Set a network's running statistics to those of the views x, whatever they were: to the mean
+    of those of its whole batches.
 
     Those kept in training lag behind weights that move fast, and after few steps still hold some of
     the 0 and 1 they began with, as a network with random weights does (Wu & Johnson 2021,
@@ -120,12 +125,13 @@ def calibrate(module: Module, x: Array) -> Array:
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     module.train()
     for m in norms:
-        m.momentum = 1.0
         m.running_mean.fill(0)  # else a rounding of the old ones would stay
         m.running_var.fill(0)
-    with no_grad():
-        y = module(Tensor(x)).data
+    for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
+        for m in norms:
+            m.momentum = 1 / (1 + k)
+        with no_grad():
+            module(Tensor(x[start : start + batch_size]))
     for m, kept in zip(norms, before, strict=True):
         m.momentum, m.num_batches_tracked = kept
     module.eval()
-    return y

@@ -135,9 +135,12 @@ def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> 
     return augment.draw_views(config.seed, step, n, height, width, *how, stream=stream)
 
 
-def sample_views(dataset: Dataset, size: int) -> Array:
-    """Centre views (n, size, size, 3) to calibrate a model with."""
-    return augment.center_view(dataset.sample(MONITORED), size)
+def sample_views(dataset: Dataset, config: TrainConfig, device: str) -> tuple[Array, int]:
+    """Centre views (n, S, S, 3) to calibrate a model with, and how many at once take no more memory
+    than a step does.
+    """
+    views = augment.center_view(dataset.sample(MONITORED), config.image_size)
+    return to_device(views, device), 2 * config.batch_size
 
 
 def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
@@ -196,7 +199,7 @@ def train(
                 seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if closing := last and not open_steps:
-                    run.model.calibrate(to_device(sample_views(dataset, config.image_size), device))
+                    run.model.calibrate(*sample_views(dataset, config, device))
                 if closing and end_of_epoch:
                     line |= monitor(run, dataset, device)
                 log_line(metrics, line)
@@ -237,7 +240,8 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     """
     images = to_device(dataset.sample(MONITORED), device)
     views = draw(run.config, 0, images, stream=MONITOR)
-    h1, h2 = map(run.model.encode, augment.apply_views(images, views, run.config.image_size))
+    pair = augment.apply_views(images, views, run.config.image_size)
+    h1, h2 = (run.model.encode(x, 2 * run.config.batch_size) for x in pair)
     z1, z2 = run.model.project(h1), run.model.project(h2)
     if not all(xp_of(seen).isfinite(seen).all() for seen in (h1, z1, z2)):
         raise run.diverged(run.step, "it left the network's outputs not finite")
@@ -266,12 +270,9 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     seconds = []
     for step in range(3):
         begin = time.perf_counter()
-        views = draw(config, step, images)
         rounding = backend.precision(config.precision, device)
         with rounding, nullcontext() if step else backend.sized_by_first(device):
-            training_step(
-                run.model, run.optimizer, images, views, config.image_size, config.temperature
-            )
+            ask(run, plan, images)
         backend.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return {

@@ -239,7 +239,7 @@ def test_networks(cupy):
     """Inception's and ResNet's layers, running statistics, and state dicts to the host and back."""
     inception, resnet = inception_v3(), resnet10("simclr", 4)
     for net, x in ((inception, randn(2, 75, 75, 3)), (resnet, randn(2, 33, 33, 3))):
-        calibrate(net, x)
+        calibrate(net, x, len(x))
         expected = net(Tensor(x)).data
         net.to("cuda:0")
         state = net.state_dict()

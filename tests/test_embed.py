@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import partial
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -50,7 +50,7 @@ def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
         assert file["file_names"][7].decode() == dataset.file_names[7]
 
 
-def test_what_takes_long_tells_how_far_it_is(run, pictures, monkeypatch):
+def test_what_takes_long_tells_how_far_it_is(run, pictures):
     dataset, told = ms.data.open_dataset(pictures, 20), []
 
     def note(event, values):
@@ -58,12 +58,12 @@ def test_what_takes_long_tells_how_far_it_is(run, pictures, monkeypatch):
 
     embed.embed(run, dataset, note)
     n = len(dataset.images)
-    assert told == [("progress", n, n, "features")]
+    assert told == [("progress", 64, n, "features"), ("progress", n, n, "features")]
     told.clear()
-    monkeypatch.setattr(embed, "features", partial(embed.features, batch_size=5))
-    embed.probe_run(run, dataset, notify=note)
+    few = replace(run, config=replace(run.config, batch_size=2))  # no more than fit into a step
+    embed.probe_run(few, dataset, notify=note)
     train, test = (len(dataset.split(name)) for name in ("labelled", "test"))
-    expected = [(min(i + 5, n), n) for n in (train, test) for i in range(0, n, 5)]
+    expected = [(min(i + 4, n), n) for n in (train, test) for i in range(0, n, 4)]
     assert [(done, total) for _, done, total, _ in told] == 2 * expected  # and for the control
 
 
@@ -78,7 +78,7 @@ def test_the_random_control_has_batch_norm_statistics_of_the_data(pictures):
 
 def test_control_and_trained_network_are_calibrated_alike(run, pictures):
     dataset = ms.data.open_dataset(pictures, 20)
-    views = center_view(dataset.sample(256), run.config.image_size)
+    views = center_view(dataset.sample(64), run.config.image_size)  # one whole batch
     for model in (run.model, embed.control(run, dataset)):
         seen = model.encoder.conv1(ms.Tensor(views)).data
         np.testing.assert_allclose(model.encoder.bn1.running_mean, seen.mean((0, 1, 2)), atol=1e-5)

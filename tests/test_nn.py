@@ -11,7 +11,7 @@ import pytest
 import minisimclr as ms
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.ops.loss import nt_xent
-from minisimclr.simclr import calibrate
+from minisimclr.simclr import Model, calibrate
 from minisimclr.tensor import NORM, Tensor
 
 NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
@@ -273,7 +273,7 @@ def test_calibrate_gives_a_random_network_the_statistics_of_its_data():
     x = rand(16, 16, 16, 3, dtype=np.float32)
     batch = net.train()(Tensor(x)).data
     fresh = ms.nn.resnet10(width=4)
-    calibrate(fresh, x)
+    calibrate(fresh, x, 16)
     assert not fresh.training
     assert distance(fresh(Tensor(x)).data, batch) < 0.05  # but for biased against unbiased variance
     assert fresh.bn1.momentum == 0.1
@@ -284,8 +284,30 @@ def test_calibrate_leaves_nothing_of_what_was_before():
     fresh, used = ms.nn.resnet10(width=4), ms.nn.resnet10(width=4)
     used.train()(Tensor(100 + 7 * x))
     before = used.state_dict()
-    y = calibrate(used, x)
-    np.testing.assert_array_equal(y, calibrate(fresh, x))
+    calibrate(used, x, 16)
+    calibrate(fresh, x, 16)
     for name, array in used.state_dict().items():
         np.testing.assert_array_equal(array, fresh.state_dict()[name] if "running" in name else
                                       before[name], name)  # fmt: skip
+
+
+def test_a_model_never_sees_more_at_once_than_it_is_told_to():
+    model, seen = Model.build("resnet_small", "small", 4, seed=0), []
+    for _, part in model.parts():
+        forward = part.forward
+        part.forward = lambda x, forward=forward: seen.append(len(x)) or forward(x)
+    model.calibrate(rand(9, 16, 16, 3, dtype=np.float32), 4)
+    assert len(model.encode(rand(9, 16, 16, 3, dtype=np.float32), 4)) == 9
+    assert max(seen) == 4 and len(model.encode(np.zeros((0, 16, 16, 3), np.float32))) == 0
+
+
+def test_calibrate_in_batches_takes_the_mean_of_whole_ones():
+    x = rand(25, 16, 16, 3, dtype=np.float32)
+    net, parts = ms.nn.resnet10(width=4), [ms.nn.resnet10(width=4) for _ in range(3)]
+    calibrate(net, x, 8)
+    for i, part in enumerate(parts):
+        calibrate(part, x[8 * i : 8 * i + 8], 100)
+    for name in ("running_mean", "running_var"):
+        mean = np.mean([getattr(part.bn1, name) for part in parts], axis=0)
+        np.testing.assert_allclose(getattr(net.bn1, name), mean, rtol=1e-5)
+        assert np.isfinite(getattr(net.bn1, name)).all()
