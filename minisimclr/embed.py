@@ -21,7 +21,7 @@ from .probe import Extract, features, probe, unit
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
-from .train import Notify, quiet, sample_views
+from .train import MONITORED, Notify, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
@@ -141,7 +141,7 @@ def published(
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
     """A network with random weights and the batch norm statistics of some of the images."""
-    calibrate(net, preprocessing(dataset.sample(BATCH)), BATCH)
+    calibrate(net, preprocessing(dataset.sample(MONITORED)), BATCH)
     return net
 
 

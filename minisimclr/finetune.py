@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .augment import crop_resize, draw_views
+from .augment import center_view, crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
 from .data import Dataset, batches
 from .data.cache import Progress
@@ -25,14 +25,15 @@ from .optim import LARS
 from .probe import commonest, features, holdout, labelled_and_test, scores
 from .run import Run, new_run
 from .schedule import scaled_rate, warmup_cosine
-from .simclr import Model
+from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
-from .train import Notify, quiet
+from .train import MONITORED, Notify, quiet
 
 BATCH = 64  # images in a step
 FACTORS = (1, 4, 16, 64)  # of the authors' rate
 TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
 SHORTER = 3  # times shorter than the last training are those that choose the factor
+ENOUGH = 100  # images to choose by: fewer tell rates of like worth by luck
 STREAM = 3  # of random views; pre-training and monitoring have 1 and 2
 
 
@@ -85,7 +86,9 @@ def fit(
         if (step + 1) % (len(rows) // n) == 0 and not sound:
             return None
         progress(step + 1, total)
-    return classifier.eval()
+    some = dataset.images[rows[:: max(1, len(rows) // MONITORED)]]  # of every class
+    calibrate(classifier, to_device(center_view(some, recipe.size), recipe.device), BATCH)
+    return classifier
 
 
 def ranked(
@@ -101,14 +104,9 @@ def ranked(
 
 
 def tuned(
-    name: str,
-    model: Model,
-    dataset: Dataset,
-    split: tuple[np.ndarray, np.ndarray],
-    recipe: Recipe,
-    seed: int,
-    notify: Notify,
-) -> dict[str, Any]:
+    name: str, model: Model, dataset: Dataset, split: tuple[np.ndarray, np.ndarray],
+    recipe: Recipe, seed: int, notify: Notify,
+) -> dict[str, Any]:  # fmt: skip
     """Choose the factor, train with all labelled images of `split` (train, test), test once.
 
     top1, top5, ci95, factor, trials, warning. Raises DataError if no image is left to choose by,
@@ -140,8 +138,9 @@ def tuned(
     if not (classifier := fitted(train, trial)):
         raise DivergedError(f"{name}: training diverged even at {best} times the authors' rate")
     edge = f"the best factor, {best}, is at the edge of those tried: a better one may lie beyond"
-    warning = edge if best in (FACTORS[0], FACTORS[-1]) else ""
-    found = {"factor": best, "trials": trials, "warning": warning}
+    few = f"the rate was chosen by {len(outside)} images only"
+    said = [edge] * (best in (FACTORS[0], FACTORS[-1])) + [few] * (len(outside) < ENOUGH)
+    found = {"factor": best, "trials": trials, "warning": "; ".join(said)}
     return scores(ranked(classifier, dataset, test, trial), y[test]) | found
 
 

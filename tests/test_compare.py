@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import baseline, compare, embed, finetune, weights
+from minisimclr.augment import center_view
 from minisimclr.compare import Comparison, made_before, markdown, some_of_each
 from minisimclr.errors import DataError, DivergedError
 from minisimclr.finetune import Classifier, Recipe, fit
@@ -93,6 +94,9 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
     classifier = fit(model, colours, train, recipe, 0, nothing)
     assert peaks == [pytest.approx(16 * 0.005 * 60**0.5)]
     assert seen[0] == peaks[0] and len(seen) == 40 and seen == sorted(seen, reverse=True)
+    views = center_view(colours.images[train], 16)  # 60: fewer than a batch
+    mean = classifier.encoder.conv1(Tensor(views)).data.mean((0, 1, 2))
+    np.testing.assert_allclose(classifier.encoder.bn1.running_mean, mean, rtol=1e-4, atol=1e-6)
     ranked = finetune.ranked(classifier, colours, test, recipe)
     assert ranked.shape == (30, 3) and (ranked[:, 0] == colours.labels[test]).mean() > 0.9
     assert all((p.data == before[name]).all() for name, p in model.named_parameters())
@@ -122,10 +126,13 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     )
     found = choose()
     assert [call[:2] for call in calls] == [(1, 3), (4, 3), (16, 3), (64, 3), (16, 7)]
-    assert (found["factor"], found["top1"], found["warning"]) == (16, 1.0, "")
+    assert (found["factor"], found["top1"]) == (16, 1.0)
+    assert found["warning"] == "the rate was chosen by 12 images only"
     assert found["trials"][3] == {"factor": 64, "validation": 0.0}
     assert all(not np.isin(test, rows).any() for *_, rows in calls)
     assert [len(rows) for *_, rows in calls] == [48, 48, 48, 48, len(train)]
+    monkeypatch.setattr(finetune, "ENOUGH", 12)
+    assert choose()["warning"] == ""
     diverging.update((1, 16))
     assert choose()["factor"] == 4
     diverging.add(4)
@@ -195,7 +202,8 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
         for point in ((1, 5), ("all", 1))
     ]
     everything = [p for p in results["curve"] if p["per_class"] == "all"]
-    assert everything[0]["top1"] == [probed["top1"]]
+    controls = probed["controls"]
+    assert [p["top1"] for p in everything[:2]] == [[probed["top1"]], [controls["random_encoder"]]]
     assert everything[0]["labels"] == len(dataset.split("labelled"))
 
     count = len(cheap)
