@@ -52,8 +52,9 @@ def draw_views(
     """Draw the parameters of both views of a batch of n images of height x width px.
 
     A crop shows a share of the image's area drawn from U(crop_scale) at an aspect ratio from
-    U(3/4, 4/3). Jitter of strength s multiplies brightness, contrast and saturation by
-    U(1 - 0.8 s, 1 + 0.8 s), not below 0, and turns the hue by U(-0.2 s, 0.2 s).
+    U(3/4, 4/3); one that does not fit is drawn again, so large ones are rarer. Jitter of strength s
+    multiplies brightness, contrast and saturation by U(1 - 0.8 s, 1 + 0.8 s), not below 0, and
+    turns the hue by U(-0.2 s, 0.2 s).
 
     The same arguments give the same bits with every machine and NumPy: raw Philox numbers, then
     correctly rounded operations only. Ranks that share a batch draw for all of it and take their

@@ -112,15 +112,15 @@ class Tensor:
         """Add d(self)/d(leaf), times `gradient` (default 1, for a scalar), to `.grad` of every
         leaf.
 
-        Raises ValueError for a non-scalar without `gradient`, RuntimeError where there is no graph
-        (no input asked for gradients, or it was used up by an earlier backward).
+        Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError where
+        there is no graph (no input asked for gradients, or an earlier backward used it up).
         """
         if self.creator is None:
             raise RuntimeError("backward() on a tensor that no recorded operation has made")
-        if gradient is None:
-            if self.data.size != 1:
-                raise ValueError(f"backward() needs a gradient for a result of shape {self.shape}")
+        if gradient is None and self.data.size == 1:
             gradient = xp_of(self.data).ones_like(self.data)
+        if getattr(gradient, "shape", None) != self.shape:
+            raise ValueError(f"backward() needs a gradient for a result of shape {self.shape}")
         _backpropagate(self.creator, gradient)
 
 
@@ -195,7 +195,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
     while ready:
         function = ready.pop()
         gy = gradients.pop(function)
-        run, shared = function.backward, memory_of(gy)
+        run, lent = function.backward, {memory_of(gy)}
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference but for those that saved it
         gxs = gxs if isinstance(gxs, tuple) else (gxs,)
@@ -206,7 +206,8 @@ def _backpropagate(root: Function, gradient: Array) -> None:
                 f"{type(function).__name__}: gradient {gx.shape} of an input of shape {shape}"
             )
             if isinstance(parent, Tensor):  # whose gradient is its own, to write into
-                gx = gx.astype(parent.dtype, copy=memory_of(gx) == shared or 0 in gx.strides)
+                gx = gx.astype(parent.dtype, copy=memory_of(gx) in lent or 0 in gx.strides)
+                lent.add(memory_of(gx))
                 parent.grad = gx if parent.grad is None else parent.grad + gx
                 continue
             if parent in owned:

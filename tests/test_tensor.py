@@ -69,7 +69,9 @@ def test_operators_have_numpy_s_values(fn):
         np.testing.assert_allclose(ours.data, theirs, rtol=1e-14)
 
 
-@pytest.mark.parametrize("key", [[0, 0], np.array([0, 0]), (slice(None), np.array([1]))], ids=repr)
+@pytest.mark.parametrize(
+    "key", [[0, 0], ((0, 0),), range(2), np.array([0, 0]), (slice(None), np.array([1]))], ids=repr
+)
 def test_index_arrays_are_refused(key):
     with pytest.raises(IndexError, match="slices, integers and masks"):
         Tensor(randn(3, 4))[key]
@@ -100,6 +102,41 @@ def test_the_gradient_of_a_leaf_is_like_its_data(fn):
     before = x.grad[0, 1]
     x.grad[0, 0] = 7  # as clipping does: one number, and no other
     assert x.grad[0, 1] == x.grad[2, 3] == before != 7
+
+
+def test_two_leaves_of_one_operation_share_no_gradient():
+    class Both(Function):
+        def forward(self, a, b):
+            return a + b
+
+        def backward(self, gy):
+            g = 2 * gy  # one array, as students write it
+            return g, g
+
+    a, b = (Tensor(randn(3), requires_grad=True) for _ in range(2))
+    Both()(a, b).sum().backward()
+    a.grad[0] = 7
+    assert b.grad.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("gradient", [np.ones((5, 2, 3)), np.ones((2, 1)), 1.0, None])
+def test_backward_takes_a_gradient_of_the_result_s_shape_only(gradient):
+    x = Tensor(randn(2, 3), requires_grad=True)
+    with pytest.raises(ValueError, match=r"needs a gradient for a result of shape \(2, 3\)"):
+        (x + 1).backward(gradient)
+
+
+def test_division_is_that_of_ieee():
+    a, b = np.float32([0, 1e-30, 7]), np.float32([1e-39, 1e-30, 49])
+    x, y = Tensor(a, requires_grad=True), Tensor(b, requires_grad=True)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal((x / y).data, a / b)
+        assert (y / y).data.tolist() == [1, 1, 1]
+    (x[1:] / y[1:]).sum().backward()
+    np.testing.assert_allclose(y.grad, [0, -1e30, -7 / 49**2], rtol=1e-6)
+    np.testing.assert_allclose(x.grad, [0, 1e30, 1 / 49], rtol=1e-6)
+    gradcheck(lambda a, b: a / b, randn(3, 1), 2 + randn(4) ** 2)
+    gradcheck(lambda a: 2.0 / a, 2 + randn(4) ** 2)
 
 
 def test_the_gradient_of_a_power_at_zero():

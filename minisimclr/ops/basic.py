@@ -54,6 +54,18 @@ class Multiply(Function):
         )
 
 
+class Divide(Function):
+    """a / b"""
+
+    def forward(self, a, b):
+        self.a, self.b, self.y = a.shape, b, a / b
+        return self.y
+
+    def backward(self, gy):
+        ga = gy / self.b
+        return unbroadcast(ga, self.a), unbroadcast(-ga * self.y, self.b.shape)
+
+
 class Power(Function):
     """x ** p for a constant p"""
 
@@ -188,7 +200,9 @@ class GetItem(Function):
 
     def forward(self, x):
         for k in self.key if isinstance(self.key, tuple) else (self.key,):
-            if isinstance(k, list) or (bool(getattr(k, "shape", ())) and k.dtype != bool):
+            if isinstance(k, (list, tuple, range)) or (
+                bool(getattr(k, "shape", ())) and k.dtype != bool
+            ):
                 raise IndexError(f"indexing takes slices, integers and masks, not {k!r}")
         self.x = x.shape
         return x[self.key]
@@ -265,8 +279,8 @@ for _name, _method in {
     "__neg__": lambda self: self * -1.0,
     "__sub__": lambda self, other: self + -as_tensor(other, self),
     "__rsub__": lambda self, other: as_tensor(other, self) + -self,
-    "__truediv__": lambda self, other: self * as_tensor(other, self) ** -1.0,
-    "__rtruediv__": lambda self, other: as_tensor(other, self) * self**-1.0,
+    "__truediv__": lambda self, other: Divide()(self, as_tensor(other, self)),
+    "__rtruediv__": lambda self, other: Divide()(as_tensor(other, self), self),
     "__pow__": lambda self, p: Power(p)(self),
     "__matmul__": lambda self, other: MatMul()(self, as_tensor(other, self)),
     "__rmatmul__": lambda self, other: MatMul()(as_tensor(other, self), self),

@@ -149,16 +149,9 @@ class BatchNorm(Function):
 
 
 def batch_norm(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running: tuple[Array, Array],
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
+    x: Tensor, gamma: Tensor, beta: Tensor, running: tuple[Array, Array], training: bool,
+    momentum: float = 0.1, eps: float = 1e-5, residual: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
     """relu(normalised x * gamma + beta + residual), the last two as asked for; all (..., C), gamma
     (C,).
 

@@ -19,7 +19,7 @@ class LogisticRegression:
 
         f = C sum_n [logsumexp_k(z_nk) - z_n,y(n)] + ||w||^2 / 2,       z = X w^T + b   (N, K)
 
-    Two classes have two vectors too; scikit-learn's binary form has one, and its 2 C is our C.
+    Two classes have two vectors too; scikit-learn's binary form has one, and needs twice our C.
     Arrays keep their type: in float32, as features come, products take half the time, and
     `Problem.evaluate` keeps f accurate. Stops when a step promises to lower f by less than tol * f.
     Raises DataError for fewer than two classes and for features that are not finite.
