@@ -118,6 +118,8 @@ def resume(
             if log.stat().st_size < logged:
                 raise DataError(f"{log}: lines of the steps up to {run.step} are gone: restore it")
             os.truncate(log, logged)  # lines after the checkpoint will be written again
+            if (clock := path / "timings.jsonl").exists():  # a line torn by a crash would tear more
+                os.truncate(clock, clock.read_bytes().rfind(b"\n") + 1)
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})

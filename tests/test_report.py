@@ -15,7 +15,7 @@ from minisimclr.errors import DivergedError
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
 from minisimclr.report import headline, judge, read, verdict
-from minisimclr.report.verdict import FAULT, written_out
+from minisimclr.report.verdict import FAULT, GOOD, WARNING, written_out
 from minisimclr.tensor import Tensor
 from minisimclr.train import pretrain
 
@@ -117,12 +117,28 @@ def no_negatives(monkeypatch, config):
     return replace(config, epochs=30, lr=1.0), "collapsed"
 
 
+def hot(monkeypatch, config):
+    return replace(config, temperature=5.0), "temperature is far too high"
+
+
+def no_temperature(monkeypatch, config):
+    right = losses.nt_xent
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, _: right(z1, z2, 1.0))
+    return config, "the temperature is left out"
+
+
+def halves_added(monkeypatch, config):
+    right = losses.nt_xent
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, t: right(z1, z2, t) * 2.0)
+    return replace(config, lr=0.05), "the means of both halves are added"
+
+
 def batch_of_4(monkeypatch, config):
     return replace(config, batch_size=4, epochs=1), "batch is too small"
 
 
 BREAKS = (no_rate, tiny_rate, identical_views, no_normalisation, no_mask, cold, constant_encoder,
-          no_negatives, batch_of_4)  # fmt: skip
+          no_negatives, batch_of_4, hot, no_temperature, halves_added)  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", BREAKS)
@@ -198,3 +214,49 @@ def test_the_loss_written_out_is_the_library_s():
     values = written_out(z1, z2, 0.3)
     assert values["right"] == pytest.approx(float(ms.nt_xent(Tensor(z1), Tensor(z2), 0.3)))
     assert len({round(v, 6) for v in values.values()}) == len(values)
+
+
+@pytest.mark.parametrize("nearer, seen", [(1.0, "is not masked"), (0.5, ""), (0.0, "")])
+def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
+    nearer, seen, sound, tmp_path, monkeypatch
+):
+    """In a large batch the diagonal adds less than SAME; half way between, nobody can tell."""
+    facts = read(sound)
+    logged = facts.files["metrics"][0]["loss"]
+    values = {"right": logged - 0.001 * nearer, "self-similarity is not masked": logged + 0.001}
+    values["self-similarity is not masked"] -= 0.001 * nearer
+    monkeypatch.setattr(verdict, "written_out", lambda *_: values)
+    found = verdict.another_loss(facts)
+    assert seen in found.title.lower() if seen else found is None
+
+
+def edited(sound, folder, rows=None, **metrics):
+    """A copy of a run with other figures in every line of its log, and other rows of its probe."""
+    shutil.copytree(sound, folder)
+    log = folder / "metrics.jsonl"
+    lines = [json.loads(line) | metrics for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    probe = json.loads((folder / "probe.json").read_text())
+    for name, top1 in (rows or {}).items():
+        probe["rows"][name] |= {"top1": top1, "ci95": [top1 - 0.1, top1 + 0.1]}
+    (folder / "probe.json").write_text(json.dumps(probe))
+    return read(folder)
+
+
+def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path):
+    chance = read(sound).files["metrics"][0]["chance"]
+    on = edited(sound, tmp_path / "on", loss=chance)
+    assert verdict.chance_line(on).level == FAULT
+    assert verdict.chance_line(edited(sound, tmp_path / "low", loss=chance - 1)).level == GOOD
+    for row in on.files["metrics"]:
+        row["epoch"] = 1
+    early = replace(on)
+    assert verdict.chance_line(early).level == WARNING
+
+
+@pytest.mark.parametrize("own, other, level", [(0.9, 0.5, GOOD), (0.5, 0.9, WARNING),
+                                               (0.55, 0.5, WARNING)])  # fmt: skip
+def test_features_gain_if_they_clearly_beat_every_control(own, other, level, sound, tmp_path):
+    rows = {"SimCLR": own, "random encoder": 0.1, "raw pixels": other}
+    found = verdict.features_gain(edited(sound, tmp_path / "run", rows))
+    assert found.level == level and "raw pixels" in found.evidence + found.title
