@@ -41,8 +41,8 @@ def threads() -> int:
 def set_threads(n: int) -> None:
     """Use `n` threads from now on, in `parallel` and in BLAS; 0: as many as there are cores."""
     global _threads
-    if n < 0:
-        raise ConfigError(f"threads must be at least 0, not {n}")
+    if not 0 <= n <= 1024:
+        raise ConfigError(f"threads must be at least 0 and at most 1024, not {n}")
     with _busy:
         _threads = n = n or available_cores()
         while len(_workers) >= n:

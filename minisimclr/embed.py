@@ -95,7 +95,7 @@ def probe_run(
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
     models = run.model, control(run, dataset)
     trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
-    return probe(dataset, "SimCLR", trained, fresh, labels)
+    return probe(dataset, "SimCLR", trained, fresh, labels) | {"step": run.step}
 
 
 def published(

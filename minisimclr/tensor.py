@@ -156,6 +156,10 @@ class Function:
         raise NotImplementedError
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.parents:
+            raise RuntimeError(
+                f"this {type(self).__name__} was applied before: make one for each use"
+            )
         arrays = tuple(x.data for x in inputs)
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
         run = self.forward

@@ -115,6 +115,8 @@ def resume(
                 raise DataError(f"{path} was trained on other data than {config.data} holds now")
             run.data = dataset.fingerprint
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
+            if not state and b"alignment" in log.read_bytes():  # an epoch has ended, and was saved
+                raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
             if log.stat().st_size < logged:
                 raise DataError(f"{log}: lines of the steps up to {run.step} are gone: restore it")
             os.truncate(log, logged)  # lines after the checkpoint will be written again

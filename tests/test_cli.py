@@ -352,6 +352,13 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stdout.startswith("Usage")
 
 
+def test_where_json_cannot_go_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    fails(
+        4, "cannot write to", "probe", tmp_path / "no run", "--json", tmp_path / "file" / "a.json"
+    )
+
+
 def test_profile_of_nothing_is_refused(tmp_path):
     for flag in ("--image-size", "--batch-size", "--steps", "--threads"):
         fails(2, "must be at least", "profile", flag, -1)

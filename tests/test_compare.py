@@ -311,8 +311,13 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     code, out, _ = call("probe", file, "--data", pictures, "--json")
     rows = json.loads(out)["rows"]
     assert code == 0 and list(rows) == [file.name, "random encoder", "raw pixels"]
+    net, preprocessing = weights.encoder(file)
+    dataset, some = embed.opened(run, None), np.arange(9)
+    exported = embed.published(net, preprocessing, dataset, None, "cpu", nothing)(some)
+    own = embed.extractor(run, run.model, dataset)(some)
+    np.testing.assert_allclose(exported, own, rtol=1e-4, atol=1e-6)
     code, out, _ = call("probe", file, "--data", pictures)
-    assert "ImageNet" in out
+    assert "ImageNet" not in out  # which holds other dogs
     code, _, err = call("probe", file, "--finetune")
     assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")

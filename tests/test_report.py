@@ -230,6 +230,15 @@ def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
     assert seen in found.title.lower() if seen else found is None
 
 
+def test_a_probe_of_an_earlier_step_is_left_out(sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "run")
+    probe = json.loads((sound / "probe.json").read_text())
+    assert probe["step"] == read(sound).done and read(sound).files["probe"]
+    (tmp_path / "run" / "probe.json").write_text(json.dumps(probe | {"step": 3}))
+    facts = read(tmp_path / "run")
+    assert not facts.files["probe"] and any("of another step" in words for words in facts.missing)
+
+
 def edited(sound, folder, rows=None, **metrics):
     """A copy of a run with other figures in every line of its log, and other rows of its probe."""
     shutil.copytree(sound, folder)

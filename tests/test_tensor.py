@@ -104,6 +104,15 @@ def test_the_gradient_of_a_leaf_is_like_its_data(fn):
     assert x.grad[0, 1] == x.grad[2, 3] == before != 7
 
 
+def test_an_operation_is_applied_once():
+    """Its saved arrays and edges are those of one use: a second would overwrite the first's."""
+    double = ms.ops.basic.Exp()
+    x = Tensor(randn(2), requires_grad=True)
+    double(x)
+    with pytest.raises(RuntimeError, match="this Exp was applied before"):
+        double(x)
+
+
 def test_two_leaves_of_one_operation_share_no_gradient():
     class Both(Function):
         def forward(self, a, b):

@@ -188,6 +188,31 @@ def test_resuming_without_a_checkpoint_starts_at_step_0(finished, config, tmp_pa
     assert content(run.path) == content(finished.path)
 
 
+def test_a_log_is_not_begun_anew_where_its_checkpoints_are_gone(finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run")
+    log = (run.path / "metrics.jsonl").read_bytes()
+    for path in checkpoint.listed(run.path / "checkpoints"):
+        path.unlink()
+    with pytest.raises(DataError, match="checkpoints are gone: restore them, or begin anew"):
+        resume(run.path)
+    assert (run.path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_torn_line_of_timings_tears_no_other(finished, config, tmp_path):
+    run = pretrain(config, tmp_path / "run", notify=Stop(5))
+    with (run.path / "timings.jsonl").open("a") as timings:
+        timings.write('{"step": 99, "sec')
+    resume(run.path)
+    lines = (run.path / "timings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-1] == finished.step
+
+
+def test_two_threads_stopped_and_resumed_are_uninterrupted(config, tmp_path):
+    two = replace(config, threads=2)
+    whole = content(pretrain(two, tmp_path / "whole").path)
+    assert content(resume(pretrain(two, tmp_path / "run", notify=Stop(5)).path).path) == whole
+
+
 def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
     run = pretrain(config, tmp_path / "run")
     newest = checkpoint.listed(run.path / "checkpoints")[-1]

@@ -88,7 +88,8 @@ def explain(error: Exception | str, code: int = 1) -> int:
         case MinisimclrError():
             code = error.exit_code
         case MemoryError():  # NumPy's and CuPy's as well
-            text, code = f"out of memory: a smaller --batch-size or --image-size helps ({error})", 2
+            advice = "lower --batch-size, --image-size, --view or --width"
+            text, code = f"out of memory: {advice} ({error})", 2
         case OSError():
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     click.echo(f"error: {' '.join(text.split())}", err=True)

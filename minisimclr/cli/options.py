@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
+from ..files import require_writable
 
 VIEW = click.option(
     "--view", type=click.IntRange(8), metavar="S", help="Side of test views, px; else training's."
@@ -42,6 +43,8 @@ class Named(click.Path):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if not (str(value).lower().endswith(self.suffix) or (self.allow_dash and value == "-")):
             self.fail(f"{str(value)!r} must end in {self.suffix}", param, ctx)
+        if value != "-":
+            require_writable(Path(value))  # before long work, not after it
         return super().convert(value, param, ctx)
 
 

@@ -50,8 +50,8 @@ def probe(
         dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
-        seen = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
-        click.echo(f"{table(result)}\n{seen}")
+        seen = "\nWeights trained on ImageNet have seen the test photos of Stanford Dogs."
+        click.echo(table(result) + seen * dataset.name.startswith("stanford-dogs"))
 
 
 def show_probe(

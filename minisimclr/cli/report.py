@@ -41,7 +41,7 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
 @click.command()
 @click.option("--data", default="toydogs", help="Data set, or folder of pictures.")
 @click.option("--images", default=4, type=click.IntRange(2, 12), help="Pictures in the batch.")
-@click.option("--seed", default=0, type=click.IntRange(0), help="Of weights and views.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of weights and views.")
 @click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
 def walkthrough(data: str, images: int, seed: int, out: Path) -> None:
     """Show one step of SimCLR line by line, with its numbers.

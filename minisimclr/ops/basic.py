@@ -62,8 +62,8 @@ class Divide(Function):
         return self.y
 
     def backward(self, gy):
-        ga = gy / self.b
-        return unbroadcast(ga, self.a), unbroadcast(-ga * self.y, self.b.shape)
+        g = gy / self.b
+        return unbroadcast(g, self.a), unbroadcast(-g * self.y, self.b.shape)
 
 
 class Power(Function):

@@ -131,9 +131,7 @@ def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
     """
     host = to_host(labels)
     if host.shape != logits.shape[:1] or not np.issubdtype(host.dtype, np.integer):
-        raise ValueError(
-            f"cross_entropy: logits {logits.shape}, but labels {host.shape} {host.dtype}"
-        )
+        raise ValueError(f"cross_entropy: logits {logits.shape}, labels {host.shape} {host.dtype}")
     if len(host) and not 0 <= host.min() <= host.max() < logits.shape[1]:
         raise ValueError(
             f"cross_entropy: labels {host.min()}..{host.max()}, classes 0..{logits.shape[1] - 1}"

@@ -32,11 +32,10 @@ def read(path: str | Path) -> Stored:
     path = Path(path)
     index = path.with_name(f"{path.name}.index")
     path = index if index.exists() and not path.exists() else path
-    with damage_reported(path):
-        with path.open("rb") as f:
-            start = f.read(512)
-            f.seek(-min(path.stat().st_size, len(tf_bundle.MAGIC)), 2)
-            end = f.read()
+    with damage_reported(path), path.open("rb") as f:
+        start = f.read(512)
+        f.seek(-min(path.stat().st_size, len(tf_bundle.MAGIC)), 2)
+        end = f.read()
         if start.startswith(b"PK\x03\x04"):
             stored = torch_zip.read(path)
         elif start.startswith(b"\x89HDF\r\n\x1a\n"):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..augment import crop_resize
+from ..augment import center_view, crop_resize
 from ..backend import Array, xp_of
 
 # Mean and standard deviation per channel, of pixels in [0, 1].
@@ -19,7 +19,8 @@ PIXELS = {
 class Preprocessing:
     """Resize to size x size px (bilinear, antialiased), then standardise as PIXELS says.
 
-    Raises ValueError for an impossible size or an unknown name.
+    SimCLR's networks ("unit") get the centre view that they are evaluated by. Raises ValueError for
+    an impossible size or an unknown name.
     """
 
     size: int
@@ -31,6 +32,8 @@ class Preprocessing:
 
     def __call__(self, images: Array) -> Array:
         """images (N, H, W, 3) uint8 -> (N, size, size, 3) float32"""
+        if self.pixels == "unit":
+            return center_view(images, self.size)
         n, height, width, _ = images.shape
         boxes = np.tile(np.array([0, 0, width, height], np.float32), (n, 1))
         x = crop_resize(images, boxes, np.zeros(n, bool), self.size)
