@@ -121,6 +121,7 @@ def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
 
     A damaged checkpoint is passed over with a warning; DataError if all of them are.
     """
+    path = Path(path)
     run = new_run(path, read_config(path), device)
     found = checkpoint.listed(path / "checkpoints")
     for newest in reversed(found):

@@ -64,7 +64,7 @@ def pretrain(
     a number.
     """
     ours = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
-    out = out or ours
+    out = Path(out or ours)
     if out != ours and out.exists():
         way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
         raise ConfigError(f"{out} exists already: name another --out{way}")
@@ -91,7 +91,7 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     if config.batch_size > n:
         raise ConfigError(
             f"batch_size {config.batch_size} is larger than "
-            f"the {n} unlabelled images of {config.data}: lower --batch-size"
+            f"the {n} unlabelled images of {config.data}: lower --batch-size, and --lr with it"
         )
     return dataset
 
@@ -103,6 +103,7 @@ def resume(
     """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end, on
     its own device or another.
     """
+    path = Path(path)
     config = replace(kept := read_config(path), device=device or kept.device)
     set_threads(config.threads)
     device, reason = choose_device(config.device)
@@ -231,8 +232,8 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is hardly below its chance line ln(2N-1) = {:.3f}: the model tells images "
-    "apart no better than guessing. Early on that is normal; later, look for a learning rate of "
-    "zero or far too high, too high a temperature, or collapse"
+    "apart no better than guessing. Early on that is normal; later, try a lower --lr, as small "
+    "batches need, or a lower --temperature, and look for a rate of zero or collapse"
 )
 
 

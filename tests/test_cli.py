@@ -308,7 +308,7 @@ def test_a_command_that_is_none_is_one_line(name, said):
 
 
 def test_memory_that_runs_out_is_one_line():
-    fails(2, "out of memory: a smaller --batch-size", "profile", "--batch-size", 10**9)
+    fails(2, "out of memory: lower --batch-size", "profile", "--batch-size", 10**9)
 
 
 def test_debug_shows_where_an_error_comes_from():

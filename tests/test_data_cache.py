@@ -508,6 +508,10 @@ def test_cache_file_by_path(pictures, home, tmp_path):
 # Workers.
 
 
+def group_of(_):
+    return os.getpgrp()
+
+
 def double(x):
     return 2 * x
 
@@ -528,6 +532,12 @@ def chatter(x):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_parallel_map_keeps_order(workers):
     assert list(parallel_map(double, range(50), workers)) == list(range(0, 100, 2))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such groups")
+def test_ctrl_c_in_a_terminal_does_not_reach_workers():
+    """It would interrupt their imports, before they can ignore it, and each would say so."""
+    assert set(parallel_map(group_of, range(3), 2)).isdisjoint({os.getpgrp()})
 
 
 def test_parallel_map_reads_only_a_little_ahead():

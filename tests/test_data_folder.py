@@ -140,6 +140,21 @@ def test_folders_that_are_no_data_set(tmp_path, contents, reason):
         open_dataset(tmp_path, 16)
 
 
+def test_a_missing_folder_has_no_cache_to_prepare(tmp_path, capsys):
+    code, _, said = run(capsys, "data", "info", tmp_path / "nowhere")
+    assert (code, said) == (3, f"error: {tmp_path / 'nowhere'}: no such folder or file\n")
+
+
+def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
+    for i in range(3):
+        save(tmp_path / "a" / f"{i}.png")
+    link(tmp_path / "a" / "notes.txt", tmp_path / "gone")
+    assert len(open_dataset(tmp_path, 16).images) == 3
+    link(tmp_path / "a" / "x.png", tmp_path / "gone")
+    with pytest.raises(DataError, match=r"x\.png: cannot be read"):
+        open_dataset(tmp_path, 16)
+
+
 def test_missing_folder_broken_link_and_bad_values(tmp_path):
     with pytest.raises(DataError, match="no such folder, nor one of the data sets toydogs"):
         open_dataset(tmp_path / "toydog")

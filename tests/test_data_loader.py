@@ -77,7 +77,15 @@ def test_permutations_are_uniform():
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 46}, {"batch_size": 0}, {"batch_size": -1}, {"world_size": 3}]
+    "options",
+    [
+        {"batch_size": 46},
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"world_size": 3},
+        {"world_size": 2, "rank": 2},
+        {"world_size": 2, "rank": -1},
+    ],
 )
 def test_impossible_batches_are_refused_at_once(options):
     with pytest.raises(ConfigError, match="batch size"):

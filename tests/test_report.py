@@ -216,7 +216,10 @@ def test_the_loss_written_out_is_the_library_s():
     assert len({round(v, 6) for v in values.values()}) == len(values)
 
 
-@pytest.mark.parametrize("nearer, seen", [(1.0, "is not masked"), (0.5, ""), (0.0, "")])
+@pytest.mark.parametrize(
+    "nearer, seen",
+    [(1.0, "is not masked"), (0.99, "is not masked"), (0.7, ""), (0.5, ""), (0.0, "")],
+)
 def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
     nearer, seen, sound, tmp_path, monkeypatch
 ):

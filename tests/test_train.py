@@ -161,6 +161,12 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_pat
         pretrain(config, second, notify=quiet)
 
 
+def test_folders_may_be_strings(config, tmp_path):
+    run = pretrain(config, str(tmp_path / "run"), time_limit=0, notify=quiet)
+    assert resume(str(run.path), time_limit=0, notify=quiet).step == 2
+    assert open_run(str(run.path))[0].step == 2
+
+
 def test_a_time_limit_that_ends_with_the_last_step_stops_nothing(finished, config, tmp_path):
     class Clock:
         now = 0.0

@@ -107,6 +107,8 @@ def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset
     is not there.
     """
     path, _ = cache_path(name_or_path, image_size)
+    if str(name_or_path) not in BUILT_IN and not Path(name_or_path).exists():
+        raise DataError(f"{name_or_path}: no such folder or file")
     if image_size is None and not path.exists() and (sizes := other_sizes(path)):
         path = sizes[-1]
     return cache.load(path)

@@ -65,7 +65,8 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
             for folder, inner, names in os.walk(top, onerror=fail) if top.is_dir() else ():
                 inner[:] = [name for name in inner if name[0] != "."]
                 for path in (Path(folder, name) for name in names if name[0] != "."):
-                    yield path, path.stat()
+                    if path.exists() or path.suffix.lower() in SUFFIXES:  # else a link to nothing
+                        yield path, path.stat()
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
 

@@ -61,9 +61,10 @@ def start() -> Popen:
     """A new worker, with this process's import path and no threads of its own."""
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
-    return Popen(
-        command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER
-    )
+    return Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
+        command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER,
+        process_group=0,
+    )  # fmt: skip
 
 
 def ask(process: Popen, function: Callable, item: Any) -> Any:
@@ -84,7 +85,7 @@ def ask(process: Popen, function: Callable, item: Any) -> Any:
 
 def serve() -> None:
     """The worker's side of `ask`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business (Windows)
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a function prints must not get between the answers
     with suppress(BrokenPipeError):  # then nobody is left to answer to

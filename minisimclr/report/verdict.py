@@ -133,7 +133,7 @@ def temperature(facts: Facts) -> Finding | None:
 def negatives(facts: Facts) -> Finding | None:
     """The batch is too small.
 
-    Use --batch-size 64 or more; memory grows with it.
+    Use --batch-size 64 or more, for which as many pictures are needed; memory grows with it.
     """
     n = facts.config.batch_size
     said = f"With {n} pictures each view is told apart from {2 * n - 2} others only."
@@ -190,7 +190,7 @@ def unfinished(facts: Facts) -> Finding | None:
 def chance_line(facts: Facts) -> Finding | None:
     """The loss stays on the chance line.
 
-    Early on that is normal; later, learning rate, temperature or views are wrong.
+    Early on that is normal; later, try a lower --lr, which small batches need, or --temperature.
     """
     last = facts.need("epochs")[-1]
     said = f"The loss is {last['loss']:.3f}; guessing gives ln(2N-1) = {last['chance']:.3f}."
