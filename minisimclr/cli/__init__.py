@@ -9,6 +9,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -33,6 +34,12 @@ class Commands(click.Group):
                 ctx.fail(f"no command {name!r}: did you mean {near[0]!r}?")
             return None
         return getattr(import_module(f".{HOMES.get(name, name)}", __package__), name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # which click would call a failure
+            return explain(error)
 
 
 @click.group(

@@ -39,8 +39,10 @@ class Display:
             if done >= total and label not in (*PASSING, "training"):
                 self.say(f"{label}: {total:,} done")
             return
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it does not tell
         width = 24 if columns >= 100 else 10
+        if columns < len(label) + width + 26:  # too narrow for a bar to stay in its line
+            return
         if self.bar is None or self.bar.label != label:
             self.close_bar()
             self.bar = click.progressbar(

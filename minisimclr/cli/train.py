@@ -3,6 +3,7 @@
 import os
 import shlex
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,13 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         show_probe(run)
     except DataError as error:  # training without labels is what this is for
         click.echo(f"note: {error}", err=True)
-    click.echo(f"to see more: minisimclr report {path}", err=True)
+    except KeyboardInterrupt:
+        click.echo(
+            f"training is done and saved; to see its worth: minisimclr probe {path}", err=True
+        )
+        raise
+    install = "" if find_spec("matplotlib") else "pip install matplotlib && "
+    click.echo(f"to see more: {install}minisimclr report {path}", err=True)
     return 0
 
 
