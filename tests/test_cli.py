@@ -119,14 +119,14 @@ def test_help_tells_of_every_command_in_a_line(monkeypatch):
     assert max(map(len, lines)) <= 80 and not any(line.endswith("...") for line in lines)
 
 
-def test_a_narrow_terminal_gets_no_bar_that_would_not_fit(monkeypatch, capsys):
+def test_a_narrow_terminal_gets_no_bar_that_would_not_fit(monkeypatch, capfd):
     display = Display()
     display.terminal = True
     for columns, shown in ((40, False), (100, True)):
         monkeypatch.setattr(os, "get_terminal_size", lambda _, c=columns: os.terminal_size((c, 9)))
         with display:
             display.on_prepare(1, 9)
-        assert ("preparing data" in capsys.readouterr().err) == shown
+        assert ("preparing data" in capfd.readouterr().err) == shown
 
 
 def test_ctrl_c_in_the_probe_says_that_training_is_done(trained, monkeypatch, capsys):
@@ -366,14 +366,11 @@ def test_presets_are_valid_recipes():
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="there is no shell with pipes")
-def test_a_reader_that_leaves_is_no_error():
-    for arguments, first in (("train --help", "Usage"), ("data info toydogs", " ")):
-        command = f'{sys.executable} -m minisimclr {arguments} | (read -r line; echo "$line")'
-        done = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
-        )
+def test_a_reader_that_leaves_is_no_error(pictures):
+    for arguments in ("train --help", f"data prepare '{pictures}'"):
+        command = f"set -o pipefail; {sys.executable} -m minisimclr {arguments} | true"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(first.strip())
 
 
 def test_where_json_cannot_go_is_said_before_any_work(tmp_path):
