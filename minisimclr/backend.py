@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
+from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
@@ -45,16 +46,20 @@ def cuda_driver() -> int:
 on_cupy: list[Callable[[Any], None]] = []
 
 
+def wheel() -> str:
+    """The CuPy that is there, or that of CUDA 12: newer drivers run it, and it knows more cards."""
+    names = {found.metadata["Name"] for found in distributions()}
+    return "cupy-cuda13x" if "cupy-cuda13x" in names else "cupy-cuda12x"
+
+
 @cache
 def cupy() -> Any:
-    """CuPy, or a ConfigError that names the extra to install."""
+    """CuPy, or a ConfigError with the line to type."""
     try:
         import cupy
     except ImportError as error:
-        newest = "[cuda13]" if cuda_driver() >= 13000 else "[cuda12]"
-        raise ConfigError(
-            f'CuPy is not installed: pip install "minisimclr{newest}", or use --device cpu'
-        ) from error
+        line = f'pip install "{wheel()}[ctk]" ml_dtypes'
+        raise ConfigError(f"CuPy is not installed: {line}, or use --device cpu") from error
     for act in on_cupy:
         act(cupy)
     return cupy
@@ -144,6 +149,7 @@ def choose_device(name: str) -> tuple[str, str]:
         return "cpu", str(error) if cuda_driver() else "no NVIDIA driver"
 
 
+LOOKING, NO_GPU = "finding a CUDA device", "no GPU can be seen"
 TWICE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
 
 
@@ -155,7 +161,7 @@ def try_gpu(index: int) -> str:
     """
     if not cuda_driver():
         raise ConfigError("there is no NVIDIA driver for CUDA on this machine: use --device cpu")
-    part = "finding a CUDA device"
+    part = LOOKING
     try:
         xp = cupy()
         if index >= (count := xp.cuda.runtime.getDeviceCount()):
@@ -174,8 +180,12 @@ def try_gpu(index: int) -> str:
         raise
     except Exception as error:  # those of CuPy and of each library it loads have no common base
         said = (str(error) or type(error).__name__).splitlines()[0]
-        line = f'pip install "cupy-cuda{cuda_driver() // 1000}x[ctk]"'
-        raise ConfigError(f"CuPy failed at {part}: {said}; {line}") from error
+        remedy = f'pip install "{wheel()}[ctk]"'
+        if part == LOOKING:
+            remedy = f"{NO_GPU}: nvidia-smi and CUDA_VISIBLE_DEVICES tell why"
+        elif isinstance(error, MemoryError):
+            remedy = "its memory is full: nvidia-smi tells of what"
+        raise ConfigError(f"CuPy failed at {part}: {said}; {remedy}") from error
     driver = cuda_driver()
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
@@ -188,6 +198,8 @@ def bfloat16() -> np.dtype:
     """NumPy's type of that name, which ml_dtypes adds, if CuPy can add up arrays of it."""
     if not on_cupy:
         raise ConfigError("precision bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS")
+    if int(cupy().__version__.split(".")[0]) < 14:
+        raise ConfigError(f"precision bf16 needs CuPy 14 or newer, not {cupy().__version__}")
     if "EE->E" not in cupy().add.types:
         needs = 'ml_dtypes and NumPy 2.1.2 or newer: pip install ml_dtypes "numpy>=2.1.2"'
         raise ConfigError(f"precision bf16: CuPy {cupy().__version__} needs {needs}")
@@ -197,10 +209,11 @@ def bfloat16() -> np.dtype:
 
 
 @contextmanager
-def precision(name: str, device: str) -> Iterator[None]:
+def precision(name: str, device: str, reason: str = "asked for") -> Iterator[None]:
     """Within the block a GPU rounds: to TF32's 10 bits of mantissa what matrix products of float32
     multiply ("tf32"), to bfloat16's 7 what the layers of an encoder pass on ("bf16"), or nothing
     ("fp32"). Sums, statistics and weights stay float32, with bf16 the head and the loss as well.
+    reason: why it is this device, for the message.
 
     Raises ConfigError where there is no such thing: on a CPU, on GPUs before Ampere, and, bfloat16,
     without the kernels or the type.
@@ -209,7 +222,7 @@ def precision(name: str, device: str) -> Iterator[None]:
         yield
         return
     if device == "cpu":
-        raise ConfigError(f"precision {name} needs a GPU: on a CPU, use fp32")
+        raise ConfigError(f"precision {name} needs a GPU, and this is a CPU ({reason}): use fp32")
     xp, index = cupy(), int(device.removeprefix("cuda:"))
     if int(xp.cuda.Device(index).compute_capability) < 80:
         raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
@@ -258,7 +271,8 @@ def sized_by_first(device: str) -> Iterator[None]:
         pool.set_limit(pool.total_bytes())
         try:
             return pool.malloc(size)
-        except MemoryError:  # nothing fits, and all that is unused has been given back by now
+        except MemoryError:  # nothing fits
+            pool.free_all_blocks()  # which CuPy 13 has not tried by itself
             pool.set_limit(limit)
             return pool.malloc(size)
         finally:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import augment, profile
-from .backend import choose_device, cuda_driver, to_device, try_gpu
+from .backend import NO_GPU, choose_device, cuda_driver, to_device, try_gpu
 from .cores import available_cores, threads
 from .data import cache_folder, toydogs
 from .errors import ConfigError
@@ -79,7 +79,7 @@ def gpu() -> tuple[bool, str]:
     try:
         return True, f"a kernel, a matrix product and eigenvalues ran on {try_gpu(0)}"
     except ConfigError as error:
-        return "not installed" in str(error), str(error)
+        return "not installed" in str(error) or NO_GPU in str(error), str(error)
 
 
 def disk() -> tuple[bool, str]:

@@ -68,7 +68,7 @@ def pretrain(
     if out != ours and out.exists():
         way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
         raise ConfigError(f"{out} exists already: name another --out{way}")
-    with backend.precision(config.precision, choose_device(config.device)[0]):
+    with backend.precision(config.precision, *choose_device(config.device)):
         pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
     if config.data not in BUILT_IN:  # the run will be used from other folders as well

@@ -334,6 +334,22 @@ def test_memory_that_runs_out_is_one_line():
     fails(2, "out of memory: lower --batch-size", "profile", "--batch-size", 10**9)
 
 
+def test_errors_of_cupy_s_libraries_are_one_line(monkeypatch, capsys):
+    error = type("CUBLASError", (RuntimeError,), {"__module__": "cupy_backends.cuda.libs.cublas"})
+
+    def failing(*_, **__):
+        raise error("CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr("minisimclr.profile.profile", failing)
+    with pytest.raises(SystemExit) as exit:
+        main(["profile"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.startswith("error: the GPU failed") and "ALLOC" in said
+    error.__module__ = "builtins"  # ours would be a fault to see whole
+    with pytest.raises(RuntimeError):
+        main(["profile"])
+
+
 def test_debug_shows_where_an_error_comes_from():
     done = run("train", "--data", "nonexistent", "--debug")
     assert "Traceback" in done.stderr
