@@ -577,6 +577,7 @@ def test_a_broken_part_is_named_with_the_line_to_type(part, cupy, monkeypatch):
 
 def test_bfloat16_needs_a_cupy_that_has_it(cupy, monkeypatch):
     monkeypatch.setattr(cupy, "__version__", "13.6.0")
+    monkeypatch.setattr(backend, "on_cupy", [print])
     with pytest.raises(ConfigError, match=r"bf16 needs CuPy 14 or newer, not 13\.6\.0"):
         backend.bfloat16()
 
