@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -97,24 +99,52 @@ def keep_busy() -> None:
     cupy().matmul(a, a, out=out)
 
 
+@cache
+def busy_seconds() -> float:
+    """How long the host has to ask for what is measured; after that its own time counts."""
+    start, stop = cupy().cuda.Event(), cupy().cuda.Event()
+    keep_busy(), start.record(), keep_busy(), stop.record()
+    stop.synchronize()
+    return cupy().cuda.get_elapsed_time(start, stop) / 1e3
+
+
+def usable() -> dict[str, str]:
+    """Each precision, with what stands against it ("": nothing)."""
+    against = dict.fromkeys(KINDS, "")
+    for kind in KINDS:
+        try:
+            with precision(kind, "cuda:0"):
+                pass
+        except ConfigError as error:
+            against[kind] = str(error)
+    return against
+
+
 def facts(sizes: Sizes) -> list[dict]:
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
+    command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     found = {"gpu": try_gpu(0), "python": platform.python_version(), "numpy": np.__version__}
+    with suppress(Exception):  # nice to have
+        found["cuda_runtime"] = cupy().cuda.runtime.runtimeGetVersion()
+        found["nvrtc"] = ".".join(map(str, cupy().cuda.nvrtc.getVersion()))
+        found["memory_bytes"] = cupy().cuda.runtime.memGetInfo()[1]
     try:
         import torch
 
         found["torch"] = torch.__version__
     except ImportError:
         found["torch"] = "not installed"
-    return [found | {"date": now, "commit": commit.stdout.strip(), "command": " ".join(sys.argv)}]
+    return [found | {"date": now, "commit": commit, "command": " ".join(sys.argv)}]
 
 
 def tests(sizes: Sizes) -> list[dict]:
     """The last line of pytest, and every test that failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # With names: of a run that is cut short one can tell how far it came.
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     try:
         run = subprocess.run(
             [*command, str(HERE.parent / "tests")],
@@ -125,8 +155,8 @@ def tests(sizes: Sizes) -> list[dict]:
         lines, code = run.stdout.splitlines() or [run.stderr[-500:]], run.returncode
     except subprocess.TimeoutExpired as error:
         said = (error.stdout or b"").decode(errors="replace").splitlines()
-        lines, code = [*said, f"no end after {error.timeout:.0f} s"], 1
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        lines, code = [*said, f"no end after {error.timeout:.0f} s, in {said[-1:]}"], 1
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR")) or " FAILED " in line]
     passed = code == 0 and "skipped" not in lines[-1]
     return [{"summary": lines[-1], "passed": passed, "failed": failed}]
 
@@ -139,10 +169,16 @@ def product(sizes: Sizes, kind: str) -> float:
         return 2 * n**3 / seconds(matmul, [(a, a)], sizes.rounds)
 
 
-def ceilings(sizes: Sizes) -> list[dict]:
-    rows = [{"what": f"{kind} product", "tflops": product(sizes, kind) / 1e12} for kind in KINDS]
+def ceilings(sizes: Sizes) -> Iterator[dict]:
     roof = profile.roofline("cuda:0", sizes.matrix, sizes.vector)
-    return [*rows, {"what": "sum of vectors", "gb_per_second": roof["bytes_per_second"] / 1e9}]
+    yield {"what": "sum of vectors", "gb_per_second": roof["bytes_per_second"] / 1e9}
+    for kind, against in usable().items():
+        what = {"what": f"{kind} product"}
+        yield (
+            what | {"skipped": against}
+            if against
+            else what | {"tflops": product(sizes, kind) / 1e12}
+        )
 
 
 def randn(*shape):
@@ -154,15 +190,21 @@ def randn(*shape):
 
 
 def row(name: str, f, inputs: list[tuple], sizes: Sizes, moved: float) -> dict:
-    """A kernel beside the readable pass."""
+    """A kernel beside the readable pass; no gain is told where Python bounds the latter."""
     fast = seconds(f, inputs, sizes.rounds)
-    readable = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 10))
-    figures = {"ms": fast * 1e3, "readable_ms": readable * 1e3, "gain": readable / fast}
-    return {"pass": name, **figures, "gb_per_second": moved / fast / 1e9}
+    figures = {"pass": name, "ms": fast * 1e3, "gb_per_second": moved / fast / 1e9}
+    try:
+        readable = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 10))
+        begin = time.perf_counter()
+        f.dispatch(object)(*inputs[0])
+        asked = time.perf_counter() - begin
+    except MemoryError as error:  # it needs more room than the kernel
+        return figures | {"readable_failed": str(error)}
+    figures |= {"readable_ms": readable * 1e3, "readable_host_ms": asked * 1e3}
+    return figures | ({"gain": readable / fast} if asked < busy_seconds() else {})
 
 
-def kernels(sizes: Sizes) -> list[dict]:
-    rows = []
+def kernels(sizes: Sizes) -> Iterator[dict]:
     for shape in sizes.maps:
         name, nbytes = "x".join(map(str, shape)), 4 * int(np.prod(shape))
         x, g, y = ([randn(*shape) for _ in range(TURNS)] for _ in range(3))
@@ -175,7 +217,7 @@ def kernels(sizes: Sizes) -> list[dict]:
             norm.input_gradient: ([(g[i], x[i], *about, *c[2:], count) for i in range(TURNS)], 3),
         }
         for f, (inputs, passes) in cases.items():
-            rows.append(row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes))
+            yield row(f"{f.__name__} {name}", f, inputs, sizes, passes * nbytes)
         few = shape[0] // 8, *shape[1:]  # patches are nine times as large as images
         around = (3, 3), (1, 1), (1, 1), shape[1:3]
         patches = [randn(int(np.prod(few[:3])), 9 * shape[3]) for _ in range(TURNS)]
@@ -193,13 +235,11 @@ def kernels(sizes: Sizes) -> list[dict]:
         }
         for f, (inputs, kernel, passes) in cases.items():
             name = "x".join(map(str, few if kernel == "3x3" else shape))
-            rows.append(row(f"{f.__name__} {kernel} {name}", f, inputs, sizes, passes * nbytes))
-    return rows
+            yield row(f"{f.__name__} {kernel} {name}", f, inputs, sizes, passes * nbytes)
 
 
-def losses(sizes: Sizes) -> list[dict]:
+def losses(sizes: Sizes) -> Iterator[dict]:
     """NT-Xent, forward and backward, and what it holds at most beside its input."""
-    rows = []
     for views, dim in sizes.losses:
         z = [Tensor(randn(views, dim), requires_grad=True) for _ in range(2)]
         peak = cupy().get_default_memory_pool()
@@ -208,16 +248,15 @@ def losses(sizes: Sizes) -> list[dict]:
         taken = seconds(lambda a, b: loss.nt_xent(a, b, 0.5).backward(), [tuple(z)], sizes.rounds)
         held = peak.total_bytes() - before
         name = f"NT-Xent and its gradient, 2 x {views} x {dim}"
-        rows.append({"pass": name, "ms": taken * 1e3, "mib": held / 2**20})
-    return rows
+        yield {"pass": name, "ms": taken * 1e3, "mib": held / 2**20}
 
 
-def convolutions(sizes: Sizes) -> list[dict]:
+def convolutions(sizes: Sizes) -> Iterator[dict]:
     """Every pass as it is chosen, and as `ops` has it: by patches.
 
     The flops are those of the plain algorithm; Winograd's method needs a quarter of them.
     """
-    rows = []
+    kinds = [kind for kind, against in usable().items() if not against]
     for x, w, s in sizes.convs:
         stride, padding = (s, s), (w[0] // 2, w[1] // 2)
         gy = (x[0], *output_size(x, w, stride, padding), w[3])
@@ -225,7 +264,7 @@ def convolutions(sizes: Sizes) -> list[dict]:
         images, weight, gradient = randn(*x), randn(*w), randn(*gy)
         for which in ("output", "input", "weight"):
             name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
-            for kind in KINDS:
+            for kind in kinds:
                 with precision(kind, "cuda:0"):
                     a, b = (y.astype(activations.get() or y.dtype) for y in (images, gradient))
                     f, *given = {
@@ -236,26 +275,25 @@ def convolutions(sizes: Sizes) -> list[dict]:
                     inputs = [(*given, stride, padding)]
                     taken = seconds(f, inputs, sizes.rounds)
                     patches = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 4))
-                rows.append({"pass": name, "precision": kind, "ms": taken * 1e3,
-                             "by_patches_ms": patches * 1e3,
-                             "tflops": flops / taken / 1e12})  # fmt: skip
-    return rows
+                yield {"pass": name, "precision": kind, "ms": taken * 1e3,
+                       "by_patches_ms": patches * 1e3, "tflops": flops / taken / 1e12}  # fmt: skip
 
 
-def views(sizes: Sizes) -> list[dict]:
+def views(sizes: Sizes) -> Iterator[dict]:
     """Views a second from uint8 on the GPU; torchvision's, image by image, if it is there."""
-    rows, xp = [], cupy()
+    xp = cupy()
     for n, side, size in sizes.views:
         images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
         given = [
             (xp.asarray(images), augment.draw_views(0, i, n, side, side), size)
             for i in range(TURNS)
         ]
-        fast = row(f"two views of {n} images, {side} to {size} px", augment.apply_views, given,
-                   sizes, 2 * n * size * size * 12)  # fmt: skip
+        moved = 2 * n * (size * size * 12 + side * side * 3)  # pictures are read for each view
+        name = f"two views of {n} images, {side} to {size} px"
+        fast = row(name, augment.apply_views, given, sizes, moved)
         fast |= {"views_per_second": 2 * n / fast["ms"] * 1e3}
-        rows += [fast, torchvision_views(images, size)]
-    return rows
+        yield fast
+        yield torchvision_views(images, size)
 
 
 def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
@@ -281,7 +319,7 @@ def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
     return {"pass": f"torchvision to {size} px", "views_per_second": 2 * len(stored) / taken}
 
 
-def lars(sizes: Sizes) -> list[dict]:
+def lars(sizes: Sizes) -> Iterator[dict]:
     """One LARS step on the parameters of an encoder: ours, the readable one, torch._foreach.
 
     On the device; what the host needs to ask for it is measured with the whole steps.
@@ -293,12 +331,13 @@ def lars(sizes: Sizes) -> list[dict]:
     moved = 7 * sum(p.data.nbytes for p in optimizer.parameters.values())
     first = next(iter(optimizer.parameters.values())).data
     given = [(first, optimizer, True)]
-    rows = [row(f"LARS, {len(optimizer.parameters)} parameters", optim.update_all, given, sizes,
-                moved)]  # fmt: skip
+    name = f"LARS, {len(optimizer.parameters)} parameters"
+    yield row(name, optim.update_all, given, sizes, moved)
     try:
         import torch
     except ImportError as error:
-        return [*rows, {"pass": "torch._foreach LARS", "skipped": str(error)}]
+        yield {"pass": "torch._foreach LARS", "skipped": str(error)}
+        return
     w = [torch.randn(p.shape, device="cuda") for p in optimizer.parameters.values()]
     g, v = [torch.randn_like(a) for a in w], [torch.zeros_like(a) for a in w]
 
@@ -321,17 +360,16 @@ def lars(sizes: Sizes) -> list[dict]:
         times.append(start.elapsed_time(stop))
     # Scaling by a list of numbers on the device is a launch for each parameter, even there.
     name = "torch._foreach LARS, with a launch for each parameter"
-    return [*rows, {"pass": name, "ms": statistics.median(times[2:])}]
+    yield {"pass": name, "ms": statistics.median(times[2:])}
 
 
-def shares(sizes: Sizes) -> list[dict]:
+def shares(sizes: Sizes) -> Iterator[dict]:
     """Whole steps beside the least time that the GPU's ceilings leave their operations, in sum.
 
     Winograd's method needs fewer flops than are counted, and so less than that time.
     """
-    rows = []
     band = profile.roofline("cuda:0", sizes.matrix, sizes.vector)["bytes_per_second"]
-    for kind in KINDS:
+    for kind in (kind for kind, against in usable().items() if not against):
         flops = product(sizes, kind)
         for encoder, width, size, n in sizes.steps:
             with precision(kind, "cuda:0"):
@@ -339,8 +377,7 @@ def shares(sizes: Sizes) -> list[dict]:
             least = sum(max(e["flops"] / flops, e["bytes"] / band) for e in found["events"])
             row = {"step": f"{encoder}, {n} images of {size} px", "precision": kind}
             row |= {"ms": found["step_seconds"] * 1e3, "roofline_ms": least * 1e3}
-            rows.append(row | {"share": least / found["step_seconds"]})
-    return rows
+            yield row | {"share": least / found["step_seconds"]}
 
 
 def steps(sizes: Sizes) -> list[dict]:
@@ -381,27 +418,32 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script out")
     parser.add_argument("--part", choices=[p.__name__ for p in PARTS], nargs="*")
     a = parser.parse_args(arguments)
-    try:
-        try_gpu(0)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    results: dict[str, list[dict]] = {}
+    parts = [part for part in PARTS if not a.part or part.__name__ in a.part]
     global BUSY
     BUSY = 64 if a.small else BUSY
-    busy(BUSY)  # before any part counts bytes
+    try:
+        try_gpu(0)
+        busy(BUSY)  # before any part counts bytes
+    except ConfigError as error:  # PyTorch's steps need no CuPy
+        results["facts"], parts = [{"failed": str(error)}], [p for p in parts if p is steps]
+        a.out.write_text(json.dumps(results, indent=1))
+        print(table(results), flush=True)
     sizes, end = Sizes(a.small), time.monotonic() + 60 * a.minutes
     sizes.out = a.out
     sizes.left = lambda: max(1.0, end - time.monotonic())
-    results: dict[str, list[dict]] = {}
-    for part in PARTS:
-        if a.part and part.__name__ not in a.part:
-            continue
-        begin = time.monotonic()
+    for part in parts:
+        begin, rows = time.monotonic(), []
         try:
-            rows = part(sizes) if begin < end else [{"skipped": "no time left"}]
-        except Exception as error:  # one part that fails must not cost the others
-            rows = [{"failed": f"{type(error).__name__}: {error}"}]
-        taken = {"seconds_taken": time.monotonic() - begin, "pool_bytes": peak_memory("cuda:0")}
-        cupy().get_default_memory_pool().free_all_blocks()
+            rows.extend([{"skipped": "no time left"}] if begin >= end else [])
+            for each in part(sizes) if begin < end else ():
+                rows.append(each)
+        except Exception as error:  # which must cost neither other parts nor the rows before it
+            rows.append({"failed": f"{type(error).__name__}: {error}"})
+        taken = {"seconds_taken": time.monotonic() - begin}
+        if "facts" not in results or "failed" not in results["facts"][0]:
+            taken["pool_bytes"] = peak_memory("cuda:0")
+            cupy().get_default_memory_pool().free_all_blocks()
         results[part.__name__] = [*rows, taken]
         print(table({part.__name__: results[part.__name__]}), flush=True)
         a.out.write_text(json.dumps(results, indent=1))

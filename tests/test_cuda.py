@@ -656,6 +656,48 @@ def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
 
 
+def test_a_part_that_fails_costs_neither_its_rows_nor_other_parts(cupy, monkeypatch, tmp_path):
+    gpu, out = script("gpu"), tmp_path / "gpu.json"
+
+    def failing(sizes):
+        yield {"what": "the first"}
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(gpu, "PARTS", (failing, gpu.losses))
+    results = gpu.main(["--small", "--out", str(out)])
+    assert [*results["failing"][0].values()] == ["the first"]
+    assert results["failing"][1] == {"failed": "MemoryError: none left"}
+    assert results["losses"][0]["ms"] == 1.0
+
+
+def test_what_a_precision_lacks_is_said_and_costs_no_other(cupy, monkeypatch, tmp_path):
+    gpu = script("gpu")
+    monkeypatch.setattr(cupy, "__version__", "13.6.0")
+    parts = ["ceilings", "convolutions", "shares"]
+    results = gpu.main(["--small", "--out", str(tmp_path / "gpu.json"), "--part", *parts])
+    assert "needs CuPy 14" in results["ceilings"][-2]["skipped"]
+    assert {row.get("precision") for row in results["shares"][:-1]} == {"fp32", "tf32"}
+    assert len(results["convolutions"]) == 7
+
+
+def test_without_cupy_the_script_leaves_what_it_can(monkeypatch, tmp_path):
+    gpu, out = script("gpu"), tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "try_gpu", gpu.try_gpu.__wrapped__)
+    monkeypatch.setattr(backend, "cuda_driver", lambda: 12040)
+    monkeypatch.setattr(backend, "cupy", backend.cupy.__wrapped__)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+
+    def steps(sizes):
+        return [{"case": "torch alone"}]
+
+    monkeypatch.setattr(gpu, "steps", steps)
+    monkeypatch.setattr(gpu, "PARTS", (gpu.facts, gpu.steps))
+    results = gpu.main(["--small", "--out", str(out)])
+    assert "CuPy is not installed" in results["facts"][0]["failed"]
+    assert results["steps"][0] == {"case": "torch alone"}
+    assert json.loads(out.read_text()) == results
+
+
 def test_tests_that_hang_do_not_cost_the_rest(monkeypatch):
     gpu = script("gpu")
     monkeypatch.setattr(gpu, "TESTS", 0.2)
@@ -684,12 +726,13 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
     )
     programs = {side: answer.format(seconds) for side, seconds in SECONDS.items()}
     programs["torch-bf16"] = answer.format(1.0)  # with none of ours in that precision beside it
-    programs["torch-graph"] = "raise SystemExit(1)"
+    programs["torch-compile-bf16"] = answer.format(1.0)
+    programs["torch-graph"] = "raise SystemExit('no capture here')"
 
-    def start(side, case, threads, device):
+    def start(side, case, threads, device, errors):
         command = [sys.executable, "-c", programs[side]]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
 
     monkeypatch.setattr(compare, "start", start)
     monkeypatch.setitem(compare.SIDES, "cuda", tuple(programs))
@@ -697,13 +740,13 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(r["side"], r["case"]) for r in rows] == [(s, c) for s in programs for c in "ab"]
     ratios = [r.get("ours_over_this") for r in rows if r["case"] == "b"]
-    assert ratios == [1, 0.5, 1, 0.25, 2, None, None]
+    assert ratios == [1, 0.5, 1, 0.25, 2, None, None, None]
     assert rows[2]["rounds"] == 3 and rows[2]["mib"] == 1
-    assert all("its process ended" in r["failed"] for r in rows[-2:])
+    assert all(r["failed"] == "its process ended: no capture here\n" for r in rows[-2:])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("real", ["float", *cuda_launch.REALS.values()])
 def test_nvcc_compiles_without_spills(file, architecture, real, tmp_path):
     if real != "float" and "REAL" not in file.read_text():
