@@ -21,9 +21,10 @@ from minisimclr import checkpoint, cores
 from minisimclr.data import open_dataset
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
-from minisimclr.run import open_run, read_config, stop_signals
-from minisimclr.simclr import chance_loss
-from minisimclr.train import Plan, pretrain, quiet, resume, sample_views
+from minisimclr.probe import alignment, effective_rank, uniformity
+from minisimclr.run import new_run, open_run, read_config, stop_signals
+from minisimclr.simclr import chance_loss, training_step
+from minisimclr.train import Plan, draw, pretrain, quiet, resume, sample_views
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,68 @@ def test_lars_logs_a_trust_ratio_for_every_weight(config, tmp_path):
     assert trust.keys() == weights
     assert all(ratio > 0 for ratio in trust.values())
     assert len(set(trust.values())) > 1
+
+
+@pytest.mark.parametrize("settings, peak", [
+    ({"lr": 0.3}, 0.3),
+    ({"lr": 0.3, "lr_scaling": "linear"}, 0.6),
+    ({"lr": 0.01, "lr_scaling": "sqrt"}, 0.01 * 512**0.5),
+])  # fmt: skip
+def test_the_plan_follows_the_settings(settings, peak):
+    config = ms.TrainConfig(batch_size=512, epochs=10, warmup_epochs=2, **settings)
+    plan = Plan.of(config, 5 * 512 + 100)
+    assert (plan.steps_per_epoch, plan.total, plan.warmup) == (5, 50, 10)
+    assert [plan.rate(step) for step in (0, 5, 10, 30)] == pytest.approx(
+        [0, peak / 2, peak, peak / 2]
+    )
+
+
+def test_views_follow_the_settings():
+    images = np.zeros((64, 40, 40, 3), np.uint8)
+    calm = draw(ms.TrainConfig(strength=0.0, crop_min=0.9), 3, images)
+    assert (calm.factors == [1, 1, 1, 0]).all()
+    assert (calm.boxes[..., 2] * calm.boxes[..., 3] >= 0.9 * 1600 * (1 - 1e-5)).all()
+    wild = draw(ms.TrainConfig(strength=1.0, crop_min=0.1), 3, images)
+    assert (wild.factors[..., 0] > 1.5).any()
+    assert (wild.boxes[..., 2] * wild.boxes[..., 3] < 0.2 * 1600).any()
+    for other in (ms.TrainConfig(seed=1), ms.TrainConfig()):
+        same = np.array_equal(draw(other, 3, images).boxes, draw(ms.TrainConfig(), 3, images).boxes)
+        assert same == (other.seed == 0)
+
+
+def test_a_new_run_follows_the_settings():
+    config = ms.TrainConfig(optimizer="lars", weight_decay=0.5, width=4, encoder="resnet10")
+    run = new_run(None, config)
+    assert type(run.optimizer).__name__ == "LARS" and run.optimizer.weight_decay == 0.5
+    assert run.model.encoder.conv1.weight.data.shape == (3, 3, 3, 4)  # up to 48 px: cifar's stem
+    assert new_run(None, ms.TrainConfig(width=4)).optimizer.weight_decay == 1e-4
+
+
+def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
+    line = json.loads((finished.path / "metrics.jsonl").read_text().splitlines()[-1])
+    images = open_dataset(config.data, 20).sample(256)
+    model, views = open_run(finished.path)[0].model, draw(config, 0, images, stream=2)
+    h1, h2 = (model.encode(x) for x in ms.augment.apply_views(images, views, config.image_size))
+    z1, z2 = model.project(h1), model.project(h2)
+    assert line["alignment"] == pytest.approx(float(alignment(z1, z2)), rel=1e-3)
+    assert line["uniformity"] == pytest.approx(uniformity(z1), rel=1e-3)
+    assert line["effective_rank"] == pytest.approx(effective_rank(h1), rel=1e-3)
+    assert sum(line["positives"]) == len(images)
+    assert sum(line["negatives"]) == len(images) * (len(images) - 1)
+
+
+def test_a_step_that_is_not_finite_moves_nothing(config):
+    run = new_run(None, config)
+    weight = run.model.head.linear2.weight.data
+    weight[0, 0] = np.nan
+    before = {name: p.data.copy() for name, p in run.model.named_parameters()}
+    images = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
+    with np.errstate(invalid="ignore"):
+        step = training_step(run.model, run.optimizer, images, draw(config, 0, images), 16, 0.5)
+    assert not step.finite
+    for name, p in run.model.named_parameters():
+        np.testing.assert_array_equal(p.data, before[name])
+    assert not any(v.any() for v in run.optimizer.velocity.values())
 
 
 def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
