@@ -61,7 +61,7 @@ class TrainConfig:
     crop_min: float = setting(0.2, "smallest share of the picture a crop may show", 0)
     seed: int = setting(0, "seed of weights, order and views", 0)
     threads: int = setting(0, "CPU threads; 0: as many as there are cores", 0)
-    device: str = setting("auto", "auto, cpu, or cuda:0, cuda:1, ...")
+    device: str = setting("auto", "where to run: auto, cpu, cuda:0, cuda:1 and so on")
     precision: str = setting(
         "fp32",
         "rounding on a GPU: tf32 is faster, bf16 also takes half the memory",

@@ -115,8 +115,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
 
 def test_help_tells_of_every_command_in_a_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = run("--help").stdout.splitlines()[1:]
-    assert max(map(len, lines)) <= 80 and not any(line.endswith("...") for line in lines)
+    for group in ((), ("data",), ("weights",)):
+        lines = run(*group, "--help").stdout.splitlines()[1:]
+        assert max(map(len, lines)) <= 80 and not any(line.endswith("...") for line in lines)
 
 
 def test_a_narrow_terminal_gets_no_bar_that_would_not_fit(monkeypatch, capfd):

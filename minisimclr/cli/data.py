@@ -58,7 +58,10 @@ def prepare(
 @SIZE
 @json_option
 def verify(name, image_size, json_file) -> None:
-    """Check every byte of a prepared cache: exit code 0 if it is intact, 3 if not or not there."""
+    """Check every byte of a prepared cache.
+
+    Exit code 0 if it is intact, 3 if it is not or not there.
+    """
     from .. import data as datasets
 
     dataset = datasets.prepared(name, image_size)

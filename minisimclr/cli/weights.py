@@ -23,7 +23,10 @@ def weights() -> None:
 @click.argument("file", type=FILE)
 @json_option
 def inspect(file: Path, json_file: str | None) -> None:
-    """Print the names, shapes and dtypes in FILE, whatever its format; nothing in it is run."""
+    """Print the names, shapes and dtypes in FILE.
+
+    Of any of the formats; nothing in it is run.
+    """
     from ..weights import read
 
     stored = read(file)
@@ -52,7 +55,10 @@ def check_out(out: Path) -> None:
 @click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
 @click.option("--until", help="Last part to import, such as mixed8 or layer3.")
 def import_(file: Path, out: Path, until: str | None) -> None:
-    """Find the network that FILE fits and write its encoder with torchvision's names."""
+    """Write the encoder in FILE with torchvision's names.
+
+    The network is the one that its shapes fit; --until takes a part, as of files that stop early.
+    """
     from ..weights import encoder, save
 
     check_out(out)
@@ -65,7 +71,10 @@ def import_(file: Path, out: Path, until: str | None) -> None:
 @click.argument("run", type=FILE)
 @click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
 def export(run: Path, out: Path) -> None:
-    """Write the encoder at the newest checkpoint of RUN with torchvision's names."""
+    """Write the encoder of RUN with torchvision's names.
+
+    It is that of the newest checkpoint.
+    """
     from ..run import open_run
     from ..weights import Preprocessing, save
 
