@@ -73,12 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in given:
             raise
         code = explain(error)
+    except (KeyboardInterrupt, click.Abort):
+        code = explain("interrupted", 130)
     except RuntimeError as error:
         if "--debug" in given or not type(error).__module__.startswith("cupy"):
             raise
         code = explain(f"the GPU failed, perhaps for lack of memory: {error}", 2)
-    except (KeyboardInterrupt, click.Abort):
-        code = explain("interrupted", 130)
     sys.exit(code)
 
 
