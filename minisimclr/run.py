@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -175,7 +175,8 @@ def stop_signals() -> Iterator[dict[str, str]]:
 
     def handle(number: int, frame: Any) -> None:
         note["signal"] = signal.Signals(number).name
-        os.write(2, STOPPING)  # in a handler print may meet itself
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, STOPPING)  # in a handler print may meet itself
         for s, handler in before.items():
             signal.signal(s, handler)
 

@@ -237,6 +237,9 @@ def test_a_probe_of_an_earlier_step_is_left_out(sound, tmp_path):
     shutil.copytree(sound, tmp_path / "run")
     probe = json.loads((sound / "probe.json").read_text())
     assert probe["step"] == read(sound).done and read(sound).files["probe"]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:  # killed after its checkpoint
+        log.write(json.dumps(read(sound).files["metrics"][-1] | {"step": 999}) + "\n")
+    assert read(tmp_path / "run").files["probe"]
     (tmp_path / "run" / "probe.json").write_text(json.dumps(probe | {"step": 3}))
     facts = read(tmp_path / "run")
     assert not facts.files["probe"] and any("of another step" in words for words in facts.missing)

@@ -190,6 +190,18 @@ def test_stopped_and_resumed_is_uninterrupted(step, finished, config, tmp_path):
     assert content(tmp_path / "run") == content(finished.path)
 
 
+def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
+    def closed(*_):
+        raise OSError("closed")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(os, "write", closed)
+    with stop_signals() as note:
+        signal.raise_signal(signal.SIGINT)
+        assert note == {"signal": "SIGINT"}
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents ignore it
     with stop_signals() as note:

@@ -175,9 +175,6 @@ def read(path: Path) -> Facts:
     facts = Facts(path, read_config(path), files, is_going(path))
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
-    if (files["probe"] or {}).get("step", facts.done) != facts.done:
-        files["probe"] = None
-        facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
     facts.missing += [f"There is no {name} of this run." for name, v in files.items() if not v]
     try:
         facts.dataset = open_training_data(facts.config, quiet)
@@ -189,6 +186,9 @@ def read(path: Path) -> Facts:
         facts.missing.append(f"{error}.")
         return facts
     facts.missing += [str(note.message) for note in notes]
+    if (files["probe"] or {}).get("step", run.step) != run.step:
+        files["probe"] = None
+        facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
     if not run.step:
         facts.missing.append("There is no checkpoint yet.")
     elif run.data != facts.dataset.fingerprint:
