@@ -49,7 +49,7 @@ on_cupy: list[Callable[[Any], None]] = []
 def wheel() -> str:
     """The CuPy that is there, or that of CUDA 12: newer drivers run it, and it knows more cards."""
     names = {found.metadata["Name"] for found in distributions()}
-    return "cupy-cuda13x" if "cupy-cuda13x" in names else "cupy-cuda12x"
+    return "cupy-cuda13x" if cuda_driver() >= 13000 and "cupy-cuda13x" in names else "cupy-cuda12x"
 
 
 @cache
@@ -149,7 +149,7 @@ def choose_device(name: str) -> tuple[str, str]:
         return "cpu", str(error) if cuda_driver() else "no NVIDIA driver"
 
 
-LOOKING, NO_GPU = "finding a CUDA device", "no GPU can be seen"
+NO_GPU = "no GPU can be seen"
 TWICE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
 
 
@@ -161,7 +161,7 @@ def try_gpu(index: int) -> str:
     """
     if not cuda_driver():
         raise ConfigError("there is no NVIDIA driver for CUDA on this machine: use --device cpu")
-    part = LOOKING
+    part = "finding a CUDA device"
     try:
         xp = cupy()
         if index >= (count := xp.cuda.runtime.getDeviceCount()):
@@ -181,7 +181,7 @@ def try_gpu(index: int) -> str:
     except Exception as error:  # those of CuPy and of each library it loads have no common base
         said = (str(error) or type(error).__name__).splitlines()[0]
         remedy = f'pip install "{wheel()}[ctk]"'
-        if part == LOOKING:
+        if "NoDevice" in said:
             remedy = f"{NO_GPU}: nvidia-smi and CUDA_VISIBLE_DEVICES tell why"
         elif isinstance(error, MemoryError):
             remedy = "its memory is full: nvidia-smi tells of what"
@@ -209,7 +209,7 @@ def bfloat16() -> np.dtype:
 
 
 @contextmanager
-def precision(name: str, device: str, reason: str = "asked for") -> Iterator[None]:
+def precision(name: str, device: str, reason: str = "device cpu") -> Iterator[None]:
     """Within the block a GPU rounds: to TF32's 10 bits of mantissa what matrix products of float32
     multiply ("tf32"), to bfloat16's 7 what the layers of an encoder pass on ("bf16"), or nothing
     ("fp32"). Sums, statistics and weights stay float32, with bf16 the head and the loss as well.

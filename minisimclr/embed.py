@@ -48,7 +48,7 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     dataset = open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
     if not data and dataset.fingerprint != run.data:
         now = f"{run.config.data} holds other pictures than {run.path} was trained on"
-        raise DataError(f"{now}: to use them all the same name them with --data")
+        raise DataError(f"{now}: to use them all the same name them in the command")
     return dataset
 
 
@@ -107,7 +107,7 @@ def published(
     block: of InceptionV3, whose output is averaged over the pixels: (n, C) float32. Features are
     kept in the cache folder, since they take so much longer to make than to read.
     """
-    kind = type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
+    kind = 2, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())

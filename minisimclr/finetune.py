@@ -18,6 +18,7 @@ from .augment import center_view, crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
 from .data import Dataset, batches
 from .data.cache import Progress
+from .data.source import choose
 from .errors import DataError, DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
@@ -86,7 +87,7 @@ def fit(
         if (step + 1) % (len(rows) // n) == 0 and not sound:
             return None
         progress(step + 1, total)
-    some = dataset.images[rows[:: max(1, len(rows) // MONITORED)]]  # of every class
+    some = dataset.images[choose(rows, MONITORED, stream=0)]
     calibrate(classifier, to_device(center_view(some, recipe.size), recipe.device), BATCH)
     return classifier
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from . import __version__, checkpoint
 from .backend import choose_device
 from .config import TrainConfig, first_layers
 from .cores import available_cores
+from .data import BUILT_IN
 from .errors import DataError, DivergedError, OutputError
 from .files import sync, write_bytes
 from .optim import LARS, SGD
@@ -110,10 +111,21 @@ def read_config(path: Path) -> TrainConfig:
     """The configuration of the run at `path`. Raises DataError where there is no run."""
     try:
         entries = json.loads((path / "config.json").read_text())
-        return TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
+        config = TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
+        return replace(config, data=moved(path, config.data))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"config.json: {getattr(error, 'strerror', None) or error}"
         raise DataError(f"{path}: not a run folder ({reason})") from error
+
+
+def moved(path: Path, data: str) -> str:
+    """Where the pictures of the run at `path` are: where they were, or, as both may have moved
+    together, in a folder of the same name here or above the run.
+    """
+    if data in BUILT_IN or Path(data).exists():
+        return data
+    places = (folder / Path(data).name for folder in (Path.cwd(), *path.resolve().parents))
+    return str(next((place for place in places if place.exists()), data))
 
 
 def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:

@@ -119,8 +119,8 @@ class Tensor:
             raise RuntimeError("backward() on a tensor that no recorded operation has made")
         if gradient is None and self.data.size == 1:
             gradient = xp_of(self.data).ones_like(self.data)
-        if getattr(gradient, "shape", None) != self.shape:
-            raise ValueError(f"backward() needs a gradient for a result of shape {self.shape}")
+        if isinstance(gradient, Tensor) or getattr(gradient, "shape", None) != self.shape:
+            raise ValueError(f"backward() needs a gradient array of shape {self.shape}")
         _backpropagate(self.creator, gradient)
 
 
@@ -156,7 +156,7 @@ class Function:
         raise NotImplementedError
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.parents:
+        if self.parents or self.used_up:
             raise RuntimeError(
                 f"this {type(self).__name__} was applied before: make one for each use"
             )

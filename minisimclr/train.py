@@ -126,7 +126,7 @@ def resume(
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
-            with backend.precision(config.precision, device):
+            with backend.precision(config.precision, device, reason):
                 train(run, dataset, plan, device, time_limit, notify)
             return run
     except BlockingIOError as error:
@@ -217,7 +217,8 @@ def train(
                 seen.clear()
                 notify("epoch", line | means | {"epochs": config.epochs})
                 mean, chance = means["mean_loss"], chance_loss(n)
-                if run.step > plan.warmup and mean > chance - 0.01 and not warned:
+                wanted = not warned or run.step == plan.total
+                if run.step > plan.warmup and mean > chance - 0.01 and wanted:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance)})
                     warned = True
 
@@ -231,9 +232,9 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is hardly below its chance line ln(2N-1) = {:.3f}: the model tells images "
-    "apart no better than guessing. Early on that is normal; later, try a lower --lr, as small "
-    "batches need, or a lower --temperature, and look for a rate of zero or collapse"
+    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}: the model tells "
+    "images apart no better than guessing. Early on that is normal; later, try a lower --lr, as "
+    "small batches need, or a lower --temperature, and look for a rate of zero or collapse"
 )
 
 
@@ -275,7 +276,7 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     seconds = []
     for step in range(3):
         begin = time.perf_counter()
-        rounding = backend.precision(config.precision, device)
+        rounding = backend.precision(config.precision, device, reason)
         with rounding, nullcontext() if step else backend.sized_by_first(device):
             ask(run, plan, images)
         backend.synchronize(device)

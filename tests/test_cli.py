@@ -123,11 +123,11 @@ def test_help_tells_of_every_command_in_a_line(monkeypatch):
 def test_a_narrow_terminal_gets_no_bar_that_would_not_fit(monkeypatch, capfd):
     display = Display()
     display.terminal = True
-    for columns, shown in ((40, False), (100, True)):
+    for columns, shown in ((100, True), (40, False)):
         monkeypatch.setattr(os, "get_terminal_size", lambda _, c=columns: os.terminal_size((c, 9)))
         with display:
             display.on_prepare(1, 9)
-        assert ("preparing data" in capfd.readouterr().err) == shown
+        assert ("preparing data" in capfd.readouterr().err) == display.terminal == shown
 
 
 def test_ctrl_c_in_the_probe_says_that_training_is_done(trained, monkeypatch, capsys):
@@ -388,6 +388,14 @@ def test_a_reader_that_leaves_is_no_error(pictures):
         command = f"set -o pipefail; {sys.executable} -m minisimclr {arguments} | true"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no shell with pipes")
+def test_training_that_is_cut_short_by_its_reader_is_no_success(pictures, tmp_path):
+    small = " ".join(map(str, SMALL))
+    command = f"set -o pipefail; {sys.executable} -m minisimclr train --data '{pictures}' {small}"
+    command += f" --out '{tmp_path / 'run'}' 2>&1 | true"
+    assert subprocess.run(["bash", "-c", command]).returncode == 1
 
 
 def test_where_json_cannot_go_is_said_before_any_work(tmp_path):

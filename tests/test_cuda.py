@@ -696,6 +696,10 @@ def test_without_cupy_the_script_leaves_what_it_can(monkeypatch, tmp_path):
     assert "CuPy is not installed" in results["facts"][0]["failed"]
     assert results["steps"][0] == {"case": "torch alone"}
     assert json.loads(out.read_text()) == results
+    out.write_text("of another run")
+    with pytest.raises(SystemExit, match="CuPy is not installed"):
+        gpu.main(["--small", "--out", str(out), "--part", "facts"])
+    assert out.read_text() == "of another run"
 
 
 def test_tests_that_hang_do_not_cost_the_rest(monkeypatch):

@@ -127,7 +127,7 @@ def test_what_does_not_count(tmp_path, capsys):
         ([], "holds no pictures"),
         (["a/x.gif", "notes.txt"], "holds no pictures"),
         (["a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
-        (["Train/a/x.png", "test/a/x.png"], "holds Train and test, which are no classes: name one"),
+        (["Train/a/x.png", "test/a/x.png"], "holds Train and test: splits, not classes; name one"),
     ],
 )
 def test_folders_that_are_no_data_set(tmp_path, contents, reason):

@@ -15,7 +15,7 @@ from minisimclr.augment import center_view
 from minisimclr.cli import group
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.report import facts
-from minisimclr.train import pretrain, quiet
+from minisimclr.train import pretrain, quiet, resume
 from minisimclr.weights import Preprocessing
 
 
@@ -113,10 +113,24 @@ def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
     before = (made.path / "probe.json").read_bytes()
     shutil.rmtree(tmp_path / "here" / "photos" / "blob")
     for command in (["probe"], ["embed", "--out", tmp_path / "h.npy"]):
-        with pytest.raises(DataError, match=r"holds other pictures than .* name them with --data"):
+        with pytest.raises(DataError, match=r"holds other pictures .* name them in the command"):
             call(*command, made.path)
     assert call("probe", made.path, "--data", tmp_path / "here" / "photos").exit_code == 0
     assert (made.path / "probe.json").read_bytes() == before
+
+
+def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(pictures, project / "photos")
+    config = ms.TrainConfig(data=str(project / "photos"), width=4, image_size=16, batch_size=16)
+    pretrain(config, project / "runs" / "a", time_limit=0, notify=quiet)
+    project.rename(tmp_path / "elsewhere")
+    run = embed.open_trained(tmp_path / "elsewhere" / "runs" / "a")
+    assert run.config.data == str(tmp_path / "elsewhere" / "photos")
+    assert resume(run.path, time_limit=0, notify=quiet).step == 2
+    shutil.rmtree(tmp_path / "elsewhere" / "photos")
+    with pytest.raises(DataError, match=f"{project / 'photos'}: no such folder"):
+        resume(run.path)
 
 
 def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):

@@ -186,6 +186,10 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
     assert any("labels of other pictures" in finding.title for finding in judge(read(run.path)))
     monkeypatch.setattr(verdict, "ENOUGH", result["test"])
     assert title in faults(run.path) and title not in faults(sound)
+    unequal = json.loads((run.path / "probe.json").read_text())
+    unequal["controls"]["chance"] = 0.6  # of three classes: to beat the commonest is hard
+    (run.path / "probe.json").write_text(json.dumps(unequal))
+    assert title not in faults(run.path)
 
 
 def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):

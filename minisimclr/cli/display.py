@@ -20,6 +20,8 @@ class Display:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        if isinstance(exception[1], BrokenPipeError):  # nobody listens: work was cut short
+            raise click.exceptions.Exit(1) from exception[1]
         self.close_bar()
 
     def close_bar(self) -> None:
@@ -41,7 +43,9 @@ class Display:
             return
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it does not tell
         width = 24 if columns >= 100 else 10
-        if columns < len(label) + width + 26:  # too narrow for a bar to stay in its line
+        if columns < len(label) + width + 26:  # for a bar that stays in its line: lines it is
+            self.close_bar()
+            self.terminal = False
             return
         if self.bar is None or self.bar.label != label:
             self.close_bar()

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import Any
 
 import click
@@ -97,7 +98,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
             if dry_run:
                 return show_plan(training.dry_run(settings, display.notify), origins)
             run = training.pretrain(settings, out, origins=origins, **how)
-    path = shlex.quote(str(run.path))
+    path = list2cmdline([run.path]) if os.name == "nt" else shlex.quote(str(run.path))
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
         click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)

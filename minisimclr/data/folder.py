@@ -31,7 +31,7 @@ def source(root: Path, options: Options) -> Source:
     loose = [path for path in pictures if len(path.parts) == 1]
     if classes and all(name.lower() in SPLIT_NAMES for name in classes):
         said = " and ".join(classes)
-        raise DataError(f"{root} holds {said}, which are no classes: name one of these folders")
+        raise DataError(f"{root} holds {said}: splits, not classes; name one of these folders")
     if classes and loose:
         raise DataError(f"{root} holds folders, but {loose[0].name!r} and maybe others are in none")
 

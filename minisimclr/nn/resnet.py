@@ -86,8 +86,7 @@ class ResNet(Module):
         kernel, stride, padding = STEMS[stem]
         self.conv1 = Conv2d(3, width, kernel, stride, padding, rng=rng)
         self.bn1 = BatchNorm(width)
-        self.stages = len(blocks)
-        c = width
+        self.stages, c = len(blocks), width
         for i, depth in enumerate(blocks):
             stage = []
             for j in range(depth):

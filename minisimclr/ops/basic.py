@@ -63,7 +63,8 @@ class Divide(Function):
 
     def backward(self, gy):
         g = gy / self.b
-        return unbroadcast(g, self.a), unbroadcast(-g * self.y, self.b.shape)
+        gb = unbroadcast(-g * self.y, self.b.shape) if self.needs[1] else None
+        return unbroadcast(g, self.a), gb
 
 
 class Power(Function):

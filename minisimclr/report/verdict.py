@@ -163,7 +163,7 @@ def labels(facts: Facts) -> Finding | None:
         return None
     scores = ", ".join(f"{name} {row['top1']:.1%}" for name, row in probe["rows"].items())
     said = f"Every system is at chance, {chance:.1%}, on {probe['test']} pictures: {scores}."
-    if probe["test"] < ENOUGH:
+    if probe["test"] < ENOUGH or chance > 1.5 / probe["classes"]:  # or of very unequal classes
         return Finding(WARNING, said, "Hard pictures, few labels, or labels of other pictures")
     return Finding(FAULT, said)
 
