@@ -420,6 +420,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--part", choices=[p.__name__ for p in PARTS], nargs="*")
     a = parser.parse_args(arguments)
     results: dict[str, list[dict]] = {}
+    usable_here = True
     parts = [part for part in PARTS if not a.part or part.__name__ in a.part]
     global BUSY
     BUSY = 64 if a.small else BUSY
@@ -427,6 +428,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
         try_gpu(0)
         busy(BUSY)  # before any part counts bytes
     except ConfigError as error:  # PyTorch's steps need no CuPy
+        usable_here = False
         results["facts"], parts = [{"failed": str(error)}], [p for p in parts if p is steps]
         if not parts:
             sys.exit(f"error: {error}")
@@ -444,7 +446,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
         except Exception as error:  # which must cost neither other parts nor the rows before it
             rows.append({"failed": f"{type(error).__name__}: {error}"})
         taken = {"seconds_taken": time.monotonic() - begin}
-        if "facts" not in results or "failed" not in results["facts"][0]:
+        if usable_here:
             taken["pool_bytes"] = peak_memory("cuda:0")
             cupy().get_default_memory_pool().free_all_blocks()
         results[part.__name__] = [*rows, taken]

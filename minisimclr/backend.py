@@ -47,7 +47,7 @@ on_cupy: list[Callable[[Any], None]] = []
 
 
 def wheel() -> str:
-    """The CuPy that is there, or that of CUDA 12: newer drivers run it, and it knows more cards."""
+    """The CuPy to have: what is there, if the driver runs it, or CUDA 12's, which most cards do."""
     names = {found.metadata["Name"] for found in distributions()}
     return "cupy-cuda13x" if cuda_driver() >= 13000 and "cupy-cuda13x" in names else "cupy-cuda12x"
 

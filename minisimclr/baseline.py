@@ -20,7 +20,7 @@ from .nn import Dropout, Linear, Module, inception_v3
 from .ops.basic import relu
 from .ops.loss import cross_entropy
 from .optim import SGD
-from .probe import Extract, commonest, holdout, labelled_and_test, scores, standardize
+from .probe import Extract, holdout, labelled_and_test, majority_share, scores, standardize
 from .tensor import Tensor, no_grad
 from .train import Notify
 from .weights import Preprocessing, load
@@ -150,7 +150,7 @@ def baseline(
         raise DivergedError(f"training diverged even at the best rate tried, {trial.lr:g}")
     result = scores(model.ranked(rest_X), y[test])
     result |= {"labels": len(train), "test": len(test), "classes": classes}
-    return result | {"controls": {"chance": commonest(y[test])}, "best": best, "trials": rows}
+    return result | {"controls": {"chance": majority_share(y[test])}, "best": best, "trials": rows}
 
 
 def table(trials: list[dict[str, Any]]) -> str:

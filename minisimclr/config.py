@@ -77,6 +77,11 @@ class TrainConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    @property
+    def at_once(self) -> int:
+        """How many views, without a graph, surely fit where a step of 2N views does."""
+        return min(256, 2 * self.batch_size)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

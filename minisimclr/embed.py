@@ -25,6 +25,7 @@ from .train import MONITORED, Notify, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
+KEPT = 2  # version of what is kept: to be counted up when the same key would mean other features
 BATCH = 32  # images that a network with published weights sees at once
 
 
@@ -75,7 +76,7 @@ def extractor(
             notify("progress", {"done": seen, "total": len(rows), "label": "features"})
             return h
 
-        return features(encode, dataset.images, rows, size, min(256, 2 * run.config.batch_size))
+        return features(encode, dataset.images, rows, size, run.config.at_once)
 
     return extract
 
@@ -84,7 +85,7 @@ def control(run: Run, dataset: Dataset) -> Model:
     """The run's network as it was before step 0, calibrated as the trained one is."""
     device, _ = choose_device(run.config.device)
     fresh = new_run(run.path, run.config, device).model
-    fresh.calibrate(*sample_views(dataset, run.config, device))
+    fresh.calibrate(sample_views(dataset, run.config.image_size, device), run.config.at_once)
     return fresh
 
 
@@ -107,7 +108,7 @@ def published(
     block: of InceptionV3, whose output is averaged over the pixels: (n, C) float32. Features are
     kept in the cache folder, since they take so much longer to make than to read.
     """
-    kind = 2, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
+    kind = KEPT, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())

@@ -23,7 +23,7 @@ from .errors import DataError, DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
 from .optim import LARS
-from .probe import commonest, features, holdout, labelled_and_test, scores
+from .probe import features, holdout, labelled_and_test, majority_share, scores
 from .run import Run, new_run
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model, calibrate
@@ -163,7 +163,7 @@ def finetune(
         name: tuned(name, model, dataset, split, recipe, seed, notify)
         for name, model in systems.items()
     }
-    chance = commonest(dataset.labels[split[1]])
+    chance = majority_share(dataset.labels[split[1]])
     counts = {"labels": len(split[0]), "test": len(split[1]), "classes": len(dataset.class_names)}
     counts["step"] = run.step
     controls = {"chance": chance, "scratch": rows[SCRATCH]["top1"]}

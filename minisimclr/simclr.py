@@ -54,10 +54,9 @@ class Model:
             raise TypeError(f"encode takes views, as center_view makes them, not {x.dtype}")
         self.encoder.eval()
         with no_grad():
-            parts = (x[i : i + batch_size] for i in range(0, max(1, len(x)), batch_size))
-            return xp_of(x).concatenate(
-                [self.encoder(Tensor(part)).data for part in parts]
-            )  # (N, D)
+            starts = range(0, max(1, len(x)), batch_size)
+            h = [self.encoder(Tensor(x[i : i + batch_size])).data for i in starts]
+        return xp_of(x).concatenate(h)  # (N, D)
 
     def project(self, h: Array) -> Array:
         """z = g(h), likewise."""

@@ -140,12 +140,9 @@ def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> 
     return augment.draw_views(config.seed, step, n, height, width, *how, stream=stream)
 
 
-def sample_views(dataset: Dataset, config: TrainConfig, device: str) -> tuple[Array, int]:
-    """Centre views (n, S, S, 3) to calibrate a model with, and how many at once take no more memory
-    than a step does.
-    """
-    views = augment.center_view(dataset.sample(MONITORED), config.image_size)
-    return to_device(views, device), 2 * config.batch_size
+def sample_views(dataset: Dataset, size: int, device: str) -> Array:
+    """Centre views (n, size, size, 3) to calibrate a model with."""
+    return to_device(augment.center_view(dataset.sample(MONITORED), size), device)
 
 
 def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
@@ -204,7 +201,8 @@ def train(
                 seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if closing := last and not open_steps:
-                    run.model.calibrate(*sample_views(dataset, config, device))
+                    sample = sample_views(dataset, config.image_size, device)
+                    run.model.calibrate(sample, config.at_once)
                 if closing and end_of_epoch:
                     line |= monitor(run, dataset, device)
                 log_line(metrics, line)
@@ -247,7 +245,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     images = to_device(dataset.sample(MONITORED), device)
     views = draw(run.config, 0, images, stream=MONITOR)
     pair = augment.apply_views(images, views, run.config.image_size)
-    h1, h2 = (run.model.encode(x, 2 * run.config.batch_size) for x in pair)
+    h1, h2 = (run.model.encode(x, run.config.at_once) for x in pair)
     z1, z2 = run.model.project(h1), run.model.project(h2)
     if not all(xp_of(seen).isfinite(seen).all() for seen in (h1, z1, z2)):
         raise run.diverged(run.step, "it left the network's outputs not finite")

@@ -14,11 +14,11 @@ from minisimclr.probe import (
     LogisticRegression,
     Problem,
     alignment,
-    commonest,
     effective_rank,
     features,
     folds,
     knn_score,
+    majority_share,
     measure,
     probe,
     select_c,
@@ -359,7 +359,7 @@ def test_top_5_counts_the_five_likeliest_classes():
 
 def test_chance_is_the_share_of_the_commonest_class():
     """One over their number says too little where classes differ in size, or some have no test."""
-    assert commonest(np.array([7, 2, 2, 9])) == 0.5
+    assert majority_share(np.array([7, 2, 2, 9])) == 0.5
     labels = np.where(np.arange(120) % 8 == 1, 1, 0)  # 90 % zeros in the test, and no 2
     labels[:6] = [0, 1, 2, 0, 1, 2]
     seen = Colours(labels=labels)

@@ -21,7 +21,7 @@ from ..data import Dataset
 from ..errors import DataError, DivergedError
 from ..files import file_sha256, write_bytes
 from ..finetune import finetune
-from ..probe import Extract, by_class, commonest, labelled_and_test, measure, wilson_interval
+from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run
 from ..train import Notify, quiet
 from ..weights.names import TENSORFLOW
@@ -128,7 +128,8 @@ class Comparison:
     ) -> dict[str, Any]:
         """results.json as far as it is made."""
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
-        results |= {"chance": commonest(self.dataset.labels[self.test]), "rows": [], "curve": []}
+        results["chance"] = majority_share(self.dataset.labels[self.test])
+        results |= {"rows": [], "curve": []}
         for part in parts:
             state = {"status": "not run", "warning": reasons.get(part.key, "")}
             results[part.table] += done.get(part.key, [about | state for about in part.rows])

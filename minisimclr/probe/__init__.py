@@ -164,7 +164,7 @@ def labelled_and_test(
     return (train if labels is None else train[stratified(y[train], labels, seed)]), test
 
 
-def commonest(y: np.ndarray) -> float:
+def majority_share(y: np.ndarray) -> float:
     """The share of the commonest of the labels y: what the same answer to all is worth, at best."""
     return float(np.unique(y, return_counts=True)[1].max() / len(y))
 
@@ -190,7 +190,7 @@ def probe(
         system: measure(made(train), y[train], made(test), y[test], seed)
         for system, made in systems.items()
     }
-    controls = {"chance": commonest(y[test]), "pixels": rows["raw pixels"]["top1"]}
+    controls = {"chance": majority_share(y[test]), "pixels": rows["raw pixels"]["top1"]}
     controls["random_encoder"] = rows["random encoder"]["top1"]
     counts = {"labels": len(train), "test": len(test), "classes": len(dataset.class_names)}
     return {**rows[name], **counts, "controls": controls, "rows": rows}

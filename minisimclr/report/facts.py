@@ -121,7 +121,7 @@ class Facts:
     def test_h(self) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, D) of the test rows, by the trained network and by the fresh one."""
         data, run, size = self.need("dataset"), self.need("run"), self.config.image_size
-        self.fresh.calibrate(*sample_views(data, self.config, "cpu"))
+        self.fresh.calibrate(sample_views(data, size, "cpu"), self.config.at_once)
         models = (run.model, self.fresh)
         both = [features(m.encode, data.images, self.test_rows, size) for m in models]
         return both[0], both[1]
