@@ -184,6 +184,16 @@ def test_a_bad_value_in_the_environment_is_named():
     assert done.returncode == 2 and "value for 'MINISIMCLR_EPOCHS': 'abc'" in done.stderr
     fails(2, "'MINISIMCLR_EPOCH' .did you mean", "train", env={"MINISIMCLR_EPOCH": "3"})
     assert "MINISIMCLR" not in run("train", "--epochs", "abc").stderr
+    fails(2, "MINISIMCLR_KERNELS is 'best'", "doctor", env={"MINISIMCLR_KERNELS": "best"})
+
+
+def test_what_a_resumed_run_makes_of_the_environment(trained):
+    out, _ = trained
+    done = run("train", "--resume", out, env={"MINISIMCLR_LR": "3", "MINISIMCLR_DEVICE": "cpu"})
+    assert done.returncode == 0
+    assert done.stderr.startswith("note: a run keeps its settings: MINISIMCLR_LR is not used\n")
+    fails(2, "unknown device 'tpu'", "train", "--resume", out, env={"MINISIMCLR_DEVICE": "tpu"})
+    fails(2, "'MINISIMCLR_LRR' .did you", "train", "--resume", out, env={"MINISIMCLR_LRR": "3"})
 
 
 def test_only_a_run_can_be_gone_on_with(trained, tmp_path):

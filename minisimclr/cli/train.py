@@ -18,8 +18,9 @@ from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
 SETTINGS = {f.name: f for f in fields(TrainConfig)}
-VARIABLE = "MINISIMCLR_{}"  # for each setting, and two that are not for training
-VARIABLES = {VARIABLE.format(name.upper()) for name in (*SETTINGS, "kernels", "test_data")}
+ORIGINS = {ParameterSource.COMMANDLINE: "flag", ParameterSource.ENVIRONMENT: "environment"}
+# Of each setting, and two that are not for training.
+VARIABLES = {name: f"MINISIMCLR_{name.upper()}" for name in (*SETTINGS, "kernels", "test_data")}
 
 
 class Setting(click.Option):
@@ -40,18 +41,23 @@ def setting_options(function: Any) -> Any:
             cls=Setting,
             type=click.Choice(choices) if choices else f.type,
             default=f.default,
-            envvar=VARIABLE.format(f.name.upper()),
+            envvar=VARIABLES[f.name],
             help=f.metadata["help"][0].upper() + f.metadata["help"][1:] + ".",
         )(function)
     return function
+
+
+def given(ctx: click.Context) -> dict[str, str]:
+    """Which settings came with the command, and whether as a flag or in the environment."""
+    ours = [name for name in os.environ if name.startswith("MINISIMCLR_")]
+    check_keys(ours, VARIABLES.values(), "environment")
+    return {n: ORIGINS[s] for n in SETTINGS if (s := ctx.get_parameter_source(n)) in ORIGINS}
 
 
 def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple[TrainConfig, dict]:
     """The configuration and each value's origin: flag > environment > file > preset > default."""
     values: dict[str, Any] = {name: f.default for name, f in SETTINGS.items()}
     origins = dict.fromkeys(values, "default")
-    ours = [name for name in os.environ if name.startswith(VARIABLE.format(""))]
-    check_keys(ours, VARIABLES, "environment")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
     files += [(str(config), config)] if config else []
     for origin, path in files:
@@ -59,12 +65,8 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
         check_keys(table, SETTINGS, str(path))
         values |= table
         origins |= dict.fromkeys(table, origin)
-    for name in SETTINGS:
-        source = ctx.get_parameter_source(name)
-        if source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
-            values[name] = ctx.params[name]
-            origins[name] = "flag" if source is ParameterSource.COMMANDLINE else "environment"
-    return TrainConfig(**values), origins
+    values |= {name: ctx.params[name] for name in given(ctx)}
+    return TrainConfig(**values), origins | given(ctx)
 
 
 @click.command(epilog="Settings come from flags, then MINISIMCLR_* variables, --config, --preset.")
@@ -86,13 +88,16 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     from .. import train as training
     from .display import Display
 
-    given = {n for n in SETTINGS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-    if resume and (given - {"device"} or out or config or preset or dry_run):
+    came = given(ctx)
+    device = ctx.params["device"] if came.pop("device", None) else None
+    if resume and ("flag" in came.values() or out or config or preset or dry_run):
         raise ConfigError("a run keeps its settings: --resume takes --time-limit and --device only")
     with Display() as display:
         how: Any = {"time_limit": time_limit, "notify": display.notify}
         if resume:
-            run = training.resume(resume, device=ctx.params["device"] if given else None, **how)
+            if unused := ", ".join(VARIABLES[name] for name in came):
+                display.say(f"note: a run keeps its settings: {unused} is not used")
+            run = training.resume(resume, device=device, **how)
         else:
             settings, origins = settle(ctx, preset, config)
             if dry_run:

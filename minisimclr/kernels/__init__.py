@@ -6,13 +6,13 @@ MINISIMCLR_KERNELS=reference in the environment leaves the readable versions in 
 """
 
 import os
+import sys
 from importlib import import_module
 
-from ..errors import ConfigError
-
 _choice = os.environ.get("MINISIMCLR_KERNELS", "fast")
-if _choice not in ("fast", "reference"):
-    raise ConfigError(f"MINISIMCLR_KERNELS is {_choice!r}: use fast or reference")
+if _choice not in ("fast", "reference"):  # no command is there yet to explain an error
+    print(f"error: MINISIMCLR_KERNELS is {_choice!r}: use fast or reference", file=sys.stderr)
+    raise SystemExit(2)
 if _choice == "fast":
     from ..backend import on_cupy
     from ..cores import reuse_memory
