@@ -92,6 +92,15 @@ def draw_views(
     )
 
 
+def sides(images: Array) -> tuple[int, int, int]:
+    """N, H and W of images (N, H, W, 3) uint8. Raises TypeError for others: those of values in
+    [0, 1] would give black views.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise TypeError(f"images are (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
+    return images.shape[:3]
+
+
 @singledispatch
 def apply_views(images: Array, views: Views, size: int) -> tuple[Array, Array]:
     """Both views of images (N, H, W, 3) uint8, each (N, size, size, 3) float32 in [0, 1]."""
@@ -110,7 +119,7 @@ def two_views(
     images: Array, seed: int, step: int, size: int, strength: float = 0.5
 ) -> tuple[Array, Array]:
     """Two random views of images (N, H, W, 3) uint8, each (N, size, size, 3) float32 in [0, 1]."""
-    n, height, width, _ = images.shape
+    n, height, width = sides(images)
     return apply_views(images, draw_views(seed, step, n, height, width, strength), size)
 
 
@@ -119,10 +128,9 @@ def center_view(images: Array, size: int) -> Array:
 
     images (N, H, W, 3) uint8 -> (N, size, size, 3) float32 in [0, 1]
     """
-    n, height, width, _ = images.shape
+    n, height, width = sides(images)
     side = CENTRE * min(height, width)
-    box = [(width - side) / 2, (height - side) / 2, side, side]
-    boxes = np.tile(np.array(box, np.float32), (n, 1))
+    boxes = np.full((n, 4), [(width - side) / 2, (height - side) / 2, side, side], np.float32)
     return crop_resize(images, boxes, np.zeros(n, bool), size).clip(0, 1)
 
 
@@ -136,10 +144,10 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
     Without it a shrunken photo keeps every n-th pixel, and two crops of one picture differ by
     aliasing; and unlike the authors' bicubic it stays within [0, 1].
     """
-    xp = xp_of(images)
+    xp, (_, h, w) = xp_of(images), sides(images)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)
-    rows = resampling(top, height, images.shape[1], size)
-    columns = resampling(left, width, images.shape[2], size)
+    rows = resampling(top, height, h, size)
+    columns = resampling(left, width, w, size)
     columns = xp.where(xp.asarray(flips)[:, None, None], columns[:, ::-1], columns)
     return separable(images.astype(xp.float32) / 255, rows, columns)
 

@@ -50,8 +50,8 @@ class Model:
 
     def encode(self, x: Array, batch_size: int = 256) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
-        if x.dtype.kind != "f":
-            raise TypeError(f"encode takes views, as center_view makes them, not {x.dtype}")
+        if x.dtype.kind != "f" or x.ndim != 4:
+            raise TypeError(f"encode takes what center_view makes, not {x.shape} {x.dtype}")
         self.encoder.eval()
         with no_grad():
             starts = range(0, max(1, len(x)), batch_size)

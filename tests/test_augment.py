@@ -14,6 +14,7 @@ from minisimclr import augment
 from minisimclr.augment import apply_views, center_view, crop_resize, draw_views, two_views
 from minisimclr.cores import set_threads, threads
 from minisimclr.errors import ConfigError
+from minisimclr.weights import Preprocessing
 
 # The readable version and the one in use (the same where kernels are switched off).
 VERSIONS = {"reference": object, "in use": np.ndarray}
@@ -170,6 +171,23 @@ def test_center_view():
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
     theirs = plane.resize((21, 21), Image.Resampling.BILINEAR, (11, 3, 53, 45))
     np.testing.assert_allclose(ours[1, ..., 2], np.asarray(theirs) / 255, atol=2e-5)
+
+
+def test_only_bytes_are_pictures():
+    images = photos(2, 16, 16)
+    views = draw_views(0, 0, 2, 16, 16)
+    whole = Preprocessing(16, "symmetric")
+    for wrong in (images / np.float32(255), images[0], images[..., :1]):
+        for see in (
+            lambda x: two_views(x, 0, 0, 16),
+            lambda x: center_view(x, 16),
+            lambda x: apply_views(x, views, 16),
+            lambda x: apply_views.dispatch(object)(x, views, 16),
+            whole,
+        ):
+            with pytest.raises(TypeError, match=r"\(N, H, W, 3\) uint8, not \("):
+                see(wrong)
+    see(images)
 
 
 # Colour

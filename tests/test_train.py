@@ -452,8 +452,10 @@ def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys
 
 
 def test_pictures_are_not_taken_for_views(finished):
-    with pytest.raises(TypeError, match="takes views, as center_view makes them, not uint8"):
+    with pytest.raises(TypeError, match=r"takes what center_view makes, not \(.*\) uint8"):
         finished.model.encode(np.zeros((2, 16, 16, 3), np.uint8))
+    with pytest.raises(TypeError, match=r"not \(16, 16, 3\) float32"):
+        finished.model.encode(np.zeros((16, 16, 3), np.float32))
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(config, tmp_path):

@@ -98,9 +98,7 @@ class Module:
             "missing": [n for n in own if n not in shapes and not n.endswith("batches_tracked")],
             "unexpected": [n for n in shapes if n not in own and not n.startswith("fc.")],
             "of another shape": [
-                f"{n}: shape {shapes[n]} for {own[n]}"
-                for n in own
-                if shapes.get(n, own[n]) != own[n]
+                f"{n}: shape {shapes[n]} for {s}" for n, s in own.items() if shapes.get(n, s) != s
             ],
         }
         what = [

@@ -15,6 +15,7 @@ import numpy as np
 from ..augment import center_view
 from ..backend import Array, to_host, xp_of
 from ..errors import ConfigError, DataError
+from ..ops.loss import normalize
 from .logistic import LogisticRegression, Problem, finite
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
@@ -211,8 +212,7 @@ def table(result: dict[str, Any]) -> str:
 
 def unit(z: Array) -> Array:
     """Rows of z (N, D) scaled to length 1 (rows of zeros stay)."""
-    length = xp_of(z).linalg.norm(z, axis=1, keepdims=True)
-    return z / length.clip(float(np.finfo(z.dtype).tiny))
+    return normalize(z)[0]
 
 
 def alignment(z1: Array, z2: Array) -> float:
