@@ -40,8 +40,8 @@ def no_grad() -> Iterator[None]:
 class Tensor:
     """An array that remembers the operation that made it.
 
-    data: numpy or cupy array, float32, float64 and bfloat16 kept as given, anything else
-        made float32.
+    data: numpy or cupy array, float32, float64 and bfloat16 kept as given, anything else,
+        numbers and lists of them too, made float32.
     grad: None, or an array like `data` once `backward` has reached this leaf.
     """
 
@@ -71,11 +71,11 @@ class Tensor:
         transpose: Callable[..., Tensor]
 
     def __init__(self, data: Any, requires_grad: bool = False):
-        if isinstance(data, (int, float, list, tuple)):
-            data = np.asarray(data)
+        if not hasattr(data, "dtype"):  # numbers of Python have no precision that was meant
+            data = np.asarray(data, np.float32)
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
-        self.data = data
+        self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data
         self.requires_grad = requires_grad
 
     @property
@@ -164,7 +164,7 @@ class Function:
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
         run = self.forward
         y = run(*arrays) if observer is None else observer(self, "forward", run, arrays)
-        out = Tensor(np.asarray(y) if isinstance(y, np.generic) else y)
+        out = Tensor(y)
         if any(self.needs):
             out.requires_grad, out.creator = True, self
             self.parents = tuple(
