@@ -222,9 +222,11 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     labelled = dataset.split("labelled")
     splits = dataset.splits.copy()
     splits[labelled[:3]] = 0  # the same pixels, other labels
+    count = len(cheap)
     other = Comparison(run, replace(dataset, splits=splits), **options).make(tmp_path)
     measured = [row for row in other["rows"] if row["status"] == "measured"]
     assert measured and all(row["labels"] == len(labelled) - 3 for row in measured)
+    assert len(cheap) == count and other["rows"][-1]["status"] == "not run"  # no system, no control
 
 
 def test_what_cannot_be_made_is_said_and_the_rest_is_made(run, dataset, cheap, tmp_path):

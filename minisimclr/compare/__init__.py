@@ -174,11 +174,12 @@ class Comparison:
         )
 
     def on_random_inception(self) -> Part:
-        """The same dense layers on the features of a random InceptionV3."""
+        """The control of InceptionV3, where that takes part: the same layers on a random one."""
         name, pixels = f"InceptionV3 {BLOCK}, random weights", f"{self.side} px as 299"
         options = f"--data {self.name} --image-size {self.side} --trials {self.trials}"
         rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
-        return Part([self.data, "random", self.trials], rows, lambda: [self.dense(None)])
+        depends = [self.data, "random", self.trials] if self.inception else []
+        return Part(depends, rows, lambda: [self.dense(None)])
 
     def on_simclrv2(self) -> Part:
         """A linear head on the frozen features of the authors' ResNet-50.

@@ -248,7 +248,7 @@ def load(path: Path) -> Dataset:
             raise DataError(f"{path}: its images, labels, splits and names do not fit together")
         return dataset
     except FileNotFoundError as error:
-        raise DataError(f"{path} is not there: run `minisimclr data prepare`") from error
+        raise DataError(f"{path} is not there: `minisimclr data prepare NAME` makes it") from error
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over

@@ -43,9 +43,7 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
-            'pages are drawn with matplotlib: pip install "minisimclr[report]"'
-        ) from error
+        raise ConfigError("pages are drawn with matplotlib: pip install matplotlib") from error
     buffer = io.StringIO()
     with rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
