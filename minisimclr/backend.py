@@ -24,9 +24,11 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 
 def xp_of(array: Array) -> Any:
-    """The library (numpy or cupy) that `array` belongs to."""
+    """The library (numpy or cupy) that `array` belongs to. Raises TypeError for anything else."""
     if isinstance(array, (np.ndarray, np.generic)):
         return np
+    if not hasattr(array, "get"):  # which all of CuPy's have
+        raise TypeError(f"this takes arrays, not a {type(array).__name__}")
     return cupy()
 
 
@@ -42,8 +44,7 @@ def cuda_driver() -> int:
     return version.value
 
 
-#: Called with CuPy as soon as it is used for the first time.
-on_cupy: list[Callable[[Any], None]] = []
+on_cupy: list[Callable[[Any], None]] = []  # called with CuPy as soon as it is used
 
 
 def wheel() -> str:
@@ -255,8 +256,7 @@ def sized_by_first(device: str) -> Iterator[None]:
     """Within the block, the first of many steps alike, a GPU's memory pool holds what is in use and
     no more; afterwards it keeps, in one piece, as much as was in use at most.
 
-    By itself it would keep pieces of the sizes that the forward pass wants, and take a fourth more
-    for the backward pass, which wants others.
+    By itself it keeps pieces as the forward pass wants them, and takes a fourth more for the other.
     """
     pool = None if device == "cpu" else cupy().get_default_memory_pool()
     if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # somebody's own, or no pool

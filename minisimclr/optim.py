@@ -58,7 +58,9 @@ class SGD:
         self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, momentum: float = 0.9,
         weight_decay: float = 0.0,
     ):  # fmt: skip
-        self.parameters = dict(named_parameters)
+        self.parameters = dict(named := list(named_parameters))
+        if len(self.parameters) < len(named):
+            raise ValueError("parameters of one name: give those of each module a prefix")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 

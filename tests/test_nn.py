@@ -10,6 +10,7 @@ import pytest
 
 import minisimclr as ms
 from minisimclr.errors import ConfigError, DataError
+from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
 from minisimclr.simclr import Model, calibrate
 from minisimclr.tensor import NORM, Tensor
@@ -266,6 +267,22 @@ def test_dropout_keeps_the_mean_and_rests_in_evaluation():
     y.sum().backward()
     np.testing.assert_array_equal(x.grad, y.data)
     assert layer.eval()(x) is x
+    for p in (-0.1, 1.0):
+        with pytest.raises(AssertionError, match="a share p"):
+            ms.nn.Dropout(p, rng=np.random.default_rng(0))
+
+
+def test_sequential_applies_functions_too():
+    rng = np.random.default_rng(0)
+    first, last = (ms.nn.Linear(3, 3, rng=rng) for _ in range(2))
+    net, x = ms.nn.Sequential(first, relu, last), Tensor(rand(5, 3) - 0.5)
+    np.testing.assert_array_equal(net(x).data, last(relu(first(x))).data)
+    assert [name for name, _ in net.named_parameters()] == [
+        *("0.weight", "0.bias", "2.weight", "2.bias")
+    ]
+    double = copy.deepcopy(net).astype(np.float64)  # the copy runs on its own layers
+    np.testing.assert_allclose(double(x).data, net(x).data, rtol=1e-5)
+    assert double(x).dtype == np.float64 and first.weight.dtype == np.float32
 
 
 def test_calibrate_gives_a_random_network_the_statistics_of_its_data():

@@ -67,6 +67,12 @@ def test_sgd_matches_torch_at_a_constant_rate():
     assert (p.data != bias.data).all()
 
 
+def test_parameters_of_one_name_are_refused():
+    p, q = (Parameter(np.ones(2)) for _ in range(2))
+    with pytest.raises(ValueError, match="prefix"):
+        SGD([("w", p), ("w", q)], lr=0.1)
+
+
 def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
     p = Parameter(np.array(W))
     optimizer = SGD([("p", p)], 0.1)

@@ -234,6 +234,8 @@ def test_other_bad_input():
         tight().fit(X[:0], y[:0])
     with pytest.raises(ConfigError, match="-1"):
         LogisticRegression(C=-1)
+    with pytest.raises(AssertionError, match="0 neighbours"):
+        knn_score(X, y, X, y, k=0)
 
 
 # The protocol

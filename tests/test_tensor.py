@@ -254,6 +254,8 @@ def test_values_are_numpys():
     np.testing.assert_allclose(Tensor(x).mean(axis=1).data, x.mean(axis=1))
     np.testing.assert_array_equal(Tensor(x).transpose(2, 0, 1).data, x.transpose(2, 0, 1))
     gradcheck(lambda x: x.transpose(2, 0, 1), x)
+    with pytest.raises(IndexError):
+        Tensor(x).transpose(0, 1, 5)
 
 
 def test_second_backward_raises():

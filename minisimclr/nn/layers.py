@@ -94,6 +94,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p: float, *, rng: np.random.Generator):
+        assert 0 <= p < 1, f"Dropout: a share p of 0 to 1, not {p}"
         self.p, self.rng = p, rng
 
     def forward(self, x: Tensor) -> Tensor:

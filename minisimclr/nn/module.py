@@ -8,7 +8,7 @@ OIHW.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -139,13 +139,14 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 class Sequential(Module):
-    """Modules applied one after the other, named "0", "1", ..."""
+    """Modules, or functions such as relu, applied one after the other and named "0", "1", ..."""
 
-    def __init__(self, *modules: Module):
-        for i, module in enumerate(modules):
-            setattr(self, str(i), module)
+    def __init__(self, *steps: Callable[[Tensor], Tensor]):
+        self.steps = steps
+        for i, step in enumerate(steps):
+            setattr(self, str(i), step)
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, module in self.children():
-            x = module(x)
+        for step in self.steps:
+            x = step(x)
         return x

@@ -186,7 +186,7 @@ class Transpose(Function):
         self.axes = axes
 
     def forward(self, x):
-        self.order = tuple(i % x.ndim for i in self.axes or reversed(range(x.ndim)))
+        self.order = tuple(range(x.ndim)[i] for i in self.axes or reversed(range(x.ndim)))
         return x.transpose(self.order)
 
     def backward(self, gy):

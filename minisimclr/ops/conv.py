@@ -150,11 +150,9 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     Raises ValueError where channels differ or the kernel is larger than the padded image.
     """
     stride, padding = pair(stride), pair(padding)
-    if x.shape[3] != weight.shape[2]:
-        raise ValueError(f"conv2d: images of shape {x.shape}, but weight of shape {weight.shape}")
-    if min(output_size(x.shape, weight.shape, stride, padding)) < 1:
-        raise ValueError(
-            f"conv2d: kernel {weight.shape[:2]} exceeds images {x.shape} padded {padding}"
-        )
+    fit = x.shape[3] == weight.shape[2] and min(stride) > 0
+    if not fit or min(output_size(x.shape, weight.shape, stride, padding)) < 1:
+        of = f"images {x.shape} padded {padding}, stride {stride}"
+        raise ValueError(f"conv2d: a weight of shape {weight.shape} does not fit {of}")
     source = x.creator if hasattr(x.creator, "again") else None
     return Conv2d(stride, padding, source)(x, weight)

@@ -126,6 +126,7 @@ def knn_score(
 
     From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
     """
+    assert k > 0, f"knn_score: {k} neighbours"
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(y, return_inverse=True)
