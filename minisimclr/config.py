@@ -74,6 +74,8 @@ class TrainConfig:
         ]
         if not problems and self.crop_min > 1:
             problems.append(f"crop_min must be at most 1, not {self.crop_min}")
+        if not problems and self.warmup_epochs > self.epochs:
+            problems.append(f"warmup_epochs must be at most epochs, not {self.warmup_epochs}")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -93,6 +95,8 @@ def _problem(f: Any, value: Any) -> str | None:
         value = float(value)
     if type(value) is not f.type:
         return f"{f.name} must be of type {f.type.__name__}, not {value!r}"
+    if value == "":
+        return f"{f.name} must not be empty"
     if choices and value not in choices:
         return f"{f.name} must be one of {', '.join(choices)}, not {value!r}"
     if f.type is float and not isfinite(value):

@@ -47,8 +47,8 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     Raises DataError where its own is not the one it was trained on any more.
     """
     dataset = open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
-    if not data and dataset.fingerprint != run.data:
-        now = f"{run.config.data} holds other pictures than {run.path} was trained on"
+    if not data and not dataset.identity.startswith(run.data):
+        now = f"{run.config.data} holds other pictures, or others for training, than {run.path} had"
         raise DataError(f"{now}: to use them all the same name them in the command")
     return dataset
 

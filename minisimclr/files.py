@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,17 +35,19 @@ def publish(path: Path) -> Iterator[Path]:
     Makes the folders above it. Raises OSError where the directory cannot be written, the disk is
     full or `path` is no file; it is untouched then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # renaming over it would replace a device
         raise FileExistsError(errno.EEXIST, "is no file that could be replaced", str(path))
+    path = path.resolve()  # what a link points to is replaced, not the link
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name that its user knows
         raise
     sync(path.parent)

@@ -25,7 +25,7 @@ from .backend import choose_device
 from .config import TrainConfig, first_layers
 from .cores import available_cores
 from .data import BUILT_IN
-from .errors import DataError, DivergedError, OutputError
+from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import sync, write_bytes
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
@@ -44,7 +44,7 @@ class Run:
     optimizer: SGD
     step: int = 0
     stopped: str = ""  # why training ended early: "time limit", "SIGINT" or "SIGTERM"
-    data: str = ""  # fingerprint of the data set it was trained on
+    data: str = ""  # identity of the data set it was trained on
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
@@ -68,8 +68,15 @@ class Run:
         return DivergedError(f"training diverged at step {step}: {seen}; {advice}")
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Take over a checkpoint; returns its state."""
+        """Take over a checkpoint; returns its state. Raises ConfigError if config.json has changed
+        since.
+        """
         arrays, state = checkpoint.load(path)
+        for name, value in self.config.to_dict().items():
+            was = state["config"].get(name, value)
+            if value != was and name not in ("data", "device", "threads"):
+                changed = f"config.json has {name} {value!r}, training had {was!r}: set it back"
+                raise ConfigError(f"{self.path}: {changed}")
         for part, module in self.model.parts():
             module.load_state_dict(checkpoint.unprefixed(part, arrays))
         self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
@@ -113,7 +120,7 @@ def read_config(path: Path) -> TrainConfig:
         entries = json.loads((path / "config.json").read_text())
         config = TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
         return replace(config, data=moved(path, config.data))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"config.json: {getattr(error, 'strerror', None) or error}"
         raise DataError(f"{path}: not a run folder ({reason})") from error
 
@@ -124,8 +131,9 @@ def moved(path: Path, data: str) -> str:
     """
     if data in BUILT_IN or Path(data).exists():
         return data
-    places = (folder / Path(data).name for folder in (Path.cwd(), *path.resolve().parents))
-    return str(next((place for place in places if place.exists()), data))
+    own = path.resolve()
+    places = (folder / Path(data).name for folder in (Path.cwd(), *own.parents))
+    return str(next((place for place in places if place.exists() and place != own), data))
 
 
 def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:

@@ -68,6 +68,7 @@ def pretrain(
     if out != ours and out.exists():
         way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
         raise ConfigError(f"{out} exists already: name another --out{way}")
+    set_threads(config.threads)
     with backend.precision(config.precision, *choose_device(config.device)):
         pass  # whatever is wrong with them shows now
     require_writable(out)  # before long work, not after it
@@ -112,10 +113,13 @@ def resume(
         with locked(path / "run", wait=False):
             run, state = open_run(path, device)
             run.config = config
-            if state and run.data != dataset.fingerprint:
-                raise DataError(f"{path} was trained on other data than {config.data} holds now")
-            run.data = dataset.fingerprint
+            if state and not dataset.identity.startswith(run.data):
+                other = "other pictures, or others of them for training,"
+                raise DataError(f"{path} was trained on {other} than {config.data} holds now")
+            run.data = dataset.identity
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
+            if not log.exists():
+                raise DataError(f"{log} is gone: restore it, or begin anew")
             if not state and b"alignment" in log.read_bytes():  # an epoch has ended, and was saved
                 raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
             if log.stat().st_size < logged:

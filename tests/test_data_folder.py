@@ -150,9 +150,20 @@ def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
         save(tmp_path / "a" / f"{i}.png")
     link(tmp_path / "a" / "notes.txt", tmp_path / "gone")
     assert len(open_dataset(tmp_path, 16).images) == 3
+    link(tmp_path / "notes.txt", tmp_path / "gone")
+    assert len(open_dataset(tmp_path, 16).images) == 3
     link(tmp_path / "a" / "x.png", tmp_path / "gone")
     with pytest.raises(DataError, match=r"x\.png: cannot be read"):
         open_dataset(tmp_path, 16)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
+def test_a_pipe_is_no_picture(tmp_path):
+    for i in range(3):
+        save(tmp_path / "a" / f"{i}.png")
+    os.mkfifo(tmp_path / "a" / "x.png")  # to read it would wait for ever
+    os.mkfifo(tmp_path / "y.png")
+    assert len(open_dataset(tmp_path, 16).images) == 3
 
 
 def test_missing_folder_broken_link_and_bad_values(tmp_path):
@@ -252,7 +263,7 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for command in ("verify", "info"):
         code, out, err = run(capsys, "data", command, pictures)
-        assert (code, out) == (3, "") and "run `minisimclr data prepare`" in err
+        assert (code, out) == (3, "") and "`minisimclr data prepare NAME` makes it" in err
     code, out, err = run(capsys, "data", "prepare", pictures)
     assert (code, err) == (0, "")
     assert "images  120" in out and "pretrain  72" in out

@@ -47,9 +47,23 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+def test_what_a_link_points_to_is_replaced_and_not_the_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_bytes(b"old")
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    except OSError:
+        pytest.skip("links may not be made here")
+    files.write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "file").read_bytes() == b"new"
+    assert len(list((tmp_path / "there").iterdir())) == 1
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["as open says it", "as write says it"])
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch, named):
     def full(self, content):
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        raise OSError(errno.ENOSPC, "No space left on device", *[str(self)] * named)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left") as raised:

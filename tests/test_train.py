@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import checkpoint, cores
-from minisimclr.data import open_dataset
+from minisimclr.data import Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity
@@ -393,8 +393,43 @@ def test_other_data_is_refused(finished, config, tmp_path, pictures):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     fake = ms.data.open_dataset(str(pictures), 20)
     object.__setattr__(fake, "fingerprint", "0" * 64)
-    with pytest.raises(DataError, match="other data"):
+    with pytest.raises(DataError, match="other pictures"):
         resume(run.path, dataset=fake)
+    prepare(pictures, 20, Options(labels_per_class=1))  # the same pixels, more of them for training
+    with pytest.raises(DataError, match="or others of them for training"):
+        resume(run.path)
+    prepare(pictures, 20)
+    resume(run.path)
+
+
+def test_a_run_keeps_its_settings(config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    settings = json.loads((run.path / "config.json").read_text())
+    for name, value in (("epochs", config.epochs + 1), ("width", config.width * 2)):
+        changed = settings | {name: settings[name] | {"value": value}}
+        (run.path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=f"config.json has {name} {value}, training had"):
+            resume(run.path)
+    (run.path / "config.json").write_text("[]")
+    with pytest.raises(DataError, match="not a run folder"):
+        resume(run.path)
+
+
+def test_a_log_that_is_gone_is_missed(config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    (run.path / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"metrics.jsonl is gone: restore it, or begin anew"):
+        resume(run.path)
+
+
+def test_settings_that_cannot_be_leave_no_folder(config, tmp_path):
+    with pytest.raises(ConfigError, match="threads must be"):
+        pretrain(replace(config, threads=1025), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"warmup_epochs must be at most epochs, not 3\.5"):
+        replace(config, epochs=3, warmup_epochs=3.5)
+    with pytest.raises(ConfigError, match="data must not be empty"):
+        replace(config, data="")
 
 
 def test_divergence_keeps_the_last_good_state(config, tmp_path):

@@ -63,6 +63,11 @@ class Dataset:
         """Indices (int64, increasing) of the pictures in pretrain, labelled or test."""
         return np.flatnonzero(self.splits == SPLITS.index(name))
 
+    @property
+    def identity(self) -> str:
+        """What tells it from all others that a network could be trained on: pixels and splits."""
+        return f"{self.fingerprint} {sha256(self.splits.tobytes())}"
+
     def sample(self, count: int) -> np.ndarray:
         """`count` pictures (n, S, S, 3) of pretrain, at random but always the same; or all.
 

@@ -6,8 +6,9 @@ Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +61,14 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
     try:
         for top in (path for path in root.iterdir() if path.name[0] != "."):
-            if not top.is_dir():
-                yield top, top.stat()
-            for folder, inner, names in os.walk(top, onerror=fail) if top.is_dir() else ():
+            inside: Iterable[Any] = [(root, [], [top.name])]
+            if top.is_dir():
+                inside = os.walk(top, onerror=fail)
+            for folder, inner, names in inside:
                 inner[:] = [name for name in inner if name[0] != "."]
                 for path in (Path(folder, name) for name in names if name[0] != "."):
-                    if path.exists() or path.suffix.lower() in SUFFIXES:  # else a link to nothing
+                    broken = path.suffix.lower() in SUFFIXES and not path.exists()
+                    if path.is_file() or broken:  # a link to nothing: stat says so
                         yield path, path.stat()
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -191,7 +191,7 @@ def read(path: Path) -> Facts:
         facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
     if not run.step:
         facts.missing.append("There is no checkpoint yet.")
-    elif run.data != facts.dataset.fingerprint:
+    elif not facts.dataset.identity.startswith(run.data):
         facts.missing.append("The data set has changed since this run: its pictures are left out.")
         facts.dataset, facts.total = None, 0
     else:
