@@ -17,6 +17,7 @@ from .data.cache import Progress
 from .errors import ConfigError, DataError
 from .files import publish, require_writable
 from .nn import InceptionV3, Module
+from .nn.inception import BLOCKS
 from .probe import Extract, features, probe, unit
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
@@ -151,8 +152,11 @@ def probe_weights(
     notify: Notify,
 ) -> dict[str, Any]:  # fmt: skip
     """What published weights are worth on a data set, beside the same network's random ones."""
+    fresh = network(read(path))
+    if block and not (isinstance(fresh, InceptionV3) and block in BLOCKS):
+        raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
     net, preprocessing = encoder(path, block)
-    fresh = calibrated(network(read(path)), preprocessing, dataset)
+    calibrated(fresh, preprocessing, dataset)
     trained, control = (
         published(each, preprocessing, dataset, block, device, notify) for each in (net, fresh)
     )

@@ -160,9 +160,30 @@ def test_a_terminal_gets_a_bar(pictures, tmp_path):
     assert "\r" in screen
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_stops_nothing(trained, closed):
+    command = ["bash", "-c", f'"$@" {closed}', "-", *command_line("probe", trained[0], "--json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert bool(done.stdout) == (closed == "2>&-")
+
+
+def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "photos")
+    for i in range(2):
+        (tmp_path / "photos" / "blob" / f"{i}.gif").touch()
+    out = tmp_path / "run"
+    done = run("train", "--data", tmp_path / "photos", *SMALL, "--out", out, "--time-limit", "0")
+    assert "72 unlabelled images of photos (2 other files left out); run folder" in done.stderr
+
+
 def test_settings_come_from_flag_environment_file_default_in_this_order(pictures, tmp_path):
     toml = tmp_path / "recipe.toml"
-    toml.write_text(f"data = '{pictures}'\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n")
+    toml.write_text(
+        f"\ufeffdata = '{pictures}'\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n"
+    )
     out = tmp_path / "run"
     flags = f"--out {out} --config {toml} --seed 7 --image-size 16 --time-limit 1s".split()
     environment = {

@@ -320,6 +320,9 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(exported, own, rtol=1e-4, atol=1e-6)
     code, out, _ = call("probe", file, "--data", pictures)
     assert "ImageNet" not in out  # which holds other dogs
+    for block in ("layer1", "mixed8"):  # it would be read, and the rest be left random
+        code, _, err = call("probe", file, "--data", pictures, "--block", block)
+        assert code == 2 and f"block '{block}': InceptionV3 has mixed0, mixed1" in err
     code, _, err = call("probe", file, "--finetune")
     assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -503,6 +504,9 @@ def test_cache_file_by_path(pictures, home, tmp_path):
     dataset = open_dataset(path)
     assert dataset.images.shape == (120, 16, 16, 3)
     assert prepared(path).fingerprint == dataset.fingerprint == prepare(path).fingerprint
+    with pytest.warns(UserWarning, match="16 px where 20 are wanted: enlarged"):
+        open_dataset(path, 20)
+    open_dataset(path, 8)
 
 
 # Workers.
@@ -522,6 +526,11 @@ def die(x):
 
 def refuse(x):
     raise DataError("refused")
+
+
+def slow(path):
+    time.sleep(0.2)
+    path.touch()
 
 
 def chatter(x):
@@ -546,6 +555,13 @@ def test_parallel_map_reads_only_a_little_ahead():
     assert next(results) == 0
     assert len(taken) < 10
     results.close()
+
+
+def test_what_nobody_waits_for_is_not_made(tmp_path):
+    results = parallel_map(slow, (tmp_path / str(i) for i in range(9)), 2)
+    next(results)
+    results.close()  # as Ctrl-C does: five are asked for, two at a time, and the first is there
+    assert len(list(tmp_path.iterdir())) <= 4
 
 
 @pytest.mark.parametrize(("function", "text"), [(die, "ended .exit status 7"), (refuse, "refused")])

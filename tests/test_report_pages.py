@@ -19,6 +19,7 @@ from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
 from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
+from minisimclr.run import open_run
 from minisimclr.simclr import training_step
 from minisimclr.tensor import Tensor
 from minisimclr.train import pretrain
@@ -187,6 +188,27 @@ def test_a_run_that_is_going_on_is_not_disturbed(run, tmp_path):
     assert not (tmp_path / "run" / "profile.json").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such names")
+def test_any_name_of_a_class_or_a_run_is_shown(pictures, tmp_path):
+    names = {"blob": "$10_$20", "check": "_hidden", "stripe": os.fsdecode(b"bad\xff")}
+    for old, new in names.items():
+        shutil.copytree(pictures / old, tmp_path / "photos" / new)
+    config = ms.TrainConfig(
+        data=str(tmp_path / "photos"), width=4, image_size=16, batch_size=16, epochs=1
+    )
+    runs = [pretrain(config, tmp_path / name).path for name in ("_a", "$b_$c")]
+    run = open_run(runs[0])[0]
+    (runs[0] / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
+    page = report.build_report(report.read(runs[0])).decode()
+    check(page)
+    charts = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    for name in ("$10_$20", "_hidden", "bad?"):
+        assert name in charts  # in the legend of the map
+    page = report.build_comparison([report.read(path) for path in runs]).decode()
+    charts = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert "$b_$c</text>" in charts and "_a</text>" in charts
+
+
 def test_no_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match="not a run folder"):
         report.read(tmp_path)
@@ -243,6 +265,11 @@ def test_the_walkthrough_page(dataset):
     page = report.build_walkthrough(dataset, 3).decode()
     check(page)
     assert page == report.build_walkthrough(dataset, 3).decode()
+    few = replace(dataset, splits=np.where(np.arange(len(dataset.splits)) < 2, 0, 1))
+    assert "on 2 pictures of" in report.build_walkthrough(few, 3).decode()
+    few.splits[0] = 1
+    with pytest.raises(DataError, match="1 picture"):
+        report.build_walkthrough(few, 3)
     for lines in (
         "z = model.head(h)",
         "s[row, row + start] = -xp.inf",

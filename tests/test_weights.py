@@ -243,6 +243,15 @@ def test_the_stem_of_foreign_weights_is_the_usual_one(tmp_path, make, stem):
     assert weights.encoder(tmp_path / "a.safetensors")[0].stem == stem
 
 
+def test_weights_are_for_one_stem(tmp_path):
+    """A convolution of stride 1 takes those of stride 2 as well, and means something else."""
+    net = nn.resnet_small(width=4)
+    weights.save(net, tmp_path / "a.safetensors", weights.Preprocessing(32))
+    with pytest.raises(DataError, match="is for the stem 'small', and this network has 'cifar'"):
+        weights.load(nn.resnet_small("cifar", width=4), tmp_path / "a.safetensors")
+    weights.load(nn.resnet_small(width=4), tmp_path / "a.safetensors")
+
+
 def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
     net = nn.resnet10(width=4)
     before, good = net.state_dict(), random_state(net)

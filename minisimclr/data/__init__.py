@@ -9,6 +9,7 @@ for step, images, rows in batches(dataset.images, dataset.split("pretrain"), 128
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,10 @@ def open_dataset(
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
-        return cache.load(path)
+        cached = cache.load(path)
+        if image_size and (side := cached.images.shape[1]) < size:
+            warnings.warn(f"{path} has {side} px where {size} are wanted: enlarged", stacklevel=2)
+        return cached
     made = load_if_valid(path)
     sizes = [] if made else other_sizes(path)
     if str(name_or_path) != "stanford-dogs":

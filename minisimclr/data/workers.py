@@ -47,7 +47,8 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
             process = start()
             stack.callback(process.communicate)  # ends its input and waits for it
             idle.put(process)
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C nobody waits for them
         pending: deque = deque()
         for item in items:
             pending.append(pool.submit(run, item))

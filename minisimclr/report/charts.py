@@ -28,9 +28,15 @@ STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none",
     "legend.frameon": False, "legend.fontsize": 9, "figure.facecolor": "none",
+    "text.parse_math": False,
 }  # fmt: skip
 Series = Mapping[str, tuple[Any, Any]]  # name -> x, y
 Draw = Callable[[Any], None]
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib can draw it: one that begins with _ it would leave out."""
+    return "\u200b" * name.startswith("_") + name.encode(errors="replace").decode()
 
 
 def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2.7) -> str:
@@ -76,7 +82,7 @@ def lines(
                 look |= {"drawstyle": "steps-mid", "ls": DASHES[k]}
             elif len(xs) <= 12 or len(series) > 1:
                 look |= {"marker": MARKERS[k % 6], "ms": 4, "markevery": max(1, len(xs) // 20)}
-            axes.plot(xs, ys, label=name, **look)
+            axes.plot(xs, ys, label=plain(name), **look)
         if level:
             axes.axhline(level[1], color=MUTED, ls=(0, (5, 3)), lw=1.4, label=level[0])
         if isinstance(xs[0], str):
@@ -106,7 +112,7 @@ def points(title: str, x: str, y: str, series: Series) -> str:
 
 def bars(title: str, x: str, values: dict[str, float], ranges: Any = None) -> str:
     """Horizontal bars, the first on top. ranges: (low, high) of each, drawn as error bars."""
-    names, lengths = list(values), list(values.values())
+    names, lengths = list(map(plain, values)), list(values.values())
 
     def draw(axes: Any) -> None:
         errors = None if ranges is None else abs(np.array(ranges).T - lengths)  # (2, bars)
@@ -127,8 +133,9 @@ def scatter(
 
     def draw(axes: Any) -> None:
         for k, (name, (xs, ys)) in enumerate(groups.items()):
-            look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "label": name}
-            axes.scatter(xs, ys, sizes[name] if sizes else 12, alpha=0.75, lw=0, **look)
+            look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "lw": 0}
+            size = sizes[name] if sizes else 12
+            axes.scatter(xs, ys, size, alpha=0.75, label=plain(name), **look)
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)

@@ -144,9 +144,9 @@ class Facts:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is absent or torn."""
+    """The object that a JSON file holds; None if it is absent, torn or no object."""
     try:
-        return json.loads(path.read_text())
+        return value if isinstance(value := json.loads(path.read_text()), dict) else None
     except (OSError, ValueError):
         return None
 

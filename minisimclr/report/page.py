@@ -39,7 +39,7 @@ def document(kind: str, title: str, about: str, top: str, sections: Sequence[Cal
     own = files(__package__)
     style = own.joinpath("page.css").read_text("utf-8")
     page = own.joinpath("page.html").read_text("utf-8")
-    return page.format(style=style, contents=contents, body=body, **texts).encode()
+    return page.format(style=style, contents=contents, body=body, **texts).encode(errors="replace")
 
 
 def told(function: Callable) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import augment, tensor
 from ..data import Dataset
+from ..errors import DataError
 from ..nn import ProjectionHead
 from ..ops.basic import Linear
 from ..ops.loss import NTXent, log_softmax, normalize, nt_xent, partners, similarities
@@ -119,12 +120,17 @@ def excerpt(function: Any, first: str = "", last: str = "") -> str:
 
 
 def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
-    """The page about one step on `count` pictures, of different classes if there are enough."""
+    """The page about one step on `count` pictures, of different classes if there are enough.
+
+    Raises DataError for a data set of one picture: it has nothing to be told apart from.
+    """
     rows = dataset.split("pretrain")
+    if len(rows) < 2:
+        raise DataError(f"{dataset.name} has {len(rows)} picture(s) to train on: two are needed")
     _, first = np.unique(dataset.labels[rows], return_index=True)
     chosen = np.append(np.sort(first), np.setdiff1d(np.arange(len(rows)), first))[:count]
     w = walk(np.asarray(dataset.images[rows[chosen]]), seed)
-    about = f"Algorithm 1 (Chen et al. 2020) on {count} pictures of {dataset.name}, line by line"
+    about = f"Algorithm 1 (Chen et al. 2020) on {len(chosen)} pictures of {dataset.name}"
     top = paragraph(
         "Every number here passed through the lines beside it. The network is new, its weights are "
         "random. Its head ends in 2 dimensions instead of 128, which makes the sphere a circle "

@@ -74,12 +74,16 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     Raises DataError for a file that is damaged, does not fit or holds numbers that are not finite.
     """
     stored = path if isinstance(path, Stored) else read(path)
+    stem = getattr(module, "stem", "")
+    told = "simclr" if (stored.format, stem) == (names.TENSORFLOW, "imagenet") else stem
+    if stem and (told := stored.metadata.get("stem", told)) != stem:
+        raise DataError(f"{stored.path}: is for the stem {told!r}, and this network has {stem!r}")
     state = module.state_dict()
     for name, source in names.match(module, stored, until).items():
         state[name] = fetch(stored, source) if source else np.ones_like(state[name])
     module.load_state_dict(state)
     # What the file says, or the convention of those who publish in its format.
-    size, pixels = 32 if getattr(module, "stem", "") == "cifar" else 224, "imagenet"
+    size, pixels = 32 if stem == "cifar" else 224, "imagenet"
     if isinstance(module, InceptionV3):
         size, pixels = 299, "symmetric"
     with damage_reported(stored.path):
