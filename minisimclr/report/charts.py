@@ -28,15 +28,15 @@ STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none",
     "legend.frameon": False, "legend.fontsize": 9, "figure.facecolor": "none",
-    "text.parse_math": False,
 }  # fmt: skip
 Series = Mapping[str, tuple[Any, Any]]  # name -> x, y
 Draw = Callable[[Any], None]
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib can draw it: one that begins with _ it would leave out."""
-    return "\u200b" * name.startswith("_") + name.encode(errors="replace").decode()
+    """A name as matplotlib draws it: it leaves out those that begin with _, $ begins a formula."""
+    name = name.encode(errors="replace").decode().replace("$", r"\$")
+    return "\u200b" * name.startswith("_") + name
 
 
 def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2.7) -> str:
