@@ -28,7 +28,7 @@ def xp_of(array: Array) -> Any:
     if isinstance(array, (np.ndarray, np.generic)):
         return np
     if not hasattr(array, "get"):  # which all of CuPy's have
-        raise TypeError(f"this takes arrays, not a {type(array).__name__}")
+        raise TypeError(f"this takes arrays (np.asarray makes one), not a {type(array).__name__}")
     return cupy()
 
 

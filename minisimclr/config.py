@@ -74,8 +74,6 @@ class TrainConfig:
         ]
         if not problems and self.crop_min > 1:
             problems.append(f"crop_min must be at most 1, not {self.crop_min}")
-        if not problems and self.warmup_epochs > self.epochs:
-            problems.append(f"warmup_epochs must be at most epochs, not {self.warmup_epochs}")
         if problems:
             raise ConfigError("; ".join(problems))
 

@@ -3,6 +3,7 @@ worth beside their controls, and which pictures are most alike.
 """
 
 import hashlib
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .cores import set_threads
 from .data import Dataset, cache_folder, open_dataset
 from .data.cache import Progress
 from .errors import ConfigError, DataError
-from .files import publish, require_writable
+from .files import require_writable, write_bytes
 from .nn import InceptionV3, Module
 from .nn.inception import BLOCKS
 from .probe import Extract, features, probe, unit
@@ -49,7 +50,7 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     """
     dataset = open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
     if not data and not dataset.identity.startswith(run.data):
-        now = f"{run.config.data} holds other pictures, or others for training, than {run.path} had"
+        now = f"{run.config.data} has other pictures or splits than when {run.path} was trained"
         raise DataError(f"{now}: to use them all the same name them in the command")
     return dataset
 
@@ -185,8 +186,8 @@ def save(path: Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
     Raises ConfigError for another suffix, OSError where it cannot be written.
     """
     if path.suffix == ".npy":
-        with publish(path) as temporary, temporary.open("wb") as file:
-            np.save(file, h)
+        np.save(memory := io.BytesIO(), h)  # into a file it would miss that the disk is full
+        write_bytes(path, memory.getbuffer())
     elif path.suffix == ".h5":
         names = [name.encode(errors="surrogateescape") for name in dataset.file_names]
         arrays = {"features": h, "labels": dataset.labels, "file_names": np.array(names)}

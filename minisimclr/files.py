@@ -37,20 +37,25 @@ def publish(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():  # renaming over it would replace a device
         raise FileExistsError(errno.EEXIST, "is no file that could be replaced", str(path))
-    path = path.resolve()  # what a link points to is replaced, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    place = target(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)
-        temporary.replace(path)
+        temporary.replace(place)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name that its user knows
         raise
-    sync(path.parent)
+    sync(place.parent)
+
+
+def target(path: Path) -> Path:
+    """Where what is written to `path` goes: a link stays, and the file it leads to is replaced."""
+    return Path(os.path.realpath(path))
 
 
 def sync(path: Path) -> None:
@@ -67,7 +72,7 @@ def sync(path: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise OutputError if nothing could be made at `path`; leaves no trace."""
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = next(p for p in target(path).parents if p.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
             pass

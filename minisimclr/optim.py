@@ -58,9 +58,11 @@ class SGD:
         self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, momentum: float = 0.9,
         weight_decay: float = 0.0,
     ):  # fmt: skip
-        self.parameters = dict(named := list(named_parameters))
-        if len(self.parameters) < len(named):
-            raise ValueError("parameters of one name: give those of each module a prefix")
+        self.parameters: dict[str, Parameter] = {}
+        for name, p in named_parameters:
+            if name in self.parameters:
+                raise ValueError(f"two parameters are called {name!r}: put a prefix before names")
+            self.parameters[name] = p
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 

@@ -131,9 +131,9 @@ def moved(path: Path, data: str) -> str:
     """
     if data in BUILT_IN or Path(data).exists():
         return data
-    own = path.resolve()
-    places = (folder / Path(data).name for folder in (Path.cwd(), *own.parents))
-    return str(next((place for place in places if place.exists() and place != own), data))
+    places = (folder / Path(data).name for folder in (Path.cwd(), *path.resolve().parents))
+    found = (place for place in places if place.exists() and not (place / "config.json").exists())
+    return str(next(found, data))  # what has settings is a run of that name
 
 
 def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:

@@ -71,8 +71,8 @@ class Tensor:
         transpose: Callable[..., Tensor]
 
     def __init__(self, data: Any, requires_grad: bool = False):
-        if not hasattr(data, "dtype"):  # numbers of Python have no precision that was meant
-            data = np.asarray(data, np.float32)
+        if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
+            data = np.asarray(data, np.float32)  # Python's numbers have no precision that was meant
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
         self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data

@@ -114,8 +114,8 @@ def resume(
             run, state = open_run(path, device)
             run.config = config
             if state and not dataset.identity.startswith(run.data):
-                other = "other pictures, or others of them for training,"
-                raise DataError(f"{path} was trained on {other} than {config.data} holds now")
+                now = f"{config.data} has other pictures or splits than when {path} was trained"
+                raise DataError(f"{now}: restore them, or prepare it as it was")
             run.data = dataset.identity
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
             if not log.exists():
@@ -130,6 +130,8 @@ def resume(
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
+            if plan.warmup > plan.total:
+                notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
             with backend.precision(config.precision, device, reason):
                 train(run, dataset, plan, device, time_limit, notify)
             return run
@@ -232,6 +234,7 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
     return means | {"seconds": seconds, "views_per_second": 2 * n / seconds}
 
 
+LONG_WARMUP = "the rate rises for {} epochs and there are {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}: the model tells "

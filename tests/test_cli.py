@@ -168,6 +168,8 @@ def test_a_closed_stream_stops_nothing(trained, closed):
     assert done.returncode == 0
     assert done.stderr == ""
     assert bool(done.stdout) == (closed == "2>&-")
+    command[-2:] = [os.fsdecode(b"no\xff")]
+    assert subprocess.run(command, capture_output=True).returncode == 3
 
 
 def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
@@ -212,7 +214,7 @@ def test_what_a_resumed_run_makes_of_the_environment(trained):
     out, _ = trained
     done = run("train", "--resume", out, env={"MINISIMCLR_LR": "3", "MINISIMCLR_DEVICE": "cpu"})
     assert done.returncode == 0
-    assert done.stderr.startswith("note: a run keeps its settings: MINISIMCLR_LR is not used\n")
+    assert done.stderr.startswith("note: a run keeps its settings; not used: MINISIMCLR_LR\n")
     fails(2, "unknown device 'tpu'", "train", "--resume", out, env={"MINISIMCLR_DEVICE": "tpu"})
     fails(2, "'MINISIMCLR_LRR' .did you", "train", "--resume", out, env={"MINISIMCLR_LRR": "3"})
 

@@ -1,7 +1,10 @@
 """An encoder used on one's own pictures, and the doctor; as commands, where a user meets them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import h5py
@@ -113,7 +116,9 @@ def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
     before = (made.path / "probe.json").read_bytes()
     shutil.rmtree(tmp_path / "here" / "photos" / "blob")
     for command in (["probe"], ["embed", "--out", tmp_path / "h.npy"]):
-        with pytest.raises(DataError, match=r"holds other pictures, .* name them in the command"):
+        with pytest.raises(
+            DataError, match=r"other pictures or splits .* name them in the command"
+        ):
             call(*command, made.path)
     assert call("probe", made.path, "--data", tmp_path / "here" / "photos").exit_code == 0
     assert (made.path / "probe.json").read_bytes() == before
@@ -239,4 +244,18 @@ def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         call("report", run.path, "--out", tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such limit")
+def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
+    """NumPy writes an array past Python's buffers, and overlooks that the last of it got lost."""
+    code = f"""if True:
+        import pathlib, resource, numpy as np
+        from minisimclr import embed
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), np.zeros((400, 1), np.float32), 0, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and f"File too large: '{tmp_path / 'h.npy'}'" in done.stderr
     assert not list(tmp_path.iterdir())

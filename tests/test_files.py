@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minisimclr import files
+from minisimclr.errors import OutputError
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
@@ -58,6 +59,13 @@ def test_what_a_link_points_to_is_replaced_and_not_the_link(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "file").read_bytes() == b"new"
     assert len(list((tmp_path / "there").iterdir())) == 1
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    files.write_bytes(tmp_path / "loop", b"new")  # leads nowhere
+    assert (tmp_path / "loop").read_bytes() == b"new"
+    (tmp_path / "nowhere").symlink_to("/proc/self/x")
+    if Path("/proc/self").exists():
+        with pytest.raises(OutputError, match="cannot write"):
+            files.require_writable(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["as open says it", "as write says it"])

@@ -129,14 +129,14 @@ def test_budget():
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
     assert kernels <= 1225
-    assert count.pop("weights", 0) <= 454
+    assert count.pop("weights", 0) <= 456
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
-    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1012
+    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1013
     assert sum(count.get(room, 0) for room in TEACHES) <= 1700, count
-    assert count.pop("data") <= 1146  # every fault of archives, pictures, caches, downloads
+    assert count.pop("data") <= 1152  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 768
     # The report's three systems.
-    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 624
+    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 625
     assert sum(count.values()) <= 2937, count
 
 

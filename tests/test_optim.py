@@ -69,7 +69,7 @@ def test_sgd_matches_torch_at_a_constant_rate():
 
 def test_parameters_of_one_name_are_refused():
     p, q = (Parameter(np.ones(2)) for _ in range(2))
-    with pytest.raises(ValueError, match="prefix"):
+    with pytest.raises(ValueError, match="two parameters are called 'w': put a prefix"):
         SGD([("w", p), ("w", q)], lr=0.1)
 
 

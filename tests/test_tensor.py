@@ -23,6 +23,8 @@ def test_keeps_float_types_and_converts_others():
     assert Tensor(np.zeros(2, np.int64)).dtype == np.float32
     assert Tensor([1.0, 2.0]).dtype == Tensor([1, 2]).dtype == Tensor(0.5).dtype == np.float32
     assert isinstance(Tensor(np.float64(0.5)).data, np.ndarray)
+    with pytest.raises(AttributeError):
+        Tensor(None)  # such as the gradient of a leaf that none has reached
     assert Tensor(np.float64(0.5)).dtype == np.float64
     x = Tensor(np.ones(2, np.float32))
     assert (2.0 * x + 1 - x / 3.0 + np.ones(2)).dtype == np.float32

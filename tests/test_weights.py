@@ -247,9 +247,16 @@ def test_weights_are_for_one_stem(tmp_path):
     """A convolution of stride 1 takes those of stride 2 as well, and means something else."""
     net = nn.resnet_small(width=4)
     weights.save(net, tmp_path / "a.safetensors", weights.Preprocessing(32))
-    with pytest.raises(DataError, match="is for the stem 'small', and this network has 'cifar'"):
-        weights.load(nn.resnet_small("cifar", width=4), tmp_path / "a.safetensors")
-    weights.load(nn.resnet_small(width=4), tmp_path / "a.safetensors")
+    run = new_run(tmp_path, ms.TrainConfig(width=4))
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+    run.save()
+    for path in (tmp_path / "a.safetensors", *tmp_path.glob("checkpoints/*.h5")):
+        with pytest.raises(
+            DataError, match="is for the stem 'small', and this network has 'cifar'"
+        ):
+            weights.load(nn.resnet_small("cifar", width=4), path)
+        weights.load(nn.resnet_small(width=4), path)
 
 
 def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):

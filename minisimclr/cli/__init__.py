@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [a for a in given if a != "--debug"]
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115
     if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)

@@ -96,7 +96,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         how: Any = {"time_limit": time_limit, "notify": display.notify}
         if resume:
             if unused := ", ".join(VARIABLES[name] for name in came):
-                display.say(f"note: a run keeps its settings: {unused} is not used")
+                display.say(f"note: a run keeps its settings; not used: {unused}")
             run = training.resume(resume, device=device, **how)
         else:
             settings, origins = settle(ctx, preset, config)

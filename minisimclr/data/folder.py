@@ -6,9 +6,9 @@ Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from stat import S_ISREG
 
 import numpy as np
 
@@ -61,17 +61,26 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
     try:
         for top in (path for path in root.iterdir() if path.name[0] != "."):
-            inside: Iterable[Any] = [(root, [], [top.name])]
-            if top.is_dir():
-                inside = os.walk(top, onerror=fail)
-            for folder, inner, names in inside:
+            if not top.is_dir():
+                yield from regular(top)
+            for folder, inner, names in os.walk(top, onerror=fail) if top.is_dir() else ():
                 inner[:] = [name for name in inner if name[0] != "."]
                 for path in (Path(folder, name) for name in names if name[0] != "."):
-                    broken = path.suffix.lower() in SUFFIXES and not path.exists()
-                    if path.is_file() or broken:  # a link to nothing: stat says so
-                        yield path, path.stat()
+                    yield from regular(path)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def regular(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """`path` and its stat, if it is a file. Raises OSError for a picture that links to nothing."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        if path.suffix.lower() in SUFFIXES:
+            raise
+        return
+    if S_ISREG(stat.st_mode):
+        yield path, stat
 
 
 def split_classes(

@@ -18,15 +18,9 @@ class Conv2d(Module):
     """
 
     def __init__(
-        self,
-        c: int,
-        o: int,
-        kernel: int | Pair,
-        stride: int | Pair = 1,
-        padding: int | Pair = 0,
-        *,
-        rng: np.random.Generator,
-    ):
+        self, c: int, o: int, kernel: int | Pair, stride: int | Pair = 1, padding: int | Pair = 0,
+        *, rng: np.random.Generator,
+    ):  # fmt: skip
         self.stride, self.padding = pair(stride), pair(padding)
         shape = (*pair(kernel), c, o)
         std = np.sqrt(2 / (shape[0] * shape[1] * o))
@@ -44,14 +38,9 @@ class Linear(Module):
     """
 
     def __init__(
-        self,
-        c: int,
-        o: int,
-        bias: bool = True,
-        std: float | None = None,
-        *,
-        rng: np.random.Generator,
-    ):
+        self, c: int, o: int, bias: bool = True, std: float | None = None,
+        *, rng: np.random.Generator,
+    ):  # fmt: skip
         std = np.sqrt(2 / c) if std is None else std
         self.weight = Parameter(rng.standard_normal((o, c), np.float32) * np.float32(std))
         self.bias = Parameter(np.zeros(o, np.float32), BIAS) if bias else None
@@ -80,8 +69,9 @@ class BatchNorm(Module):
     def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.training:
             self.num_batches_tracked = self.num_batches_tracked + 1
-        zeros = xp_of(x.data).zeros_like(self.weight.data)
-        beta = Tensor(zeros) if self.bias is None else self.bias
+        beta = (
+            Tensor(xp_of(x.data).zeros_like(self.weight.data)) if self.bias is None else self.bias
+        )
         running = self.running_mean, self.running_var
         return batch_norm(
             x, self.weight, beta, running, self.training, self.momentum, self.eps, residual, relu
@@ -94,7 +84,8 @@ class Dropout(Module):
     """
 
     def __init__(self, p: float, *, rng: np.random.Generator):
-        assert 0 <= p < 1, f"Dropout: a share p of 0 to 1, not {p}"
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p must be at least 0 and less than 1, not {p}")
         self.p, self.rng = p, rng
 
     def forward(self, x: Tensor) -> Tensor:

@@ -142,11 +142,10 @@ class Sequential(Module):
     """Modules, or functions such as relu, applied one after the other and named "0", "1", ..."""
 
     def __init__(self, *steps: Callable[[Tensor], Tensor]):
-        self.steps = steps
         for i, step in enumerate(steps):
             setattr(self, str(i), step)
 
     def forward(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
+        for name, step in vars(self).items():
+            x = step(x) if name.isdigit() else x
         return x

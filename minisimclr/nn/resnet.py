@@ -70,13 +70,9 @@ class ResNet(Module):
     """
 
     def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        blocks: tuple[int, ...],
-        stem: str,
-        width: int,
-        seed: int = 0,
-    ):
+        self, block: type[BasicBlock] | type[Bottleneck], blocks: tuple[int, ...], stem: str,
+        width: int, seed: int = 0,
+    ):  # fmt: skip
         if stem not in STEMS:
             raise ConfigError(f"unknown stem {stem!r}: use {', '.join(STEMS)}")
         if width < 1:

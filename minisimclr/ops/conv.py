@@ -147,12 +147,15 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     """Cross-correlate images x (N, H, W, C) with weight (KH, KW, C, O) -> (N, OH, OW, O).
 
     stride and padding (zeros) in pixels, one number or (rows, columns).
-    Raises ValueError where channels differ or the kernel is larger than the padded image.
+    Raises ValueError where channels differ, the kernel is larger than the padded image, or a stride
+    is below 1.
     """
     stride, padding = pair(stride), pair(padding)
-    fit = x.shape[3] == weight.shape[2] and min(stride) > 0
-    if not fit or min(output_size(x.shape, weight.shape, stride, padding)) < 1:
-        of = f"images {x.shape} padded {padding}, stride {stride}"
-        raise ValueError(f"conv2d: a weight of shape {weight.shape} does not fit {of}")
+    if min(stride) < 1:
+        raise ValueError(f"conv2d: stride {stride} must be at least 1")
+    size = output_size(x.shape, weight.shape, stride, padding)
+    if x.shape[3] != weight.shape[2] or min(size) < 1:
+        fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
+        raise ValueError(f"conv2d: {fit}")
     source = x.creator if hasattr(x.creator, "again") else None
     return Conv2d(stride, padding, source)(x, weight)

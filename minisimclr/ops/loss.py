@@ -125,11 +125,13 @@ class CrossEntropy(Function):
 def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
     """Mean cross entropy of logits (N, classes) against integer labels (N,); a scalar.
 
-    Raises ValueError where a label is not one of the classes.
+    Raises ValueError for other shapes and where a label is not one of the classes.
     """
     host = to_host(labels)
-    fit = logits.shape[:-1] == host.shape == (len(host),) and host.dtype.kind in "iu"
-    if not fit or not set(host.tolist()) <= set(range(logits.shape[1])):
-        seen = f"{host.dtype} labels {host.shape} from {host.min()} to {host.max()}"
-        raise ValueError(f"cross_entropy: logits {logits.shape}, {seen}")
+    if logits.ndim != 2 or host.shape != logits.shape[:1] or host.dtype.kind not in "iu":
+        seen = f"{logits.shape} and {host.shape} {host.dtype}"
+        raise ValueError(f"cross_entropy: logits (N, classes) and integers (N,), not {seen}")
+    if len(host) and not 0 <= host.min() <= host.max() < logits.shape[1]:
+        said = f"labels {host.min()} to {host.max()}, classes 0 to {logits.shape[1] - 1}"
+        raise ValueError(f"cross_entropy: {said}")
     return CrossEntropy(xp_of(logits.data).asarray(host))(logits)

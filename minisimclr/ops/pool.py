@@ -17,10 +17,13 @@ def pads(padding: int | Padding) -> Padding:
 
 
 def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
+    if min(stride) < 1 or any(k <= max(p) for k, p in zip(kernel, padding, strict=True)):
+        given = f"kernel {kernel}, padding {padding}, stride {stride}"
+        raise ValueError(f"pooling: {given}: a kernel exceeds its padding, a stride is 1 or more")
     sizes = zip(x_shape[1:3], kernel, stride, padding, strict=True)
     height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
-    if min(height, width) < 1 or any(k <= max(p) for k, p in zip(kernel, padding, strict=True)):
-        raise ValueError(f"pooling: {kernel} pixels do not fit images {x_shape} padded {padding}")
+    if min(height, width) < 1:
+        raise ValueError(f"pooling: kernel {kernel} exceeds images {x_shape} padded {padding}")
     return height, width
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from ..augment import center_view
 from ..backend import Array, to_host, xp_of
 from ..errors import ConfigError, DataError
-from ..ops.loss import normalize
 from .logistic import LogisticRegression, Problem, finite
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
@@ -125,8 +124,10 @@ def knn_score(
     """The fraction of test_X right by a vote of the k nearest of X, each with exp(cosine / T).
 
     From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
+    Raises ConfigError for k below 1.
     """
-    assert k > 0, f"knn_score: {k} neighbours"
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, not {k}")
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(y, return_inverse=True)
@@ -213,7 +214,8 @@ def table(result: dict[str, Any]) -> str:
 
 def unit(z: Array) -> Array:
     """Rows of z (N, D) scaled to length 1 (rows of zeros stay)."""
-    return normalize(z)[0]
+    length = xp_of(z).linalg.norm(z, axis=1, keepdims=True)
+    return z / length.clip(float(np.finfo(z.dtype).tiny))
 
 
 def alignment(z1: Array, z2: Array) -> float:

@@ -146,9 +146,10 @@ class Facts:
 def read_json(path: Path) -> Any:
     """The object that a JSON file holds; None if it is absent, torn or no object."""
     try:
-        return value if isinstance(value := json.loads(path.read_text()), dict) else None
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def read_lines(path: Path) -> Rows:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint
+from ..config import first_layers
 from ..errors import DataError
 from ..nn import ENCODERS, InceptionV3, Module
 from . import keras, names, safetensors, tf_bundle, torch_zip
@@ -61,8 +62,8 @@ def read_own(path: Path) -> Stored:
     arrays, state = checkpoint.load(path)
     arrays, config = checkpoint.unprefixed("encoder", arrays), state["config"]
     specs = {name: Spec(array.shape, array.dtype.name) for name, array in arrays.items()}
-    metadata = {"size": str(config["image_size"]), "pixels": "unit"}
-    metadata |= {} if config["stem"] == "auto" else {"stem": config["stem"]}
+    stem = first_layers(config["stem"], config["encoder"], config["image_size"])
+    metadata = {"size": str(config["image_size"]), "pixels": "unit", "stem": stem}
     return Stored(path, "minisimclr checkpoint", specs, arrays.__getitem__, metadata)
 
 
@@ -75,9 +76,10 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     """
     stored = path if isinstance(path, Stored) else read(path)
     stem = getattr(module, "stem", "")
-    told = "simclr" if (stored.format, stem) == (names.TENSORFLOW, "imagenet") else stem
-    if stem and (told := stored.metadata.get("stem", told)) != stem:
-        raise DataError(f"{stored.path}: is for the stem {told!r}, and this network has {stem!r}")
+    usual = "simclr" if stored.format == names.TENSORFLOW and stem == "imagenet" else stem
+    said = stored.metadata.get("stem", usual)
+    if stem and said != stem:
+        raise DataError(f"{stored.path} is for the stem {said!r}, and this network has {stem!r}")
     state = module.state_dict()
     for name, source in names.match(module, stored, until).items():
         state[name] = fetch(stored, source) if source else np.ones_like(state[name])
