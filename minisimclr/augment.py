@@ -92,7 +92,7 @@ def draw_views(
     )
 
 
-def sides(images: Array) -> tuple[int, int, int]:
+def batch_shape(images: Array) -> tuple[int, int, int]:
     """N, H and W of images (N, H, W, 3) uint8. Raises TypeError for others: those of values in
     [0, 1] would give black views.
     """
@@ -119,7 +119,7 @@ def two_views(
     images: Array, seed: int, step: int, size: int, strength: float = 0.5
 ) -> tuple[Array, Array]:
     """Two random views of images (N, H, W, 3) uint8, each (N, size, size, 3) float32 in [0, 1]."""
-    n, height, width = sides(images)
+    n, height, width = batch_shape(images)
     return apply_views(images, draw_views(seed, step, n, height, width, strength), size)
 
 
@@ -128,7 +128,7 @@ def center_view(images: Array, size: int) -> Array:
 
     images (N, H, W, 3) uint8 -> (N, size, size, 3) float32 in [0, 1]
     """
-    n, height, width = sides(images)
+    n, height, width = batch_shape(images)
     side = CENTRE * min(height, width)
     boxes = np.full((n, 4), [(width - side) / 2, (height - side) / 2, side, side], np.float32)
     return crop_resize(images, boxes, np.zeros(n, bool), size).clip(0, 1)
@@ -144,7 +144,7 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
     Without it a shrunken photo keeps every n-th pixel, and two crops of one picture differ by
     aliasing; and unlike the authors' bicubic it stays within [0, 1].
     """
-    xp, (_, h, w) = xp_of(images), sides(images)
+    xp, (_, h, w) = xp_of(images), batch_shape(images)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)
     rows = resampling(top, height, h, size)
     columns = resampling(left, width, w, size)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..augment import LUMA, SMALL, Views, apply_views, crop_resize, sides
+from ..augment import LUMA, SMALL, Views, apply_views, batch_shape, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks, in_blocks
 
@@ -28,7 +28,7 @@ BAND = 16  # output pixels in a block, at most: a cache line of weights
 def apply_views_sorted(
     images: np.ndarray, views: Views, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    n, _, _ = sides(images)
+    n, _, _ = batch_shape(images)
     boxes, flips, factors, orders, greys, sigmas = (
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
     )
@@ -87,7 +87,7 @@ def _crops(
 
     Crops of like size go together: the largest of a block says how many pixels each is made of.
     """
-    _, height, width = sides(images)
+    _, height, width = batch_shape(images)
     planes = np.empty((3, len(which), size, size), np.float32)
     order = np.argsort(boxes[:, 2:].prod(axis=1))
     for block in blocks(0, len(which), GROUP // (3 * (height * width + size**2))):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..augment import SMALL, Views, apply_views, blur, sides
+from ..augment import SMALL, Views, apply_views, batch_shape, blur
 from ..backend import Array, cupy
 from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, fold, unfold
 from ..ops.norm import follow, gradient_sums, input_gradient, moments, scale_shift
@@ -155,7 +155,7 @@ def cuda_update_all(w, optimizer, ok):
 
 
 def cuda_apply_views(images: Array, views: Views, size: int) -> tuple[Array, Array]:
-    xp, (n, height, width) = cupy(), sides(images)
+    xp, (n, height, width) = cupy(), batch_shape(images)
     table = np.empty((2, n), VIEW)
     drawn = views.boxes, views.factors, views.orders, views.flips, views.greys
     for field, values in zip(VIEW.names or (), drawn, strict=True):

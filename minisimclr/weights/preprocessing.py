@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..augment import center_view, crop_resize, sides
+from ..augment import batch_shape, center_view, crop_resize
 from ..backend import Array, xp_of
 
 # Mean and standard deviation per channel, of pixels in [0, 1].
@@ -34,7 +34,7 @@ class Preprocessing:
         """images (N, H, W, 3) uint8 -> (N, size, size, 3) float32"""
         if self.pixels == "unit":
             return center_view(images, self.size)
-        n, height, width = sides(images)
+        n, height, width = batch_shape(images)
         boxes = np.full((n, 4), [0, 0, width, height], np.float32)
         x = crop_resize(images, boxes, np.zeros(n, bool), self.size)
         mean, std = (xp_of(x).asarray(numbers, x.dtype) for numbers in PIXELS[self.pixels])
