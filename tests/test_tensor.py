@@ -33,6 +33,8 @@ def test_keeps_float_types_and_converts_others():
 def test_ndarray_on_the_left_defers_to_tensor():
     y = np.ones(3) * Tensor(np.arange(3.0), requires_grad=True)
     assert isinstance(y, Tensor)
+    with pytest.raises(TypeError, match="operand is None"):
+        y * None
 
 
 @pytest.mark.parametrize(

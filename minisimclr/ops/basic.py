@@ -17,6 +17,8 @@ def as_tensor(value: Any, like: Tensor) -> Tensor:
     """A Tensor as it is; a number or array in the dtype (and array library) of `like`."""
     if isinstance(value, Tensor):
         return value
+    if value is None:  # NumPy would take it for NaN
+        raise TypeError("an operand is None: a gradient that backward() has not reached?")
     return Tensor(xp_of(like.data).asarray(value, dtype=like.dtype))
 
 
