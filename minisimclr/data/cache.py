@@ -65,7 +65,10 @@ class Dataset:
 
     @property
     def identity(self) -> str:
-        """What tells it from all others that a network could be trained on: pixels and splits."""
+        """What tells it from all others that a network could be trained on: pixels and splits.
+
+        A run may know only the beginning: those of earlier versions have the pixels alone.
+        """
         return f"{self.fingerprint} {sha256(self.splits.tobytes())}"
 
     def sample(self, count: int) -> np.ndarray:

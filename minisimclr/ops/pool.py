@@ -120,7 +120,8 @@ def max_pool(
 ) -> Tensor:
     """Maximum of each window of x (N, H, W, C); padding is never the maximum.
 
-    Raises ValueError for windows of more than 255 pixels, whose places are kept in bytes.
+    Raises ValueError for windows of more than 255 pixels, whose places are kept in bytes, of
+    padding alone, or larger than the padded image, and for strides below 1.
     """
     if (pixels := prod(pair(kernel))) > 255:
         raise ValueError(f"max_pool: a kernel of {pixels} pixels is too large: 255 are the most")
@@ -130,7 +131,11 @@ def max_pool(
 def average_pool(
     x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
 ) -> Tensor:
-    """Mean of the pixels of each window of x (N, H, W, C) that are not padding."""
+    """Mean of the pixels of each window of x (N, H, W, C) that are not padding.
+
+    Raises ValueError for windows of padding alone, or larger than the padded image, and for strides
+    below 1.
+    """
     return AveragePool(pair(kernel), pair(stride), pads(padding))(x)
 
 
