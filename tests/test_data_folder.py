@@ -109,6 +109,29 @@ def test_unlabelled_folder(tmp_path):
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [5, 0, 0]
 
 
+@pytest.mark.parametrize("others", [("test",), ("valid",), ("Testing", "val")])
+def test_folders_that_are_split_already(tmp_path, others):
+    for top in ("Train", *others):
+        for i in range(20):
+            save(tmp_path / top / "ab"[i % 2] / f"{i}.png", i)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.class_names == ("a", "b")
+    tests = {dataset.file_names[row] for row in dataset.split("test")}
+    assert tests == {name for name in dataset.file_names if name.startswith(f"{others[0]}/")}
+    rest = 40 - 20 * (len(others) == 1)  # what is for checking only is for training, too
+    assert len(dataset.split("labelled")) == rest / 5
+    assert np.bincount(dataset.labels[dataset.split("pretrain")]).tolist() == [rest * 0.4] * 2
+    assert np.bincount(dataset.labels[dataset.split("test")]).tolist() == [10, 10]
+
+
+def test_a_split_without_classes_keeps_its_test_pictures_out(tmp_path):
+    for i in range(6):
+        save(tmp_path / ("train" if i < 4 else "test") / f"{i}.png", i)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.labels.tolist() == [-1] * 6 and dataset.class_names == ()
+    assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [4, 0, 2]
+
+
 def test_what_does_not_count(tmp_path, capsys):
     for name in ("a/1.jpg", "a/2.webp", "b/3.jpeg", ".hidden/4.png", "b/.5.png", "b/.c/6.png"):
         save(tmp_path / name)
@@ -127,7 +150,11 @@ def test_what_does_not_count(tmp_path, capsys):
         ([], "holds no pictures"),
         (["a/x.gif", "notes.txt"], "holds no pictures"),
         (["a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
-        (["Train/a/x.png", "test/a/x.png"], "holds Train and test: splits, not classes; name one"),
+        (["Train/a/x.png"], "holds train, not train and test: name one of its folders"),
+        (["test/a/x.png", "val/a/x.png"], "holds test and val, not train and test: name one"),
+        (["train/a/x.png", "test/x.png"], r"holds folders, but 'test[/\\\\]+x\.png'"),
+        (["train/a/x.png", "test/a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+        (["train/x.png", "test/x.png", "y.png"], r"holds folders, but 'y\.png'"),
     ],
 )
 def test_folders_that_are_no_data_set(tmp_path, contents, reason):

@@ -40,11 +40,11 @@ def open_dataset(
     """A data set with pictures of side `image_size`: toydogs, stanford-dogs, or the one at a path.
 
     A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*), a folder of
-    class folders, a folder of pictures, or a cache file, which comes in the size it has. The first
-    call builds the cache; later ones reuse it while its source stays as it is, with the options it
-    was last prepared with; a new size takes those of the size made last. Only stanford-dogs must be
-    prepared before. `progress(done, total)` is called while a cache is built. Raises ConfigError,
-    DataError, OSError.
+    class folders (perhaps inside train and test), a folder of pictures, or a cache file, which
+    comes in the size it has. The first call builds the cache; later ones reuse it while its source
+    stays as it is, with the options it was last prepared with; a new size takes those of the size
+    made last. Only stanford-dogs must be prepared before. `progress(done, total)` is called while a
+    cache is built. Raises ConfigError, DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):

@@ -2,6 +2,8 @@
 
 Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `labelled`, the rest
 `pretrain`. Classes of fewer than three pictures and pictures without labels are all `pretrain`.
+Such folders inside `train` and `test` (or `val`) are split already: test pictures are those there,
+and all others are shared out as above without a fifth for testing.
 """
 
 import hashlib
@@ -14,9 +16,10 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .images import SUFFIXES, decode_file
-from .source import LABELLED, TEST, Job, Options, Plan, Source, choose
+from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")  # of others
+TRAINS, TESTS = ("train", "training"), ("test", "testing")
+CHECKS = ("val", "valid", "validation")  # are for testing where nothing else is
 
 
 def source(root: Path, options: Options) -> Source:
@@ -28,29 +31,44 @@ def source(root: Path, options: Options) -> Source:
     pictures = sorted((p for p in found if p.suffix.lower() in SUFFIXES), key=lambda p: p.parts)
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
-    classes = sorted({path.parts[0] for path in pictures if len(path.parts) > 1})
-    loose = [path for path in pictures if len(path.parts) == 1]
-    if classes and all(name.lower() in SPLIT_NAMES for name in classes):
-        said = " and ".join(classes)
-        raise DataError(f"{root} holds {said}: splits, not classes; name one of these folders")
+    tests = for_testing(root, pictures)
+    inner = [path.parts[bool(tests) :] for path in pictures]
+    classes = sorted({parts[0] for parts in inner if len(parts) > 1})
+    loose = [path for path, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
-        raise DataError(f"{root} holds folders, but {loose[0].name!r} and maybe others are in none")
+        raise DataError(f"{root} holds folders, but {str(loose[0])!r} and maybe others are in none")
 
     def plan() -> Plan:
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers.get(path.parts[0], -1) for path in pictures], np.int64)
+        labels = np.array([numbers.get(parts[0], -1) for parts in inner], np.int64)
+        testing = np.array([path.parts[0].lower() in tests for path in pictures])
 
         def jobs(size: int) -> Iterator[Job]:
             return ((i, decode_file, (root / path, size)) for i, path in enumerate(pictures))
 
         names = [path.as_posix() for path in pictures]
         notes = {"ignored_files": len(found) - len(pictures)}
-        splits = split_classes(labels, classes, options.labels_per_class)
+        splits = split_classes(labels, testing, classes, options.labels_per_class)
         return Plan(names, labels, classes, splits, jobs, notes)
 
     listing = [(str(p), found[p].st_size, found[p].st_mtime_ns) for p in pictures]
     identity = hashlib.sha256(repr(listing).encode()).hexdigest()
     return Source(root.resolve().name, identity, plan)
+
+
+def for_testing(root: Path, pictures: list[Path]) -> set[str]:
+    """Which folders in `root` hold pictures to test with, in lower case; none if they are classes.
+
+    Raises DataError where they are splits that do not suffice.
+    """
+    names = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in pictures}
+    if not names <= {*TRAINS, *CHECKS, *TESTS}:
+        return set()
+    tests = names & {*TESTS} or names & {*CHECKS}
+    if not tests or not names & {*TRAINS}:
+        said = " and ".join(sorted(names))
+        raise DataError(f"{root} holds {said}, not train and test: name one of its folders")
+    return tests
 
 
 def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -84,14 +102,18 @@ def regular(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def split_classes(
-    labels: np.ndarray, class_names: list[str], labels_per_class: int | None
+    labels: np.ndarray, testing: np.ndarray, class_names: list[str], labels_per_class: int | None
 ) -> np.ndarray:
-    """Split codes (N,) uint8 by the rule above; `labels_per_class` replaces the labelled fifth."""
-    splits = np.zeros(len(labels), np.uint8)
+    """Split codes (N,) uint8 by the rule above; `labels_per_class` replaces the labelled fifth.
+
+    testing (N,): the pictures that are for testing already.
+    """
+    splits = np.where(testing, TEST, PRETRAIN).astype(np.uint8)
     for number, name in enumerate(class_names):
-        rows = np.flatnonzero(labels == number)
-        test = max(1, round(len(rows) / 5)) if len(rows) >= 3 else 0
-        labelled = test if labels_per_class is None or not test else labels_per_class
+        rows = np.flatnonzero((labels == number) & ~testing)
+        fifth = max(1, round(len(rows) / 5)) if len(rows) >= 3 else 0
+        test = 0 if testing.any() else fifth
+        labelled = fifth if labels_per_class is None or not fifth else labels_per_class
         if test + labelled > len(rows):
             raise ConfigError(
                 f"labels per class is {labelled}, but {name!r} has only {len(rows) - test} "
