@@ -39,13 +39,14 @@ WARMUP, BATCHES = 2, 3  # untimed steps; input batches taken in turn, so that no
 def profile(
     encoder: str = "resnet18", stem: str = "auto", width: int = 0, image_size: int = 32,
     batch_size: int = 64, steps: int = 5, device: str = "auto", thread_count: int = 0,
+    notify: Callable[[str, dict], Any] = lambda event, values: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time `steps` training steps without augmentation, then one more operation by operation.
 
     The step: encoder, head (D-D-128), NT-Xent, backward, SGD with momentum, on 2 * batch_size
     views. Returns step_seconds (median), views_per_second, peak_bytes (resident set; on a GPU its
     pool), roofline, ops (rows of name, direction, calls, seconds, flops, bytes), and events for a
-    trace.
+    trace. `notify` is told of progress.
     """
     given = {"steps": (steps, 1), "batch_size": (batch_size, 2), "image_size": (image_size, 8)}
     for name, (value, least) in given.items():
@@ -68,13 +69,22 @@ def profile(
         nt_xent(z[:batch_size], z[batch_size:]).backward()
         optimizer.step()
 
+    def tell(done: int) -> None:
+        total = WARMUP + steps + 1
+        notify("progress", {"done": done, "total": total, "label": "profiling"})
+
+    seconds = []
     with sized_by_first(device):
         for i in range(WARMUP):
             step(i)
-    seconds = [timed(lambda i=i: step(i), device) for i in range(steps)]  # type: ignore[misc]
+            tell(i + 1)
+    for i in range(steps):
+        seconds.append(timed(lambda i=i: step(i), device))  # type: ignore[misc]
+        tell(WARMUP + i + 1)
     peak = peak_memory(device)
     recorder = Recorder(device)
     recorder.record(lambda: step(0))
+    tell(WARMUP + steps + 1)
     return {
         "encoder": encoder, "stem": stem, "image_size": image_size, "batch_size": batch_size,
         "device": device, "threads": threads(),

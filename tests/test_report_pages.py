@@ -123,6 +123,18 @@ def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
     assert report.build_report(report.read(copy)).decode() == page
 
 
+def test_what_takes_long_shows_progress(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "profile.json").unlink(missing_ok=True)
+    seen = {}
+    report.build_report(
+        report.read(copy, lambda _, told: seen.setdefault(told["label"], []).append(told))
+    )
+    assert set(seen) == {"features", "profiling"}
+    assert all(told[-1]["done"] == told[-1]["total"] for told in seen.values())
+    assert [told["done"] for told in seen["profiling"]] == [1, 2, 3, 4, 5]
+
+
 def without_data(path):
     settings = json.loads((path / "config.json").read_text())
     settings["data"]["value"] = str(path / "gone")

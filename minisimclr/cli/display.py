@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-PASSING = ("preparing data", "features")  # what is of no interest any more when it is done
+# What is of no interest any more when it is done.
+PASSING = ("preparing data", "features", "profiling")
 
 
 class Display:

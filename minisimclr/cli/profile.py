@@ -6,6 +6,7 @@ import click
 
 from ..config import TrainConfig
 from ..files import require_writable
+from .display import Display
 from .options import json_option, write_json
 
 FIELDS = TrainConfig.__dataclass_fields__
@@ -33,7 +34,8 @@ def profile(trace: Path | None, json_file: str | None, threads: int, **settings)
 
     if trace:
         require_writable(trace)
-    result = profiling.profile(**settings, thread_count=threads)
+    with Display() as display:
+        result = profiling.profile(**settings, thread_count=threads, notify=display.notify)
     if trace:
         profiling.write_trace(result, trace)
     result.pop("events")

@@ -23,9 +23,10 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
     from .. import report as pages
 
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
-    facts = [pages.read(path) for path in runs]
-    require_writable(out)
-    page = pages.build_report(facts[0]) if len(runs) == 1 else pages.build_comparison(facts)
+    with Display() as display:
+        facts = [pages.read(path, display.notify) for path in runs]
+        require_writable(out)
+        page = pages.build_report(facts[0]) if len(runs) == 1 else pages.build_comparison(facts)
     write_bytes(out, page)
     found = {str(f.path): pages.judge(f) for f in facts}
     values = {

@@ -7,7 +7,7 @@ A run may be going on, killed or stripped of parts. What is not there is None or
 import json
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ import numpy as np
 from .. import augment
 from ..config import TrainConfig
 from ..data import Dataset, batches
+from ..embed import extractor
 from ..errors import ConfigError, DataError
 from ..files import locked, write_bytes
-from ..probe import features, stratified
+from ..probe import stratified
 from ..profile import profile
 from ..run import Run, new_run, open_run, read_config
 from ..simclr import Model
 from ..tensor import Tensor, no_grad
-from ..train import Plan, draw, open_training_data, quiet, sample_views
+from ..train import Notify, Plan, draw, open_training_data, quiet, sample_views
 from .page import Missing
 
 MOST = 1200  # test pictures that are looked at
@@ -44,6 +45,7 @@ class Facts:
     dataset: Dataset | None = None
     run: Run | None = None  # at its newest checkpoint
     total: int = 0  # steps planned
+    notify: Notify = quiet
 
     @property
     def name(self) -> str:
@@ -122,9 +124,9 @@ class Facts:
         """Features (n, D) of the test rows, by the trained network and by the fresh one."""
         data, run, size = self.need("dataset"), self.need("run"), self.config.image_size
         self.fresh.calibrate(sample_views(data, size, "cpu"), self.config.at_once)
-        models = (run.model, self.fresh)
-        both = [features(m.encode, data.images, self.test_rows, size) for m in models]
-        return both[0], both[1]
+        models, rows = (run.model, self.fresh), self.test_rows
+        h, fresh_h = (extractor(run, m, data, notify=self.notify)(rows) for m in models)
+        return h, fresh_h
 
     @cached_property
     def profile(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Facts:
             raise Missing("no profile.json, and nothing is timed beside a run that is going on")
         stem, size = self.run.model.encoder.stem, min(config.batch_size, 32)
         result = profile(config.encoder, stem, config.width, config.image_size, size, steps=2,
-                         device="cpu", thread_count=config.threads)  # fmt: skip
+                         device="cpu", thread_count=config.threads, notify=self.notify)  # fmt: skip
         result.pop("events")
         with suppress(OSError):  # a folder that cannot be written gets its report all the same
             write_bytes(path, json.dumps(result).encode())
@@ -169,20 +171,21 @@ def is_going(path: Path) -> bool:
         return isinstance(error, BlockingIOError)
 
 
-def read(path: Path) -> Facts:
+def read(path: Path, notify: Notify = quiet) -> Facts:
     """The run at `path`. Raises DataError where there is none."""
     files = {name: read_json(path / f"{name}.json") for name in ("config", "env", "probe")}
     files |= {name: read_lines(path / f"{name}.jsonl") for name in ("metrics", "timings")}
-    facts = Facts(path, read_config(path), files, is_going(path))
+    facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
     facts.missing += [f"There is no {name} of this run." for name, v in files.items() if not v]
     try:
-        facts.dataset = open_training_data(facts.config, quiet)
+        facts.dataset = open_training_data(facts.config, notify)
         facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             run, _ = open_run(path)
+            run.config = replace(run.config, device="cpu")
     except (DataError, ConfigError, OSError) as error:
         facts.missing.append(f"{error}.")
         return facts
