@@ -89,6 +89,8 @@ class TrainConfig:
 def _problem(f: Any, value: Any) -> str | None:
     """What is wrong with the value of a field, in words, or None."""
     low, choices = f.metadata["low"], f.metadata["choices"]
+    if type(value) is int and abs(value) >= 2**63:
+        return f"{f.name} must be less than 2**63 in size, not {value}"
     if f.type is float and type(value) is int:
         value = float(value)
     if type(value) is not f.type:
@@ -101,8 +103,6 @@ def _problem(f: Any, value: Any) -> str | None:
         return f"{f.name} must be a finite number, not {value}"
     if f.type is float and low is not None and value <= low:
         return f"{f.name} must be greater than {low}, not {value}"
-    if f.type is int and value >= 2**63:
-        return f"{f.name} must be less than 2**63, not {value}"
     if f.type in (int, float) and value < (low or 0):
         return f"{f.name} must be at least {low or 0}, not {value}"
     return None

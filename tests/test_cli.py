@@ -251,6 +251,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--config", "nonexistent.toml"], 2, "nonexistent.toml"),
         (["--config", "{typo}"], 2, "did you mean 'temperature'"),
         (["--config", "{torn}"], 2, "torn.toml"),
+        (["--config", "{huge}"], 2, r"lr must be less than 2\*\*63 in size, not 1000"),
+        (["--config", "{endless}"], 2, r"endless\.toml: .*digits"),
         (["--out", "{exists}"], 2, "exists already"),
         (["--out", "{torn}/run"], 4, r"cannot write to .*torn\.toml.run"),
         (["--resume", "nonexistent"], 3, r"nonexistent: not a run folder \(config.json: No such"),
@@ -267,10 +269,13 @@ def test_bad_input_gets_one_line_and_its_code(arguments, code, said, pictures, t
     (tmp_path / "broken" / "a" / "bad.png").write_bytes(b"not a picture")
     (tmp_path / "typo.toml").write_text("temprature = 0.5\n")
     (tmp_path / "torn.toml").write_text("lr = [")
+    (tmp_path / "huge.toml").write_text(f"lr = 1{'0' * 400}")
+    (tmp_path / "endless.toml").write_text(f"lr = 1{'0' * 5000}")
     (tmp_path / "exists").mkdir()
     places = {
         "empty": tmp_path / "empty", "broken": tmp_path / "broken", "typo": tmp_path / "typo.toml",
-        "torn": tmp_path / "torn.toml", "exists": tmp_path / "exists",
+        "torn": tmp_path / "torn.toml", "huge": tmp_path / "huge.toml",
+        "endless": tmp_path / "endless.toml", "exists": tmp_path / "exists",
     }  # fmt: skip
     arguments = [a.format(**places) for a in arguments]
     data = [] if "--data" in arguments or "--resume" in arguments else ["--data", pictures]

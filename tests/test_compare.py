@@ -194,6 +194,9 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     probed = embed.probe_run(run, dataset)
     simclr = rows["SimCLR resnet_small", "linear"]
     assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
+    assert simclr["C"] == probed["C"]  # what was chosen stays with what it led to
+    assert rows["SimCLR resnet_small", "finetune"]["factor"] in finetune.FACTORS
+    assert rows["InceptionV3 mixed8", "dense"]["best"]["lr"] > 0
     assert rows["SimCLR resnet_small", "knn"]["top1"] == probed["knn"]
     assert rows["raw pixels", "pixels"]["top1"] == probed["controls"]["pixels"]
     assert [(p["system"], p["per_class"], len(p["top1"])) for p in results["curve"]] == [

@@ -33,7 +33,7 @@ BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
 IMAGENET = "ImageNet, which holds Stanford Dogs, test photos too"
-FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning")
+FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best")
 PROTOCOL = 2  # to be counted up when figures made before are no longer those made now
 Row = dict[str, Any]
 
