@@ -290,6 +290,15 @@ def test_a_read_only_output_folder_is_code_4(pictures, tmp_path):
     fails(4, "Permission", "train", "--data", pictures, *SMALL, "--out", tmp_path / "run")
 
 
+def test_what_cannot_be_read_is_code_3(tmp_path, monkeypatch):
+    (tmp_path / "weights").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whom click would ask first
+    for command in (["weights", "inspect"], ["probe"], ["train", "--resume"], ["report"]):
+        with pytest.raises(SystemExit) as exit:
+            main([*command, str(tmp_path / "weights")])
+        assert exit.value.code == 3, command
+
+
 def test_no_labels_train_and_say_why_there_is_no_probe(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "flat").mkdir()

@@ -6,11 +6,11 @@ import click
 
 from ..errors import ConfigError
 from .display import Display
-from .options import json_option, write_json
+from .options import FILE, json_option, write_json
 
 
 @click.command()
-@click.option("--weights", type=click.Path(path_type=Path), help="InceptionV3 weights, any format.")
+@click.option("--weights", type=FILE, help="InceptionV3 weights, any format.")
 @click.option("--random", is_flag=True, help="The control: random weights instead.")
 @click.option("--data", default="stanford-dogs", help="Data set: a name or a path.")
 @click.option("--image-size", type=int, metavar="S", help="Stored side, in px, before enlarging.")

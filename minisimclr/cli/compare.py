@@ -6,9 +6,7 @@ from pathlib import Path
 import click
 
 from .display import Display
-from .options import DEVICE, VIEW, json_option, write_json
-
-FILE = click.Path(path_type=Path)
+from .options import DEVICE, FILE, VIEW, json_option, write_json
 
 
 @click.command()

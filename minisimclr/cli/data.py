@@ -1,18 +1,16 @@
 """minisimclr data: prepare a data set once, check that it is intact, look at what is in it."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..files import write_bytes
 from .display import Display
-from .options import SHEET, json_option, write_json
+from .options import FILE, SHEET, json_option, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
-FILE = click.Path(path_type=Path)
 SPLITS = ("pretrain", "labelled", "test")
 
 

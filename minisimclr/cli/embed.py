@@ -8,9 +8,8 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import DEVICE, SHEET, json_option, write_json
+from .options import DEVICE, FILE, SHEET, json_option, write_json
 
-FILE = click.Path(path_type=Path)
 RUN = click.argument("run", type=FILE)
 
 

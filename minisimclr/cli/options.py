@@ -11,6 +11,9 @@ import click
 from ..errors import ConfigError
 from ..files import require_writable
 
+# The library says what it cannot read; click would with the code of a wrong option.
+FILE = click.Path(path_type=Path, readable=False)
+
 VIEW = click.option(
     "--view", type=click.IntRange(8), metavar="S", help="Side of test views, px; else training's."
 )

@@ -8,11 +8,11 @@ import click
 from ..errors import ConfigError
 from ..files import require_writable
 from .display import Display
-from .options import DEVICE, VIEW, json_option, write_json
+from .options import DEVICE, FILE, VIEW, json_option, write_json
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|WEIGHTS")
+@click.argument("path", type=FILE, metavar="RUN|WEIGHTS")
 @click.option("--data", help="Name or path.  [default: the RUN's; for WEIGHTS stanford-dogs]")
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError
-from .options import Duration, read_toml
+from .options import FILE, Duration, read_toml
 from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -71,9 +71,9 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 
 @click.command(epilog="Settings come from flags, then MINISIMCLR_* variables, --config, --preset.")
 @setting_options
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder to make.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Run folder to go on with.")
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option("--out", type=FILE, help="Run folder to make.")
+@click.option("--resume", type=FILE, help="Run folder to go on with.")
+@click.option("--config", type=FILE, help="TOML file of settings.")
 @click.option(
     "--preset", type=click.Choice(sorted(p.stem for p in PRESETS.glob("*.toml"))), help="A recipe."
 )

@@ -6,9 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError, DataError
-from .options import json_option, write_json
-
-FILE = click.Path(path_type=Path)
+from .options import FILE, json_option, write_json
 
 
 @click.group()
