@@ -4,10 +4,10 @@
 
 Runs the tests marked gpu, then measures: the GPU's own ceilings, every kernel beside the readable
 pass, convolutions, augmentation (beside torchvision), LARS (beside torch._foreach), and whole steps
-beside what the ceilings allow and beside PyTorch. Writes one JSON after each part, so that a run
-cut short leaves what it has, and prints one table. Times are medians of CUDA events over inputs
-taken in turn. Parts that do not fit into the time left, or need what is not installed, say so.
---small is for trying the script out.
+beside what the ceilings allow and beside PyTorch. Every part is a process of its own, so none costs
+another. Writes one JSON after each, so that a run cut short leaves what it has, and prints one
+table. Times are medians of CUDA events over inputs taken in turn. Parts that do not fit into the
+time left, or need what is not installed, say so. --small is for trying the script out.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import numpy as np
 from minisimclr import augment, optim, profile
 from minisimclr.backend import activations, cupy, peak_memory, precision, try_gpu
 from minisimclr.errors import ConfigError
+from minisimclr.files import write_bytes
 from minisimclr.nn import ENCODERS
 from minisimclr.ops import conv, loss, norm, pool
 from minisimclr.ops.conv import output_size
@@ -38,6 +39,7 @@ HERE = Path(__file__).parent
 KINDS = ("fp32", "tf32", "bf16")
 TURNS = 3  # inputs of a measurement
 TESTS = 240  # seconds after which tests have hung
+LONG, SLACK = 250, 15  # seconds: of a part, but for whole steps; more, before its process is ended
 
 
 class Sizes:
@@ -412,46 +414,84 @@ def table(results: dict[str, list[dict]]) -> str:
 PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, shares, steps)
 
 
+def rows_of(name: str, sizes: Sizes) -> Iterator[list[dict]]:
+    """The rows of a part, made in this process, after each of them."""
+    rows: list[dict] = []
+    begin = time.monotonic()
+    (part,) = (part for part in PARTS if part.__name__ == name)
+    try:
+        if part not in (facts, tests, steps):  # they measure nothing in this process
+            busy(BUSY)  # before any part counts bytes
+        for each in part(sizes):
+            rows.append(each)
+            yield rows
+    except Exception as error:  # which must not cost the rows before it
+        rows.append({"failed": f"{type(error).__name__}: {error}"})
+    rows.append({"seconds_taken": time.monotonic() - begin})
+    with suppress(Exception):  # after some errors a GPU answers no more
+        rows[-1]["pool_bytes"] = peak_memory("cuda:0")
+    yield rows
+
+
+def apart(name: str, a: argparse.Namespace, left: float) -> list[dict]:
+    """The rows of a part made in a process of its own: an error of the GPU, from which a process
+    does not recover, costs no other part, and neither does a kernel that never ends.
+    """
+    out, said = a.out.with_suffix(f".{name}.json"), ""
+    left = left if name == "steps" else min(left, LONG)
+    command = [sys.executable, __file__, "--here", "--part", name, "--out", str(out)]
+    command += ["--minutes", str(left / 60), *["--small"] * a.small]
+    try:
+        run = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=left + SLACK
+        )
+        if run.returncode:
+            told = run.stderr.decode(errors="replace")[-500:]
+            said = f"its process ended with {run.returncode}: {told}"
+    except subprocess.TimeoutExpired as error:
+        said = f"no end after {error.timeout:.0f} s"
+    rows = json.loads(out.read_text())[name] if out.exists() else []
+    out.unlink(missing_ok=True)
+    return [*rows, *[{"failed": said}] * bool(said)]
+
+
 def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
+    names = [part.__name__ for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script out")
-    parser.add_argument("--part", choices=[p.__name__ for p in PARTS], nargs="*")
+    parser.add_argument("--part", choices=names, nargs="*", default=names)
+    parser.add_argument("--here", action="store_true", help="all parts in this process")
     a = parser.parse_args(arguments)
-    results: dict[str, list[dict]] = {}
-    usable_here = True
-    parts = [part for part in PARTS if not a.part or part.__name__ in a.part]
     global BUSY
     BUSY = 64 if a.small else BUSY
-    try:
-        try_gpu(0)
-        busy(BUSY)  # before any part counts bytes
-    except ConfigError as error:  # PyTorch's steps need no CuPy
-        usable_here = False
-        results["facts"], parts = [{"failed": str(error)}], [p for p in parts if p is steps]
-        if not parts:
-            sys.exit(f"error: {error}")
-        a.out.write_text(json.dumps(results, indent=1))
-        print(table(results), flush=True)
     sizes, end = Sizes(a.small), time.monotonic() + 60 * a.minutes
-    sizes.out = a.out
-    sizes.left = lambda: max(1.0, end - time.monotonic())
-    for part in parts:
-        begin, rows = time.monotonic(), []
-        try:
-            rows.extend([{"skipped": "no time left"}] if begin >= end else [])
-            for each in part(sizes) if begin < end else ():
-                rows.append(each)
-        except Exception as error:  # which must cost neither other parts nor the rows before it
-            rows.append({"failed": f"{type(error).__name__}: {error}"})
-        taken = {"seconds_taken": time.monotonic() - begin}
-        if usable_here:
-            taken["pool_bytes"] = peak_memory("cuda:0")
-            cupy().get_default_memory_pool().free_all_blocks()
-        results[part.__name__] = [*rows, taken]
-        print(table({part.__name__: results[part.__name__]}), flush=True)
-        a.out.write_text(json.dumps(results, indent=1))
+    sizes.out, sizes.left = a.out, lambda: max(1.0, end - time.monotonic())
+    results: dict[str, list[dict]] = {}
+
+    def keep(name: str, rows: list[dict]) -> None:
+        results[name] = rows
+        write_bytes(a.out, json.dumps(results, indent=1).encode())
+
+    if not a.here:
+        about = apart("facts", a, sizes.left())
+        if failed := about[0].get("failed"):  # PyTorch's steps need no CuPy
+            a.part = [name for name in a.part if name == "steps"]
+            if not a.part:
+                sys.exit(f"error: {failed}")
+        about[0]["command"] = " ".join(sys.argv)
+        keep("facts", about)
+        print(table(results), flush=True)
+    for name in a.part:
+        if time.monotonic() >= end:
+            keep(name, [{"skipped": "no time left"}])
+        elif a.here:
+            for rows in rows_of(name, sizes):
+                keep(name, rows)
+        elif name != "facts":
+            keep(name, apart(name, a, sizes.left()))
+            print(table({name: results[name]}), flush=True)
     return results
 
 

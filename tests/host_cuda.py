@@ -46,6 +46,7 @@ def compiled(code, sanitize):
     text = [f'#include "{HEADER}"', '#line 1 "kernels.cu"', code, *entries]
     source.write_text("\n".join(text))
     flags = ["-fsanitize=address", "-g"] if sanitize else []
+    flags += ["-march=native", "-ffp-contract=fast"]
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", *flags, "-o", library, source]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

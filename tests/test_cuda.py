@@ -293,6 +293,7 @@ def test_every_number_is_rounded_as_numpys_bfloat16_is(cupy):
     shift[:8] = 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x7FC00000, 0, 1
     shift[8:1024] = shift[8:1024] & 0xFFFF0000 | 0x8000  # ties
     shift = shift.view(np.float32)
+    shift[abs(shift) < np.finfo(np.float32).tiny] = 0  # as CuPy compiles
     x, zeros, ones = np.zeros((1, 4096), BFLOAT16), np.zeros_like(shift), np.ones_like(shift)
     given = x, zeros, ones, 0.0, ones, shift, None, False
     (y,) = on_device(norm.scale_shift, given, cupy)
@@ -570,7 +571,7 @@ def test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast(cupy):
         return distance(host(h), expected[0]), distance(all_of(gradients), all_of(expected[2]))
 
     for error, of_torch in zip(errors(*ours), errors(*theirs), strict=True):
-        assert 0.5 * of_torch < error < 1.2 * of_torch
+        assert 0.5 * of_torch < error < 1.4 * of_torch  # sums of another order: up to 1.15
 
 
 def test_a_training_step_in_bfloat16(cupy):
@@ -648,7 +649,7 @@ def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     parts = ["facts", "ceilings", "kernels", "losses", "convolutions", "views", "lars", "shares"]
     out = tmp_path / "gpu.json"
-    results = script("gpu").main(["--small", "--out", str(out), "--part", *parts])
+    results = script("gpu").main(["--small", "--here", "--out", str(out), "--part", *parts])
     assert list(results) == parts and json.loads(out.read_text()) == results
     assert not [row for rows in results.values() for row in rows if "failed" in row]
     assert results["lars"][0]["ms"] == 1.0
@@ -664,7 +665,7 @@ def test_a_part_that_fails_costs_neither_its_rows_nor_other_parts(cupy, monkeypa
         raise MemoryError("none left")
 
     monkeypatch.setattr(gpu, "PARTS", (failing, gpu.losses))
-    results = gpu.main(["--small", "--out", str(out)])
+    results = gpu.main(["--small", "--here", "--out", str(out)])
     assert [*results["failing"][0].values()] == ["the first"]
     assert results["failing"][1] == {"failed": "MemoryError: none left"}
     assert results["losses"][0]["ms"] == 1.0
@@ -674,32 +675,80 @@ def test_what_a_precision_lacks_is_said_and_costs_no_other(cupy, monkeypatch, tm
     gpu = script("gpu")
     monkeypatch.setattr(cupy, "__version__", "13.6.0")
     parts = ["ceilings", "convolutions", "shares"]
-    results = gpu.main(["--small", "--out", str(tmp_path / "gpu.json"), "--part", *parts])
+    out = str(tmp_path / "gpu.json")
+    results = gpu.main(["--small", "--here", "--out", out, "--part", *parts])
     assert "needs CuPy 14" in results["ceilings"][-2]["skipped"]
     assert {row.get("precision") for row in results["shares"][:-1]} == {"fp32", "tf32"}
     assert len(results["convolutions"]) == 7
 
 
-def test_without_cupy_the_script_leaves_what_it_can(monkeypatch, tmp_path):
+CHILD = """
+import json, os, sys, time
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))  # what comes after --here
+part = options["--part"]
+row = {{"failed": "no GPU"}} if {broken} and part == "facts" else {{"options": options}}
+open(options["--out"], "w").write(json.dumps({{part: [row]}}))
+if part == "kernels":
+    os.abort()
+if part == "losses":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def apart(monkeypatch, tmp_path):
+    """The script for a GPU, its parts replaced by processes of which one dies and one hangs."""
     gpu, out = script("gpu"), tmp_path / "gpu.json"
+
+    def main(*arguments, broken=False):
+        (tmp_path / "child.py").write_text(CHILD.format(broken=broken))
+        return gpu.main(["--out", str(out), *arguments])
+
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "child.py"))
+    monkeypatch.setattr(gpu, "LONG", 1)
+    monkeypatch.setattr(gpu, "SLACK", 0)
+    return main, out
+
+
+def test_a_process_that_dies_or_hangs_costs_its_part_alone(apart):
+    main, out = apart
+    results = main("--minutes", "1")
+    assert json.loads(out.read_text()) == results and len(results) == 10
+    assert "its process ended with" in results.pop("kernels")[1]["failed"]
+    assert results.pop("losses")[1]["failed"] == "no end after 1 s"
+    assert all(len(rows) == 1 for rows in results.values())
+    assert float(results["views"][0]["options"]["--minutes"]) == 1 / 60  # a part has this long,
+    assert (
+        float(results["steps"][0]["options"]["--minutes"]) > 0.5
+    )  # and the last one all that is left
+    assert list(out.parent.glob("gpu*")) == [out]
+
+
+def test_without_a_gpu_the_script_leaves_what_it_can(apart):
+    main, out = apart
+    results = main(broken=True)
+    assert list(results) == ["facts", "steps"] and results["facts"][0]["failed"] == "no GPU"
+    out.write_text("of another run")
+    with pytest.raises(SystemExit, match="error: no GPU"):
+        main("--part", "facts", broken=True)
+    assert out.read_text() == "of another run"
+
+
+def test_without_cupy_a_part_says_so(monkeypatch, tmp_path):
+    gpu = script("gpu")
     monkeypatch.setattr(gpu, "try_gpu", gpu.try_gpu.__wrapped__)
     monkeypatch.setattr(backend, "cuda_driver", lambda: 12040)
     monkeypatch.setattr(backend, "cupy", backend.cupy.__wrapped__)
+    monkeypatch.setattr(gpu, "cupy", backend.cupy)
     monkeypatch.setitem(sys.modules, "cupy", None)
-
-    def steps(sizes):
-        return [{"case": "torch alone"}]
-
-    monkeypatch.setattr(gpu, "steps", steps)
-    monkeypatch.setattr(gpu, "PARTS", (gpu.facts, gpu.steps))
-    results = gpu.main(["--small", "--out", str(out)])
+    results = gpu.main(["--small", "--here", "--out", str(tmp_path / "o.json"), "--part", "facts"])
     assert "CuPy is not installed" in results["facts"][0]["failed"]
-    assert results["steps"][0] == {"case": "torch alone"}
-    assert json.loads(out.read_text()) == results
-    out.write_text("of another run")
-    with pytest.raises(SystemExit, match="CuPy is not installed"):
-        gpu.main(["--small", "--out", str(out), "--part", "facts"])
-    assert out.read_text() == "of another run"
+
+
+def test_a_number_of_numpys_is_a_number(cupy):
+    x, one = rand(2, 3, dtype=np.float32), np.ones(3, np.float32)
+    (y,) = on_device(norm.scale_shift, (x, one, one, np.float64(1e-5), one, one, None, 0), cupy)
+    np.testing.assert_allclose(y, x, atol=1e-5)
 
 
 def test_tests_that_hang_do_not_cost_the_rest(monkeypatch):

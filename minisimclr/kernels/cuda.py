@@ -31,7 +31,7 @@ from . import cuda_conv
 from .cuda_launch import CHANNELS, LANES, THREADS, for_each_row, launch
 from .registry import for_float32
 
-BLOCKS = 1024  # in a launch over tiles: several for each multiprocessor of a large GPU
+BLOCKS = 768  # in a launch over tiles: no more than run at once on 132 multiprocessors, 6 on each
 SHARES = 64  # blocks that share the numbers of one parameter
 # The structures of optim.cu and augment.cu.
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
@@ -69,7 +69,7 @@ def merged(x: Array, part: Array, variance: Array | None, eps: float) -> Array:
     (wide, _), shape = tiles(x)
     first, second = made = cupy().empty((2, x.shape[-1]), np.float32)
     given = part, variance, eps, first, second, *shape
-    launch("norm", "merge_tiles", (wide,), (CHANNELS, LANES), *given)
+    launch("norm", "merge_tiles", (wide,), (CHANNELS, CHANNELS), *given)
     return made
 
 

@@ -30,7 +30,7 @@ def function(library: Any, file: str, kernel: str, real: str) -> Any:
 def conversions(library: Any) -> dict[type, Any]:
     """What a kernel is given for a value of another type."""
     convert = {int: np.int32, float: np.float32, library.ndarray: library.ascontiguousarray}
-    convert |= {bool: library.asarray, np.bool_: library.asarray}
+    convert |= {bool: library.asarray, np.bool_: library.asarray, np.float64: np.float32}
     return convert | {type(None): lambda _: np.intp(0)}
 
 

@@ -49,14 +49,15 @@ extern "C" __global__ void tile_sums(const REAL* __restrict__ x, const REAL* __r
     for (int k = 0; k < 2; k++) part[(2LL * blockIdx.y + k) * channels + w.c] = sums[k];
 }
 
-// Of all tiles: mean and variance; or, where that is given, the sums of g and g x^.
+// Of all tiles: mean and variance; or, where that is given, the sums of g and g x^. Few blocks have
+// all the work, so they are 32 rows high: each thread waits for few of the numbers it merges.
 extern "C" __global__ void merge_tiles(const float* part, const float* variance, float eps,
                                        float* first, float* second,
                                        long long rows, int channels, int tile) {
-    __shared__ Moments lanes[8][32];
+    __shared__ Moments lanes[32][32];
     const int c = blockIdx.x * 32 + threadIdx.x;
     Moments all = {0, 0, 0};
-    for (long long t = threadIdx.y; t * tile < rows && c < channels; t += 8) {
+    for (long long t = threadIdx.y; t * tile < rows && c < channels; t += 32) {
         const float n = min(rows - t * tile, (long long)tile);
         const Moments one = {n, part[2 * t * channels + c], part[(2 * t + 1) * channels + c]};
         all = variance ? plus(all, one) : merge(all, one);
@@ -64,7 +65,7 @@ extern "C" __global__ void merge_tiles(const float* part, const float* variance,
     lanes[threadIdx.y][threadIdx.x] = all;
     __syncthreads();
     if (threadIdx.y || c >= channels) return;
-    for (int lane = 1; lane < 8; lane++) {
+    for (int lane = 1; lane < 32; lane++) {
         const Moments one = lanes[lane][threadIdx.x];
         all = variance ? plus(all, one) : merge(all, one);
     }
