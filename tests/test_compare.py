@@ -166,8 +166,11 @@ def cheap(monkeypatch):
     made = []
 
     def inception(dataset, file, block, device, notify):
-        made.append(file)
-        return lambda rows: dataset.images[rows].mean((1, 2)).astype("f4")
+        def extract(rows):
+            made.append(file)
+            return dataset.images[rows].mean((1, 2)).astype("f4")
+
+        return extract
 
     monkeypatch.setattr(baseline, "inception", inception)
     monkeypatch.setattr(compare, "BUDGETS", (1, None))
@@ -232,7 +235,9 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     assert len(cheap) == count and other["rows"][-1]["status"] == "not run"  # no system, no control
 
 
-def test_what_cannot_be_made_is_said_and_the_rest_is_made(run, dataset, cheap, tmp_path):
+def test_what_cannot_be_made_is_said_and_the_rest_is_made(
+    run, dataset, cheap, tmp_path, monkeypatch
+):
     labelled = dataset.split("labelled")
     one_each = [labelled[dataset.labels[labelled] == k][0] for k in range(3)]
     splits = dataset.splits.copy()
@@ -245,6 +250,10 @@ def test_what_cannot_be_made_is_said_and_the_rest_is_made(run, dataset, cheap, t
     assert "finetune: too few labelled images" in markdown(results)
     with pytest.raises(DataError, match="not a TensorFlow checkpoint"):
         Comparison(run, dataset, simclrv2=weights_file(tmp_path / "w", 0)).make(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="does not fit this model: "):
+        Comparison(run, dataset, weights_file(tmp_path / "other", 0)).make(tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*"))  # nothing was made before it was seen
     with pytest.raises(DataError, match="nowhere: cannot be read"):
         Comparison(run, dataset, inception=tmp_path / "nowhere").make(tmp_path)
 
@@ -263,7 +272,7 @@ def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_pa
     assert [row["status"] for row in kept] == ["measured"] * 2 + ["not run"] * 8
     count = len(cheap)
     results = Comparison(run, dataset, file, trials=1, epochs=1).make(tmp_path)
-    assert len(cheap) == count + 2 and results["rows"][:2] == kept[:2]
+    assert len(cheap) == count + 4 and results["rows"][:2] == kept[:2]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "curve": []}'])

@@ -150,8 +150,7 @@ class Comparison:
         y, train, test = self.dataset.labels, self.train, self.test
         return self.figures(measure(extract(train), y[train], extract(test), y[test]))
 
-    def dense(self, file: Path | None) -> Row:
-        extract = self.features(file)
+    def dense(self, extract: Extract) -> Row:
         found = baseline.baseline(self.dataset, extract, self.trials, 100, 0, self.notify)
         return self.figures(found)
 
@@ -159,7 +158,7 @@ class Comparison:
         return baseline.inception(self.dataset, file, BLOCK, self.run.config.device, self.notify)
 
     def on_inception(self) -> Part:
-        """Dense layers, and a linear head, on frozen features of InceptionV3."""
+        """Dense layers, and a linear head, on frozen features of InceptionV3; DataError for others."""
         file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
         options = f"{file.name if file else 'FILE'} --data {self.name}"
         dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
@@ -167,11 +166,11 @@ class Comparison:
             row(name, "dense", IMAGENET, pixels, dense),
             row(name, "linear", IMAGENET, pixels, f"probe {options} --block {BLOCK}"),
         ]
-        return Part(
-            [self.data, self.digest(file), self.trials] if file else [],
-            rows,
-            lambda: [self.dense(file), self.linear(self.features(file))],
-        )
+        if not file:
+            return Part([], rows, lambda: [])
+        extract = self.features(file)
+        depends = [self.data, self.digest(file), self.trials]
+        return Part(depends, rows, lambda: [self.dense(extract), self.linear(extract)])
 
     def on_random_inception(self) -> Part:
         """The control of InceptionV3, where that takes part: the same layers on a random one."""
@@ -179,7 +178,7 @@ class Comparison:
         options = f"--data {self.name} --image-size {self.side} --trials {self.trials}"
         rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
         depends = [self.data, "random", self.trials] if self.inception else []
-        return Part(depends, rows, lambda: [self.dense(None)])
+        return Part(depends, rows, lambda: [self.dense(self.features(None))])
 
     def on_simclrv2(self) -> Part:
         """A linear head on the frozen features of the authors' ResNet-50.
