@@ -158,7 +158,7 @@ class Comparison:
         return baseline.inception(self.dataset, file, BLOCK, self.run.config.device, self.notify)
 
     def on_inception(self) -> Part:
-        """Dense layers, and a linear head, on frozen features of InceptionV3; DataError for others."""
+        """Dense and linear layers on frozen features of InceptionV3; DataError for others."""
         file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
         options = f"{file.name if file else 'FILE'} --data {self.name}"
         dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
