@@ -107,8 +107,7 @@ def our_step(case: str, threads: int, device: str, kind: str):
     before = resident()
     where = "cpu" if device == "cpu" else "cuda:0"
     model = Model.build(encoder, stem, 0, seed=0)
-    for _, module in model.parts():
-        module.to(where)
+    model.to(where)
     optimizer = SGD(model.named_parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     rng, shape = np.random.default_rng(0), (2 * n, size, size, 3)
     count = 1 if device == "cpu" else BATCHES

@@ -4,7 +4,7 @@
     run = ms.pretrain(ms.TrainConfig(epochs=5))
     h = run.model.encode(views)                     # (N, D)
 
-Read in this order: tensor, ops, nn, augment, simclr, train, probe.
+Read in this order: tensor, ops, nn, optim, schedule, augment, simclr, train, probe.
 """
 
 from importlib import import_module

@@ -102,8 +102,7 @@ def speed() -> tuple[bool, str]:
 def gradients() -> tuple[bool, str]:
     """Of encoder, head and loss together, against finite differences in float64."""
     model = Model.build("resnet_small", "small", 2, seed=0, d_out=4)
-    for _, module in model.parts():
-        module.astype(np.float64)
+    model.astype(np.float64)
 
     def loss(x: Tensor) -> Tensor:
         z = model.head(model.encoder(x))  # (6, 4)
@@ -118,8 +117,7 @@ def learning() -> tuple[bool, str]:
     images = np.stack([toydogs.draw(i, 20) for i in range(64)])  # (N, 20, 20, 3)
     where, _ = choose_device("auto")
     model = Model.build("resnet_small", "small", 16, seed=0)
-    for _, module in model.parts():
-        module.to(where)
+    model.to(where)
     optimizer, batch = SGD(model.named_parameters(), 0.1), to_device(images, where)
     losses, start = [], time.perf_counter()
     for step in range(STEPS):

@@ -56,8 +56,7 @@ def profile(
     device, _ = choose_device(device)
     stem = first_layers(stem, encoder, image_size)
     model = Model.build(encoder, stem, width, seed=0)
-    for _, module in model.parts():
-        module.to(device)
+    model.to(device)
     optimizer = SGD(model.named_parameters(), 0.1, weight_decay=1e-4)
     rng = np.random.default_rng(0)
     shape = (2 * batch_size, image_size, image_size, 3)

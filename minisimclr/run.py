@@ -50,7 +50,7 @@ class Run:
         """Publish a checkpoint of this moment."""
         folder = self.path / "checkpoints"
         arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
-        for part, module in self.model.parts():
+        for part, module in self.model.children():
             arrays |= checkpoint.prefixed(part, module.state_dict())
         state = {"step": self.step, "config": self.config.to_dict(), "data": self.data}
         sync(self.path / "metrics.jsonl")  # what a checkpoint points into is on the disk before it
@@ -77,7 +77,7 @@ class Run:
             if value != was and name not in ("data", "device", "threads"):
                 changed = f"config.json has {name} {value!r}, training had {was!r}: set it back"
                 raise ConfigError(f"{self.path}: {changed}")
-        for part, module in self.model.parts():
+        for part, module in self.model.children():
             module.load_state_dict(checkpoint.unprefixed(part, arrays))
         self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
         self.step, self.data = state["step"], state["data"]
@@ -107,8 +107,7 @@ def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
     """A run at step 0 that nothing has been written of."""
     stem = first_layers(config.stem, config.encoder, config.image_size)
     model = Model.build(config.encoder, stem, config.width, config.seed)
-    for _, module in model.parts():
-        module.to(device)
+    model.to(device)
     optimizer = {"sgd": SGD, "lars": LARS}[config.optimizer]
     named = model.named_parameters()
     return Run(path, config, model, optimizer(named, config.lr, weight_decay=config.weight_decay))

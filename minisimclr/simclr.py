@@ -4,7 +4,6 @@ Two random views of every image go through encoder f and projection head g as on
 loss asks each view to find its partner among the 2N - 1 others.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, log
 
@@ -16,12 +15,11 @@ from .optim import SGD
 from .tensor import Tensor, no_grad
 
 
-@dataclass
-class Model:
+class Model(Module):
     """Encoder f and projection head g. The probe sees h = f(x); the loss sees z = g(h)."""
 
-    encoder: ResNet
-    head: ProjectionHead
+    def __init__(self, encoder: ResNet, head: ProjectionHead):
+        self.encoder, self.head = encoder, head
 
     @classmethod
     def build(cls, encoder: str, stem: str, width: int, seed: int, d_out: int = 128) -> "Model":
@@ -32,16 +30,6 @@ class Model:
         size = {"width": width} if width else {}
         f = ENCODERS[encoder](stem=stem, seed=seed, **size)
         return cls(f, ProjectionHead(f.features, f.features, d_out, seed=seed))
-
-    def parts(self) -> tuple[tuple[str, Module], ...]:
-        return (("encoder", self.encoder), ("head", self.head))
-
-    def named_parameters(self):
-        return ((f"{part}.{n}", p) for part, m in self.parts() for n, p in m.named_parameters())
-
-    def train(self, training: bool = True) -> None:
-        for _, module in self.parts():
-            module.train(training)
 
     def calibrate(self, x: Array, batch_size: int) -> None:
         """Set the running statistics of both parts to those of the views x (see `calibrate`)."""
@@ -71,7 +59,7 @@ def chance_loss(n: int) -> float:
 
 
 class Step:
-    """What one training step saw, before it moved the weights: who looks at it waits for it."""
+    """What a training step saw before it moved the weights. Reading `figures` waits for a GPU."""
 
     def __init__(self, loss: Array, accuracy: Array, gradient_square: Array):
         xp = xp_of(loss)
@@ -99,6 +87,7 @@ def training_step(
     for a GPU.
     """
     n = len(images)
+    model.train()
     # t(x), t'(x): (2N, size, size, 3)
     x = xp_of(images).concatenate(augment.apply_views(images, views, size))
     h = model.encoder(Tensor(x))  # (2N, D)
@@ -113,12 +102,11 @@ def training_step(
 
 
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
-    """Set a network's running statistics to those of the views x, whatever they were: to the mean
-    of those of its whole batches.
+    """Replace a network's running statistics by the mean of those of the batches of the views x.
 
-    Those kept in training lag behind weights that move fast, and after few steps still hold some of
-    the 0 and 1 they began with, as a network with random weights does (Wu & Johnson 2021,
-    arXiv:2105.07576, "precise" batch norm).
+    A last, shorter batch is left out. Those kept in training lag behind weights that move fast, and
+    after few steps still hold some of the 0 and 1 they began with, as a network with random weights
+    does (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
     """
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]

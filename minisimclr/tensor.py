@@ -73,6 +73,8 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
             data = np.asarray(data, np.float32)  # Python's numbers have no precision that was meant
+        if isinstance(data, Tensor):
+            raise TypeError("a Tensor is made of an array, not of a Tensor: use it, or its .data")
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
         self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data
@@ -206,8 +208,8 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue
-            assert gx.shape == shape, (
-                f"{type(function).__name__}: gradient {gx.shape} of an input of shape {shape}"
+            assert gx is not None and gx.shape == shape, (
+                f"{type(function).__name__}: gradient {np.shape(gx)} of an input of shape {shape}"
             )
             if isinstance(parent, Tensor):  # whose gradient is its own, to write into
                 gx = gx.astype(parent.dtype, copy=memory_of(gx) in lent or 0 in gx.strides)

@@ -154,7 +154,6 @@ def sample_views(dataset: Dataset, size: int, device: str) -> Array:
 def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
     """One step of Algorithm 1, on its way, and what is known of its line in the log."""
     config, optimizer = run.config, run.optimizer
-    run.model.train()
     optimizer.lr = plan.rate(run.step)
     views = draw(config, run.step, images)
     step = training_step(run.model, optimizer, images, views, config.image_size, config.temperature)
@@ -222,7 +221,7 @@ def train(
                 notify("epoch", line | means | {"epochs": config.epochs})
                 mean, chance = means["mean_loss"], chance_loss(n)
                 wanted = not warned or run.step == plan.total
-                if run.step > plan.warmup and mean > chance - 0.01 and wanted:
+                if run.step > plan.warmup and mean > chance - NEAR and wanted:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance)})
                     warned = True
 
@@ -236,6 +235,7 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 
 LONG_WARMUP = "the rate rises for {} epochs and there are {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
+NEAR = 0.1  # to the chance line: a loss that is hardly lower says nothing
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}: the model tells "
     "images apart no better than guessing. Early on that is normal; later, try a lower --lr, as "

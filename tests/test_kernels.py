@@ -29,7 +29,7 @@ from minisimclr.augment import draw_views
 from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
 from minisimclr.kernels import winograd
-from minisimclr.ops.conv import conv_gradients, conv_output, output_size
+from minisimclr.ops.conv import conv_gradients, conv_output, conv_weight_gradient, output_size
 from minisimclr.ops.norm import gradient_sums, moments
 from minisimclr.ops.pool import max_pool_output
 
@@ -236,6 +236,15 @@ def test_float32_is_fast_and_other_types_fall_back(name):
         assert len(calls) == 2
     finally:
         f.register(object)(reference)
+
+
+def test_grey_images_may_be_views_of_planes():
+    """Whose last axis has a stride of 0 bytes."""
+    x, w = randn(2, 9, 8)[..., None], (3, 3, 1, 4)
+    for stride in (ONE, TWO):
+        case = x.shape, w, stride, NONE
+        check(conv_output, (x, randn(*w), stride, NONE))
+        check(conv_weight_gradient, (gradient_like(*case), x, w, stride, NONE))
 
 
 @pytest.mark.parametrize("few_channels", [True, False])

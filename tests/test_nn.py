@@ -12,7 +12,7 @@ import minisimclr as ms
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
-from minisimclr.simclr import Model, calibrate
+from minisimclr.simclr import Model, calibrate, training_step
 from minisimclr.tensor import NORM, Tensor
 
 NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
@@ -312,12 +312,22 @@ def test_calibrate_leaves_nothing_of_what_was_before():
 
 def test_a_model_never_sees_more_at_once_than_it_is_told_to():
     model, seen = Model.build("resnet_small", "small", 4, seed=0), []
-    for _, part in model.parts():
+    for _, part in model.children():
         forward = part.forward
         part.forward = lambda x, forward=forward: seen.append(len(x)) or forward(x)
     model.calibrate(rand(9, 16, 16, 3, dtype=np.float32), 4)
     assert len(model.encode(rand(9, 16, 16, 3, dtype=np.float32), 4)) == 9
-    assert max(seen) == 4 and len(model.encode(np.zeros((0, 16, 16, 3), np.float32))) == 0
+    assert max(seen) == 4
+    for net in (model, Model.build("resnet10", "imagenet", 4, seed=0)):
+        assert len(net.encode(np.zeros((0, 16, 16, 3), np.float32))) == 0
+
+
+def test_a_step_trains_whatever_was_done_before():
+    model, images = Model.build("resnet_small", "small", 4, seed=0), np.zeros((4, 20, 20, 3), "u1")
+    optimizer = ms.optim.SGD(model.named_parameters(), 0.1)
+    model.encode(rand(2, 16, 16, 3, dtype=np.float32))
+    training_step(model, optimizer, images, ms.augment.draw_views(0, 0, 4, 20, 20), 16, 0.5)
+    assert model.encoder.training and model.encoder.bn1.num_batches_tracked == 1
 
 
 def test_calibrate_in_batches_takes_the_mean_of_whole_ones():

@@ -51,6 +51,12 @@ def test_conv2d(h, w, c, o, kernel, stride, padding):
     np.testing.assert_allclose(ours[1].grad, tw.grad.permute(2, 3, 1, 0), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("stride, padding", [((0, 1), 1), (1, (0, -1)), (1, -4)])
+def test_a_convolution_without_a_result_is_refused(stride, padding):
+    with pytest.raises(ValueError, match=r"stride .* must be 1 or more, padding .* 0 or more"):
+        conv2d(Tensor(randn(2, 7, 7, 3)), Tensor(randn(3, 3, 3, 4)), stride, padding)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.tuples(st.integers(3, 8), st.integers(3, 8)),
@@ -305,6 +311,14 @@ def test_nt_xent_of_zero_vectors_is_finite():
     a, b = Tensor(np.zeros((3, 4)), True), Tensor(np.zeros((3, 4)), True)
     nt_xent(a, b).backward()
     assert np.isfinite(a.grad).all()
+
+
+def test_nt_xent_of_vectors_of_infinite_length_is_no_number():
+    """u would be 0 and the loss on the chance line, as if all views were equal."""
+    z = 1e20 * randn(4, 8).astype(np.float32)
+    with np.errstate(all="ignore"):
+        assert np.isnan(float(nt_xent(Tensor(z), Tensor(z))))
+        assert np.isfinite(float(nt_xent(Tensor(1e15 * z / 1e20), Tensor(z / 1e20))))
 
 
 @pytest.mark.parametrize("temperature", [0, -1, float("nan")])

@@ -25,6 +25,8 @@ def test_keeps_float_types_and_converts_others():
     assert isinstance(Tensor(np.float64(0.5)).data, np.ndarray)
     with pytest.raises(AttributeError):
         Tensor(None)  # such as the gradient of a leaf that none has reached
+    with pytest.raises(TypeError, match="made of an array, not of a Tensor"):
+        Tensor(Tensor(np.ones(2)))
     assert Tensor(np.float64(0.5)).dtype == np.float64
     x = Tensor(np.ones(2, np.float32))
     assert (2.0 * x + 1 - x / 3.0 + np.ones(2)).dtype == np.float32
@@ -220,13 +222,14 @@ def test_gradcheck_catches_writing_into_what_belongs_to_others(vandal):
         gradcheck(lambda x: vandal()(x), randn(4))
 
 
-def test_a_gradient_of_the_wrong_shape_names_the_operation():
+@pytest.mark.parametrize("backward", [np.ravel, lambda gy: None])
+def test_a_gradient_of_the_wrong_shape_names_the_operation(backward):
     class Flat(Function):
         def forward(self, x):
             return x * 1
 
         def backward(self, gy):
-            return gy.ravel()
+            return backward(gy)
 
     with pytest.raises(AssertionError, match="Flat"):
         Flat()(Tensor(randn(2, 2), requires_grad=True)).sum().backward()

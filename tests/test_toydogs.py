@@ -1,4 +1,4 @@
-"""Toydogs: pure functions of the number, breeds that differ by shape, and no shortcut by colour."""
+"""Toydogs: pure functions of the number, breeds that differ; muted backgrounds."""
 
 from itertools import combinations
 

@@ -1,9 +1,10 @@
 """Toydogs: cartoon portraits of twelve dog breeds, each drawn from its number alone; no download.
 
 A breed fixes coat colours, ear shape, markings, snout and proportions. Pose, scale, expression,
-light and background vary from image to image. All coat colours but the pug's are worn by several
-breeds, so neither raw pixels nor random features name the breed. Backgrounds are muted on purpose:
-with vivid ones, the background is an easier cue than the dog for matching two crops of one picture.
+light and background vary from image to image. Four breeds have colours of coat, trim and ears of
+their own, the other eight share theirs in pairs, which only shape and markings tell apart.
+Backgrounds are muted on purpose: with vivid ones, the background is an easier cue than the dog for
+matching two crops of one picture.
 
 Shapes are given in head coordinates: origin between the eyes, x to the right, y down, one unit =
 half a head. Everything is a closed outline or an oval, painted back to front.

@@ -1,7 +1,7 @@
 """Faster versions of the passes in `ops`, `optim` and `augment`, registered for an array type.
 
 Importing this package registers those for NumPy; those for CuPy follow as soon as a GPU is used
-(cuda.py). Nothing else refers to it, and everything works without.
+(cuda.py). No pass refers to it, and everything works without.
 MINISIMCLR_KERNELS=reference in the environment leaves the readable versions in place.
 """
 

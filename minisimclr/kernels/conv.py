@@ -116,7 +116,8 @@ def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -
         padded[:, ph : ph + h, pw : pw + w] = x
         x = padded
     x = np.ascontiguousarray(x)
-    image, row, pixel, number = x.strides
-    piece = np.dtype((np.void, kw * c * number))
-    views = np.ndarray((n, oh, ow, kh), piece, x, 0, (image, sh * row, sw * pixel, row))
+    # Bytes from one to the next; not x.strides: those of an axis of length 1 may be anything.
+    pixel, row = (np.prod(x.shape[k:]) * x.itemsize for k in (3, 2))
+    piece = np.dtype((np.void, kw * pixel))
+    views = np.ndarray((n, oh, ow, kh), piece, x, 0, (x.shape[1] * row, sh * row, sw * pixel, row))
     return np.ascontiguousarray(views).view(x.dtype).reshape(n * oh * ow, kh * kw * c)

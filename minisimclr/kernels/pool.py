@@ -36,7 +36,7 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
             np.maximum(rank, ranked, out=rank)
         np.subtract(np.uint8(count), rank, out=argmax[some])
 
-    in_blocks(work, len(x), BLOCK // y[0].size)
+    in_blocks(work, len(x), BLOCK // int(np.prod(y.shape[1:])))
     return y, argmax
 
 
@@ -56,5 +56,5 @@ def _max_pool_input_gradient(
             view += np.multiply(g, np.equal(winner, k, out=mask), out=part)
         gx[some] = padded[:, top : top + h, left : left + w]
 
-    in_blocks(work, len(gy), BLOCK // gy[0].size)
+    in_blocks(work, len(gy), BLOCK // int(np.prod(gy.shape[1:])))
     return gx

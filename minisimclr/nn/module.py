@@ -52,7 +52,7 @@ class Module:
         return ((n, value) for n, _, _, value in self._members() if isinstance(value, Parameter))
 
     def train(self, training: bool = True) -> Self:
-        """Use batch statistics and dropout from now on (training=False: running ones, none)."""
+        """Use batch statistics and dropout from now on (False: running statistics, no dropout)."""
         for _, module in self.named_modules():
             module.training = training
         return self

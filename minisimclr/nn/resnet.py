@@ -64,7 +64,8 @@ class Bottleneck(Module):
 
 
 class ResNet(Module):
-    """Stem, stages of blocks (each halves the image and doubles the width, but the first), mean.
+    """Stem; stages of blocks, each but the first halving the image and doubling the width; the mean
+    over all pixels.
 
     blocks: blocks in each stage; `features` is D. Random weights are a pure function of `seed`.
     """

@@ -147,12 +147,12 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     """Cross-correlate images x (N, H, W, C) with weight (KH, KW, C, O) -> (N, OH, OW, O).
 
     stride and padding (zeros) in pixels, one number or (rows, columns).
-    Raises ValueError where channels differ, the kernel is larger than the padded image, or a stride
-    is below 1.
+    Raises ValueError where channels differ, the kernel is larger than the padded image, a stride is
+    below 1 or a padding below 0.
     """
     stride, padding = pair(stride), pair(padding)
-    if min(stride) < 1:
-        raise ValueError(f"conv2d: stride {stride} must be at least 1")
+    if min(stride) < 1 or min(padding) < 0:
+        raise ValueError(f"conv2d: stride {stride} must be 1 or more, padding {padding} 0 or more")
     size = output_size(x.shape, weight.shape, stride, padding)
     if x.shape[3] != weight.shape[2] or min(size) < 1:
         fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"

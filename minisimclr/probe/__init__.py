@@ -15,6 +15,7 @@ import numpy as np
 from ..augment import center_view
 from ..backend import Array, to_host, xp_of
 from ..errors import ConfigError, DataError
+from ..ops.loss import normalize
 from .logistic import LogisticRegression, Problem, finite
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
@@ -63,7 +64,7 @@ def by_class(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The fold 0 ... 4 of each label (N,): those of a class go to as many folds as there can be."""
+    """The fold 0 ... 4 of each label (N,), each class spread over them as evenly as can be."""
     fold = np.empty(len(labels), np.int64)
     fold[by_class(labels, seed)] = np.arange(len(labels)) % FOLDS
     return fold
@@ -121,7 +122,7 @@ def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
 def knn_score(
     X: Array, y: Array, test_X: Array, test_y: Array, k: int = 200, temperature: float = 0.07
 ) -> float:
-    """The fraction of test_X right by a vote of the k nearest of X, each with exp(cosine / T).
+    """The fraction of test_X right by a vote of the k nearest of X, weighted by exp(cosine / T).
 
     From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
     Raises ConfigError for k below 1.
@@ -214,8 +215,7 @@ def table(result: dict[str, Any]) -> str:
 
 def unit(z: Array) -> Array:
     """Rows of z (N, D) scaled to length 1 (rows of zeros stay)."""
-    length = xp_of(z).linalg.norm(z, axis=1, keepdims=True)
-    return z / length.clip(float(np.finfo(z.dtype).tiny))
+    return normalize(z)[0]
 
 
 def alignment(z1: Array, z2: Array) -> float:

@@ -82,9 +82,9 @@ class Problem:
     def evaluate(self, W: Array, C: float) -> tuple[float, Array, Array]:
         """f at W (K, D + 1), its gradient, and the inverse of the Hessian's estimated diagonal.
 
-        The loss of a sample classified well is about the probability of all other classes. Summed
-        without the own class, and with log1p, it stays exact; 1 - p would round it to a multiple of
-        1e-7 in float32, which a large C makes larger than f.
+        The loss of a sample classified well is about 1 - p. In float32 that would be a multiple of
+        1e-7, and a large C makes such an error larger than f; so the probabilities of the other
+        classes are summed, and log1p taken of them.
         """
         xp = xp_of(W)
         penalised = W.copy()
@@ -108,7 +108,7 @@ class Problem:
 def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
     """Minimise f from `w` by L-BFGS (Nocedal & Wright 2006, algorithms 7.4 and 7.5).
 
-    evaluate(w) -> (f, gradient, estimate of the inverse of the Hessian's diagonal). Returns, too,
+    evaluate(w) -> (f, gradient, estimate of the inverse of the Hessian's diagonal). Stops, too,
     where rounding hides all further progress; warns where max_iter iterations were not enough.
     """
     xp, pairs = xp_of(w), deque[tuple[Array, Array, float]](maxlen=10)
@@ -141,8 +141,8 @@ def wolfe_step(evaluate: Callable, w: Array, direction: Array, f0: float, slope0
     """A step t that meets the strong Wolfe conditions, with evaluate's answer there, or None.
 
     f(t) <= f0 + 1e-4 t slope0, give or take f's rounding error, and |slope(t)| <= 0.9 |slope0|:
-    true somewhere between low and high (Nocedal & Wright, section 3.5). The next trial is where the
-    cubic through both ends is least (their equation 3.59), but not too near either.
+    both hold somewhere between low and high (Nocedal & Wright, section 3.5). The next trial is
+    where the cubic through both ends is least (their equation 3.59), but not too near either.
     """
     noise = 4 * float(np.finfo(w.dtype).eps) * f0
     low, high, t = (0.0, f0, slope0), None, 1.0

@@ -209,7 +209,7 @@ def probe(facts: Facts) -> str:
 def confusions(facts: Facts) -> str:
     """Most confused classes
 
-    Test pictures that the linear probe takes for another class, before two of that class.
+    Test pictures that the linear probe takes for another class, each followed by two of that class.
     """
     data, found, run = facts.need("dataset"), facts.need("probe"), facts.need("run")
     rows, truth = data.split("labelled"), data.labels[facts.test_rows]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..train import NEAR
 from .facts import Facts
 from .page import Missing, told
 
@@ -194,7 +195,7 @@ def chance_line(facts: Facts) -> Finding | None:
     """
     last = facts.need("epochs")[-1]
     said = f"The loss is {last['loss']:.3f}; guessing gives ln(2N-1) = {last['chance']:.3f}."
-    if last["loss"] > last["chance"] - 0.1:
+    if last["loss"] > last["chance"] - NEAR:
         return Finding(FAULT if last["epoch"] > 2 else WARNING, said)
     return Finding(GOOD, said, "The model tells pictures apart")
 
