@@ -293,9 +293,11 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     points.append({"system": "A", "per_class": "all", "top1": [0.3]})
     points += [{"system": "B", "per_class": n, "status": "not run"} for n in (1, 2, "all")]
     text = markdown(
-        {"rows": [one, knn | {"seconds": 89}, waiting], "curve": points, "chance": 0.25}
-    )
+        {"rows": [one | {"warning": "odd"}, knn | {"seconds": 89}, waiting], "curve": points,
+         "chance": 0.25}
+    )  # fmt: skip
     lines = text.splitlines()
+    assert lines[7] == "- A, linear: odd"  # about the rows, and so not below the curve
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")
     assert "| not run |" in lines[4] and lines[5].startswith("| chance |") and "25.0%" in lines[5]

@@ -29,14 +29,13 @@ def markdown(results: dict[str, Any]) -> str:
     for system in systems:
         points = [each for each in results["curve"] if each["system"] == system]
         curve.append([system, *(spread(each.get("top1", [])) for each in points)])
-    tables = [lines, curve] if systems else [lines]
-    texts = ["\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables]
     warned = [
         f"- {each['system']}, {each['method']}: {each['warning']}"
         for each in results["rows"]
         if each.get("warning")
     ]
-    return "\n\n".join([*texts, *(["\n".join(warned)] if warned else [])])
+    shown, drawn = ("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in (lines, curve))
+    return "\n\n".join([shown, *(["\n".join(warned)] * bool(warned)), *([drawn] * bool(systems))])
 
 
 def spread(values: list[float]) -> str:
