@@ -86,6 +86,33 @@ def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
         dense.search(X[:3], y[:3], 3, 1, 1, 0, quiet)
 
 
+def test_the_last_training_is_as_long_as_the_best_trial(monkeypatch):
+    row = {"lr": 0.1, "width1": 64, "width2": 64, "dropout": 0.2, "epochs": 3, "validation": 0.5}
+    others = [row | {"epochs": 9, "validation": 0.4}, row, row | {"epochs": 8, "validation": 0.1}]
+    lengths = []
+
+    def counted(*arguments):
+        for loss in epochs_of(*arguments):
+            lengths.append(loss)
+            yield loss
+
+    monkeypatch.setattr(dense, "search", lambda *_: others)
+    monkeypatch.setattr(dense, "epochs_of", counted)
+    few = Few()
+    dense.baseline(few, lambda rows: few.X[rows], 3, 40, 0, quiet)
+    assert len(lengths) == 3
+
+
+def test_the_random_network_has_batch_norm_statistics_of_the_data(pictures, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dense, "published", lambda net, *_: seen.append(net))
+    net = nn.inception_v3()
+    monkeypatch.setattr(dense, "inception_v3", lambda: net)
+    monkeypatch.setattr("minisimclr.embed.MONITORED", 4)
+    dense.inception(open_dataset(pictures, 20), None, "mixed8", "cpu", quiet)
+    assert seen == [net] and net.Conv2d_1a_3x3.bn.running_mean.any()
+
+
 class Few:
     """A data set of features: three classes, some rows without a label."""
 
@@ -127,7 +154,9 @@ def test_baseline_tests_once_on_what_it_has_not_seen(monkeypatch):
     assert again == result
     rng = np.random.default_rng(0)
     few.X = rng.standard_normal(few.X.shape).astype("f4")  # nothing to learn
-    assert abs(dense.baseline(few, features_of, 3, 40, 0, quiet)["top1"] - 1 / 3) < 0.12
+    found = dense.baseline(few, features_of, 3, 40, 0, quiet)
+    assert abs(found["top1"] - 1 / 3) < 0.12
+    assert max(t["validation"] for t in found["trials"]) < 0.8  # by heart it knows those it had
     with monkeypatch.context() as patch:
         patch.setattr(Trial, "draw", lambda seed, index: Trial(1e8, 64, 64, 0.0))
         with pytest.raises(DivergedError, match=r"even at the best rate tried, 1e\+08"):

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import baseline, compare, embed, finetune, weights
-from minisimclr.augment import center_view
+from minisimclr.augment import center_view, crop_resize
 from minisimclr.compare import Comparison, made_before, markdown, some_of_each
 from minisimclr.errors import DataError, DivergedError
 from minisimclr.finetune import Classifier, Recipe, fit
 from minisimclr.optim import LARS
-from minisimclr.probe import labelled_and_test
+from minisimclr.probe import labelled_and_test, wilson_interval
+from minisimclr.run import new_run
+from minisimclr.schedule import warmup_cosine
 from minisimclr.simclr import Model
 from minisimclr.tensor import Tensor
 from minisimclr.train import pretrain
@@ -87,13 +89,22 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
             seen.append(self.lr)
             super().step(ok)
 
+    def crop(images, boxes, flipped, size):
+        crops.append(boxes)
+        flips.extend(flipped)
+        return crop_resize(images, boxes, flipped, size)
+
+    crops, flips = [], []
+    monkeypatch.setattr(finetune, "crop_resize", crop)
     monkeypatch.setattr(finetune, "LARS", Watched)
     colours = Colours()
     train, test = labelled_and_test(colours)
     recipe = Recipe(40, 16, 16, "cpu", 16)
     classifier = fit(model, colours, train, recipe, 0, nothing)
     assert peaks == [pytest.approx(16 * 0.005 * 60**0.5)]
-    assert seen[0] == peaks[0] and len(seen) == 40 and seen == sorted(seen, reverse=True)
+    assert seen == [warmup_cosine(step, peaks[0], 0, 40) for step in range(40)]
+    boxes = np.concatenate(crops)  # (40 * 60, 4): random, and others each time
+    assert len(boxes) == 2400 == len(np.unique(boxes, axis=0)) and len(set(flips)) == 2
     views = center_view(colours.images[train], 16)  # 60: fewer than a batch
     mean = classifier.encoder.conv1(Tensor(views)).data.mean((0, 1, 2))
     np.testing.assert_allclose(classifier.encoder.bn1.running_mean, mean, rtol=1e-4, atol=1e-6)
@@ -140,6 +151,31 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
         choose()
 
 
+def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypatch, tmp_path):
+    tried, probed = {}, []
+
+    def tuned(name, model, *_):
+        tried[name] = model.encoder.conv1.weight.data
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(finetune, "tuned", tuned)
+    finetune.finetune(run, dataset)
+    trained, fresh = (
+        each.model.encoder.conv1.weight.data for each in (run, new_run("", run.config))
+    )
+    assert (trained != fresh).any() and (tried[finetune.TUNED] == trained).all()
+    assert (tried[finetune.SCRATCH] == fresh).all()
+
+    monkeypatch.setattr(embed, "probe", lambda *a: probed.append(a) or {})
+    weights.save(run.model.encoder, tmp_path / "w", weights.Preprocessing(16))
+    embed.probe_weights(tmp_path / "w", dataset, None, None, "cpu", nothing)
+    ((_, _, extract, control, _),) = probed
+    rows = np.arange(5)
+    own = embed.extractor(run, run.model, dataset)(rows)
+    np.testing.assert_allclose(extract(rows), own, rtol=1e-4, atol=1e-6)
+    assert np.abs(control(rows) - own).max() > 0.1 * np.abs(own).max()
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 9))
 def test_some_of_each_takes_from_every_class(labels, count, seed):
     labels = np.array(labels)
@@ -153,6 +189,19 @@ def test_some_of_each_takes_from_every_class(labels, count, seed):
 def test_draws_of_labels_differ():
     labels = np.repeat([0, 1], 20)
     assert len({tuple(some_of_each(labels, 2, seed)) for seed in range(5)}) > 3
+
+
+def test_a_point_of_the_curve_is_of_several_draws(run, dataset, monkeypatch):
+    labels, seen = dataset.labels[dataset.split("labelled")], []
+
+    def measured(X, y, test_X, test_y):
+        seen.append(tuple(X))
+        return {"top1": len(seen)}
+
+    monkeypatch.setattr(compare, "measure", measured)
+    rows = np.arange(len(labels))
+    point = Comparison(run, dataset).efficiency(rows, rows, 2)
+    assert point == {"labels": 6, "top1": [1, 2, 3, 4, 5]} and len(set(seen)) > 3
 
 
 def weights_file(path, number):
@@ -232,6 +281,8 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     other = Comparison(run, replace(dataset, splits=splits), **options).make(tmp_path)
     measured = [row for row in other["rows"] if row["status"] == "measured"]
     assert measured and all(row["labels"] == len(labelled) - 3 for row in measured)
+    (knn,) = (row for row in measured if row["method"] == "knn")
+    assert knn["ci95"] == wilson_interval(knn["top1"], len(dataset.split("test")))
     assert len(cheap) == count and other["rows"][-1]["status"] == "not run"  # no system, no control
 
 

@@ -268,9 +268,12 @@ def test_stratified_shares_are_exact_where_they_can_be():
     for count in (6, 12, 24, 60, 120):
         taken = np.bincount(labels[stratified(labels, count)])
         assert list(taken) == [count / 3, count / 6, count / 2]
+    # Seven seats for 53, 24 and 23 voters: D'Hondt would give them as 4, 2 and 1.
+    labels = np.repeat([0, 1, 2], [53, 24, 23])
+    assert np.bincount(labels[stratified(labels, 7)]).tolist() == [3, 2, 2]
     for count in (0, 121):
         with pytest.raises(ConfigError, match=f"{count} of 120"):
-            stratified(labels, count)
+            stratified(np.zeros(120), count)
 
 
 def test_folds_share_every_class_out():
@@ -308,6 +311,11 @@ def test_select_c_warns_at_both_edges_of_its_grid():
         assert chosen == C
         assert f"the best C, {C:g}, is at the edge" in warning
     assert select_c(X, y, [C, 1e-9, 1e7]) == (C, "")
+
+
+def test_select_c_takes_the_middle_one_of_equals():
+    X, y = clusters(100, 10, 3, spread=9)
+    assert select_c(X, y, [1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, "")
 
 
 def test_select_c_without_labels_to_spare():
