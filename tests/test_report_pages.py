@@ -17,6 +17,7 @@ from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
+from minisimclr.report import panels
 from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.run import open_run
@@ -121,6 +122,48 @@ def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
     copy = tmp_path / "elsewhere" / run.name
     shutil.copytree(run, copy)
     assert report.build_report(report.read(copy)).decode() == page
+
+
+def test_panels_show_what_they_say(run, monkeypatch):
+    facts, cards, drawn, tables = report.read(run), [], [], []
+    data, labels = facts.dataset, facts.dataset.labels[facts.test_rows]
+    classes, names = np.eye(3, dtype=np.float32), data.class_names
+    # Trained features tell classes; those of the random encoder tell a picture's place in its own.
+    place = np.concatenate([np.arange(n) for n in np.bincount(labels)])
+    facts.__dict__["test_h"] = classes[labels], np.eye(len(labels), dtype=np.float32)[place]
+
+    def card(pixels, alt, *words, mark=""):
+        cards.append((pixels.tobytes(), alt))
+        return ""
+
+    monkeypatch.setattr(panels, "card", card)
+    monkeypatch.setattr(panels, "lines", lambda *given, **_: drawn.append(given[-1]) or "")
+    monkeypatch.setattr(panels, "table", lambda *given: tables.append(given[-1]) or "")
+
+    panels.spectrum(facts)
+    values = {name: np.array(s) for name, (_, s) in drawn[0].items()}
+    assert (values["trained"] > 1e-3).sum() == 3 < (values["random encoder"] > 1e-3).sum()
+
+    panels.neighbours(facts)
+    for k, query in enumerate(names):
+        (asked, alt), *near = cards[11 * k : 11 * k + 11]
+        assert alt == f"Query: {query}" and asked not in [pixels for pixels, _ in near]
+        assert [alt for _, alt in near[:5]] == [f"trained: {query}"] * 5
+        others = {f"random encoder: {name}" for name in names if name != query}
+        assert {alt for _, alt in near[5:7]} == others
+
+    cards.clear()
+    facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
+    rows = data.split("labelled")
+    monkeypatch.setattr(panels, "features", lambda *_: classes[data.labels[rows]])
+    panels.confusions(facts)
+    pairs = {(a, names[(k + 1) % 3]) for k, a in enumerate(names)}
+    count = len(labels) // 3
+    assert set(tables[0]) == {(f"{a} taken for {b}", count, count) for a, b in pairs}
+    shown = {data.images[i].tobytes(): names[label] for i, label in zip(facts.test_rows, labels)}
+    assert {(shown[pixels], alt) for pixels, alt in cards} == {
+        (a, f"{a}, taken for {b}") for a, b in pairs
+    }
 
 
 def test_what_takes_long_shows_progress(run, tmp_path):
