@@ -580,5 +580,18 @@ def test_failing_worker(function, text):
         list(parallel_map(function, range(5), 2))
 
 
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('a pupil wrote this')")
+    monkeypatch.chdir(tmp_path)
+    assert list(parallel_map(double, range(3), 2)) == [0, 2, 4]
+
+
+def test_a_worker_that_answers_in_another_language_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello', flush=True)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="a worker process ended"):
+        list(parallel_map(double, range(3), 2))
+
+
 def test_printing_worker(capfd):
     assert list(parallel_map(chatter, range(3), 2)) == [0, 1, 2]

@@ -124,6 +124,23 @@ def test_folders_that_are_split_already(tmp_path, others):
     assert np.bincount(dataset.labels[dataset.split("test")]).tolist() == [10, 10]
 
 
+def test_a_split_may_have_pictures_without_labels(tmp_path):
+    for i in range(30):
+        top = "Train_set/a", "Train_set/b", "test-set/a", "unlabeled", "unlabeled/deep/er"
+        save(tmp_path / top[i % 5] / f"{i}.png", i)
+    dataset = open_dataset(tmp_path, 16)
+    assert dataset.class_names == ("a", "b")
+    assert len(dataset.split("labelled")) == 2 and len(dataset.split("test")) == 6
+    free = dataset.split("pretrain")
+    assert len(free) == 22 and (dataset.labels[free] == -1).sum() == 12
+
+
+def test_a_folder_of_a_splits_name_may_be_a_class(tmp_path):
+    for i in range(9):
+        save(tmp_path / ("car", "bus", "train")[i % 3] / f"{i}.png", i)
+    assert open_dataset(tmp_path, 16).class_names == ("bus", "car", "train")
+
+
 def test_a_split_without_classes_keeps_its_test_pictures_out(tmp_path):
     for i in range(6):
         save(tmp_path / ("train" if i < 4 else "test") / f"{i}.png", i)
@@ -155,6 +172,7 @@ def test_what_does_not_count(tmp_path, capsys):
         (["train/a/x.png", "test/x.png"], r"holds folders, but 'test[/\\\\]+x\.png'"),
         (["train/a/x.png", "test/a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
         (["train/x.png", "test/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+        (["train/a/x.png", "test/a/x.png", "b/x.png"], "b and test and train: name one of its f"),
     ],
 )
 def test_folders_that_are_no_data_set(tmp_path, contents, reason):

@@ -34,8 +34,9 @@ def markdown(results: dict[str, Any]) -> str:
         for each in results["rows"]
         if each.get("warning")
     ]
-    shown, drawn = ("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in (lines, curve))
-    return "\n\n".join([shown, *(["\n".join(warned)] * bool(warned)), *([drawn] * bool(systems))])
+    texts = ["\n".join(f"| {' | '.join(row)} |" for row in table) for table in (lines, curve)]
+    texts = [texts[0], "\n".join(warned), texts[1] if systems else ""]
+    return "\n\n".join(filter(None, texts))
 
 
 def spread(values: list[float]) -> str:

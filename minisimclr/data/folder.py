@@ -3,11 +3,13 @@
 Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `labelled`, the rest
 `pretrain`. Classes of fewer than three pictures and pictures without labels are all `pretrain`.
 Such folders inside `train` and `test` (or `val`) are split already: test pictures are those there,
-and all others are shared out as above without a fifth for testing.
+all others are shared out as above without a fifth for testing, and those of `unlabeled` beside them
+have no label.
 """
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
@@ -18,8 +20,8 @@ from ..errors import ConfigError, DataError
 from .images import SUFFIXES, decode_file
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
 
-TRAINS, TESTS = ("train", "training"), ("test", "testing")
-CHECKS = ("val", "valid", "validation")  # are for testing where nothing else is
+TRAINS, TESTS, LOOSE = ("train", "training"), ("test", "testing"), ("unlabeled", "unlabelled")
+CHECKS = ("val", "valid", "validation", "dev")  # are for testing where nothing else is
 
 
 def source(root: Path, options: Options) -> Source:
@@ -32,16 +34,21 @@ def source(root: Path, options: Options) -> Source:
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     tests = for_testing(root, pictures)
-    inner = [path.parts[bool(tests) :] for path in pictures]
+    inner = [
+        () if tests and split_name(path) in LOOSE else path.parts[bool(tests) :]
+        for path in pictures
+    ]
     classes = sorted({parts[0] for parts in inner if len(parts) > 1})
     loose = [path for path, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
-        raise DataError(f"{root} holds folders, but {str(loose[0])!r} and maybe others are in none")
+        raise DataError(
+            f"{root} holds folders, but {str(loose[0])!r} and maybe others are in none: move them"
+        )
 
     def plan() -> Plan:
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers.get(parts[0], -1) for parts in inner], np.int64)
-        testing = np.array([path.parts[0].lower() in tests for path in pictures])
+        labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
+        testing = np.array([split_name(path) in tests for path in pictures])
 
         def jobs(size: int) -> Iterator[Job]:
             return ((i, decode_file, (root / path, size)) for i, path in enumerate(pictures))
@@ -56,19 +63,27 @@ def source(root: Path, options: Options) -> Source:
     return Source(root.resolve().name, identity, plan)
 
 
-def for_testing(root: Path, pictures: list[Path]) -> set[str]:
-    """Which folders in `root` hold pictures to test with, in lower case; none if they are classes.
+def split_name(path: Path) -> str:
+    """The folder that a picture lies in, if it is that of a split: Train_Set as train."""
+    return re.sub("[ _-]?set$", "", path.parts[0].lower()) if len(path.parts) > 1 else ""
 
-    Raises DataError where they are splits that do not suffice.
+
+def for_testing(root: Path, pictures: list[Path]) -> set[str]:
+    """Which splits in `root` hold pictures to test with; none if its folders are classes.
+
+    Raises DataError where they are splits that do not suffice, or some are and some are not.
     """
-    names = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in pictures}
-    if not names <= {*TRAINS, *CHECKS, *TESTS}:
-        return set()
-    tests = names & {*TESTS} or names & {*CHECKS}
-    if not tests or not names & {*TRAINS}:
-        said = " and ".join(sorted(names))
+    names = {split_name(path) for path in pictures}
+    trains, tests = names & {*TRAINS}, names & {*TESTS} or names & {*CHECKS}
+    others = names - {*TRAINS, *CHECKS, *TESTS, *LOOSE}
+    said = " and ".join(sorted(filter(None, names)))
+    if trains and tests and others - {""}:
+        raise DataError(
+            f"{root} holds {said}: name one of its folders, or move away what is no split"
+        )
+    if names - others and not others and not (trains and tests):
         raise DataError(f"{root} holds {said}, not train and test: name one of its folders")
-    return tests
+    return tests if trains and not others else set()
 
 
 def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

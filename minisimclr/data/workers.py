@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import SimpleQueue
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any
 
 from ..errors import DataError
@@ -60,7 +60,10 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
 
 def start() -> Popen:
     """A new worker, with this process's import path and no threads of its own."""
-    command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+    # Not from the current folder, where anything may be called random.py; what a module prints on
+    # import must not get between the answers.
+    code = f"import os; out = os.dup(1); os.dup2(2, 1); from {__name__} import serve; serve(out)"
+    command = [sys.executable, "-P", "-c", code]
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     return Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
         command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER,
@@ -74,21 +77,24 @@ def ask(process: Popen, function: Callable, item: Any) -> Any:
         pickle.dump((function, item), process.stdin, pickle.HIGHEST_PROTOCOL)  # type: ignore
         process.stdin.flush()  # type: ignore
         answer = pickle.load(process.stdout)  # type: ignore
-    except (EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a worker raises is an answer; this is the end of it
+        with suppress(TimeoutExpired):
+            process.wait(1)  # else it answers in no language of ours
+        process.kill()
+        status = process.wait()
+        advice = "see above" if status > 0 else "free some memory, then try again"
         raise DataError(
-            f"a worker process ended (exit status {process.wait()}) while preparing data: "
-            "free some memory, then try again"
+            f"a worker process ended (exit status {status}) while preparing data: {advice}"
         ) from error
     if isinstance(answer, BaseException):
         raise answer
     return answer
 
 
-def serve() -> None:
-    """The worker's side of `ask`."""
+def serve(out: int) -> None:
+    """The worker's side of `ask`, which reads from the descriptor `out`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business (Windows)
-    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a function prints must not get between the answers
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(out, "wb")
     with suppress(BrokenPipeError):  # then nobody is left to answer to
         while questions.peek(1):
             function, item = pickle.load(questions)
