@@ -48,8 +48,10 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
 
     Raises DataError where its own is not the one it was trained on any more.
     """
-    dataset = open_dataset(data or run.config.data, run.config.image_size * 5 // 4, progress)
-    if not data and not dataset.identity.startswith(run.data):
+    dataset = open_dataset(
+        run.config.data if data is None else data, run.config.image_size * 5 // 4, progress
+    )
+    if data is None and not dataset.identity.startswith(run.data):
         now = f"{run.config.data} has other pictures or splits than when {run.path} was trained"
         raise DataError(f"{now}: to use them all the same name them in the command")
     return dataset

@@ -58,6 +58,14 @@ class Run:
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
         checkpoint.prune(folder)
 
+    def check_log(self, logged: int) -> None:
+        """Raise DataError unless the first `logged` bytes of the log end with this step's line."""
+        log = self.path / "metrics.jsonl"
+        last = log.read_bytes()[:logged].rpartition(b'{"step": ')[2]
+        if logged and not (last.startswith(b"%d," % self.step) and last.endswith(b"}\n")):
+            said = f"the lines of the first {self.step} steps are not those of their training"
+            raise DataError(f"{log}: {said}: restore it")
+
     def diverged(self, step: int, seen: str) -> DivergedError:
         """Log at which step training diverged and what was seen; the error that says so."""
         with (self.path / "metrics.jsonl").open("a") as log:

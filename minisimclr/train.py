@@ -122,8 +122,7 @@ def resume(
                 raise DataError(f"{log} is gone: restore it, or begin anew")
             if not state and b"alignment" in log.read_bytes():  # an epoch has ended, and was saved
                 raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
-            if log.stat().st_size < logged:
-                raise DataError(f"{log}: lines of the steps up to {run.step} are gone: restore it")
+            run.check_log(logged)
             os.truncate(log, logged)  # lines after the checkpoint will be written again
             if (clock := path / "timings.jsonl").exists():  # a line torn by a crash would tear more
                 os.truncate(clock, clock.read_bytes().rfind(b"\n") + 1)

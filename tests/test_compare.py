@@ -43,7 +43,7 @@ class Colours:
 
     def __init__(self):
         rng = np.random.default_rng(0)
-        self.labels = np.arange(90) % 3
+        self.labels, self.duplicate_of = np.arange(90) % 3, np.arange(90)
         self.images = rng.integers(0, 120, (90, 20, 20, 3)).astype(np.uint8)
         self.images[np.arange(90), ..., self.labels] += 100
 
@@ -284,6 +284,20 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     (knn,) = (row for row in measured if row["method"] == "knn")
     assert knn["ci95"] == wilson_interval(knn["top1"], len(dataset.split("test")))
     assert len(cheap) == count and other["rows"][-1]["status"] == "not run"  # no system, no control
+
+
+def test_two_comparisons_may_write_to_one_file(run, dataset, cheap, tmp_path, monkeypatch):
+    real, options = embed.probe_run, {"trials": 1, "epochs": 1}
+
+    def meanwhile(*arguments, **named):
+        monkeypatch.setattr(embed, "probe_run", real)
+        Comparison(run, dataset, view=20, **options).make(tmp_path)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(embed, "probe_run", meanwhile)
+    results = Comparison(run, dataset, **options).make(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert "20 px of 20" in {row.get("pixels") for row in results["others"]}
 
 
 def test_what_cannot_be_made_is_said_and_the_rest_is_made(

@@ -101,6 +101,11 @@ def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
     assert open_dataset("toydogs", 16).options == Options()
 
 
+def test_an_empty_name_is_no_data_set():
+    with pytest.raises(ConfigError, match="a name or a path, and this is empty"):
+        open_dataset("")
+
+
 def test_unlabelled_folder(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.PNG", i)

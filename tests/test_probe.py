@@ -18,6 +18,7 @@ from minisimclr.probe import (
     features,
     folds,
     knn_score,
+    labelled_and_test,
     majority_share,
     measure,
     probe,
@@ -397,6 +398,7 @@ class Colours(SimpleNamespace):
         hue = rng.integers(60, 190, (classes + 1, 3))
         noise = rng.integers(-60, 60, (n, size, size, 3))
         self.images = (hue[y][:, None, None] + noise).clip(0, 255).astype(np.uint8)
+        self.duplicate_of = np.arange(n)
         self.labels, self.class_names = y, tuple(f"class {k}" for k in range(classes))
 
     def split(self, name):
@@ -438,9 +440,23 @@ def test_probe_has_the_form_of_probe_json():
         "raw pixels",
         "chance",
     ]
+    assert text.splitlines()[5] == "50 labelled images, 70 to test, 3 classes"
     assert "100.0%" in text and "34.3%" in text and " 94.8% -100.0%" in text
     result["rows"]["raw pixels"]["warning"] = "the best C, 1, is at the edge"
     assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
+
+
+def test_test_images_that_spoil_the_figure_are_told():
+    colours = Colours()
+    rows, labelled = colours.split("test"), colours.split("labelled")
+    colours.duplicate_of[rows[:2]] = labelled[5], rows[2]  # a labelled, and a test image
+    with pytest.warns(UserWarning, match="1 of 70 test images are in other splits too"):
+        labelled_and_test(colours)
+    colours.duplicate_of = np.arange(120)
+    colours.labels[labelled] = colours.labels[labelled].clip(0, 1)
+    lost = (colours.labels[rows] == 2).sum()
+    with pytest.warns(UserWarning, match=f"{lost} of 70 test .* of classes without labels"):
+        labelled_and_test(colours)
 
 
 def test_probe_with_fewer_labels_takes_them_from_every_class():

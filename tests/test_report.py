@@ -262,6 +262,14 @@ def edited(sound, folder, rows=None, **metrics):
     return read(folder)
 
 
+def test_a_loss_that_rises_asks_for_no_more_training(sound, tmp_path):
+    facts = edited(sound, tmp_path / "run")
+    few = facts.epochs[:2]
+    for first, last, asked in ((3.9, 3.4, True), (3.4, 3.9, False)):
+        facts.__dict__["epochs"] = [few[0] | {"loss": first}, few[1] | {"loss": last}]
+        assert bool(verdict.too_short(facts)) == asked
+
+
 def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path):
     chance = read(sound).files["metrics"][0]["chance"]
     on = edited(sound, tmp_path / "on", loss=chance)

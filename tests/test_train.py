@@ -330,8 +330,16 @@ def test_a_log_that_lost_lines_is_not_filled_with_zeros(config, tmp_path):
     log = run.path / "metrics.jsonl"
     os.truncate(log, log.stat().st_size - 10)
     before = log.read_bytes()
-    with pytest.raises(DataError, match=f"lines of the steps up to {run.step} are gone"):
+    with pytest.raises(DataError, match=f"lines of the first {run.step} steps are not those"):
         resume(run.path)
+    assert log.read_bytes() == before
+
+
+def test_a_log_that_was_changed_is_not_cut(config, tmp_path):
+    log = pretrain(replace(config, epochs=1), tmp_path / "run").path / "metrics.jsonl"
+    log.write_bytes(before := log.read_bytes().replace(b", ", b",  "))
+    with pytest.raises(DataError, match="steps are not those of their training: restore it"):
+        resume(tmp_path / "run")
     assert log.read_bytes() == before
 
 

@@ -19,10 +19,11 @@ RUN = click.argument("run", type=FILE)
 @click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="To write.")
 @DEVICE
 def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
-    """Write the features h that RUN's encoder gives to pictures, not the embeddings z of the loss.
+    """Write the features that RUN's encoder gives to pictures.
 
     PATH, if not the run's own data, is a folder or the name of a data set. A .npy file holds the
     features (n, D) alone, in the order of the data set; an .h5 file also file_names and labels.
+    Features are h, which the probe sees, and not z, which the loss sees.
     """
     from .. import embed as library
 

@@ -115,13 +115,14 @@ class Comparison:
                 seconds = round(time.perf_counter() - begin, 1)
                 about = {"status": "measured", "seconds": seconds, "key": part.key}
                 done[part.key] = [a | b | about for a, b in zip(part.rows, made, strict=True)]
-                self.save(path, self.collected(parts, done, reasons))
-        results = self.collected(parts, done, reasons)
-        self.save(path, results)
-        return results
+                self.keep(path, parts, done, reasons)
+        return self.keep(path, parts, done, reasons)
 
-    def save(self, path: Path, results: dict[str, Any]) -> None:
+    def keep(self, path: Path, parts: list[Part], done: dict, reasons: dict) -> dict[str, Any]:
+        """Write results.json, with what another process may have made meanwhile."""
+        results = self.collected(parts, made_before(path) | done, reasons)
         write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
+        return results
 
     def collected(
         self, parts: list[Part], done: dict[str, list[Row]], reasons: dict[str, str]

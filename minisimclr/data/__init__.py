@@ -176,6 +176,8 @@ def cache_folder() -> Path:
 def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple[Path, int]:
     """Where the cache of a data set belongs, and its side S; a cache file belongs where it is."""
     path, stem = Path(name_or_path), str(name_or_path)
+    if not stem:
+        raise ConfigError("a data set has a name or a path, and this is empty")
     default = toydogs.IMAGE_SIZE if stem == "toydogs" else DEFAULT_SIZE
     size = default if image_size is None else image_size
     if size not in SIZES:

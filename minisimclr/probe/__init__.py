@@ -7,6 +7,7 @@ stands beside its controls: chance, raw pixels, a random encoder. Last come thre
 monitor training by.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,7 +157,8 @@ def labelled_and_test(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the images to learn from (None: all the labelled ones) and of those to test with.
 
-    Raises DataError without two classes or test images, ConfigError for too many `labels`.
+    Warns of test images that cannot be named, or that are among the others. Raises DataError
+    without two classes or test images, ConfigError for too many `labels`.
     """
     y = dataset.labels
     train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
@@ -165,7 +167,14 @@ def labelled_and_test(
             f"{dataset.name}: labelled images of at least two classes and test images are needed; "
             f"there are {len(train)} of {classes} class(es) and {len(test)} to test with"
         )
-    return (train if labels is None else train[stratified(y[train], labels, seed)]), test
+    train = train if labels is None else train[stratified(y[train], labels, seed)]
+    lost = np.isin(y[test], y[train], invert=True)
+    seen = np.isin(dataset.duplicate_of[test], np.delete(dataset.duplicate_of, test))
+    for which, what in (lost, "of classes without labels"), (seen, "in other splits too"):
+        if which.any():
+            said = f"{which.sum():,} of {len(test):,} test images are {what}"
+            warnings.warn(f"{dataset.name}: {said}", stacklevel=2)
+    return train, test
 
 
 def majority_share(y: np.ndarray) -> float:
@@ -209,6 +218,7 @@ def table(result: dict[str, Any]) -> str:
         line = f"{name:{width}}" + "{:8.1%}{:9.1%} -{:6.1%}{:9.1%}".format(*cells)
         lines.append(line + (f"{row['knn']:9.1%}" if "knn" in row else f"{'-':>9}"))
     lines.append(f"{'chance':{width}}{result['controls']['chance']:8.1%}")
+    lines.append("{labels:,} labelled images, {test:,} to test, {classes} classes".format(**result))
     warned = {name: row["warning"] for name, row in rows.items() if row["warning"]}
     return "\n".join([*lines, *(f"warning ({name}): {text}" for name, text in warned.items())])
 

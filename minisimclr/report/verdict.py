@@ -219,7 +219,7 @@ def too_short(facts: Facts) -> Finding | None:
     """
     epochs = facts.need("epochs")
     fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
-    if facts.done < facts.total or len(epochs) >= 10 or (len(epochs) > 5 and 0 <= fall < 0.05):
+    if facts.done < facts.total or len(epochs) >= 10 or fall < (0.05 if len(epochs) > 5 else 0):
         return None
     return Finding(WARNING, f"In the last half of {len(epochs)} epoch(s) the loss fell {fall:.2f}.")
 
