@@ -7,6 +7,7 @@ rename it over the final name, fsync the directory. Temporary and lock names sta
 import errno
 import glob
 import hashlib
+import json
 import os
 import secrets
 import tempfile
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import OutputError
 
@@ -84,6 +85,33 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Publish `content` as the whole file `path`."""
     with publish(path) as temporary:
         temporary.write_bytes(content)
+
+
+def read_json(path: Path, like: Any) -> Any:
+    """What a JSON file holds; None if it is absent, torn or not made as `like` is (see `fits`)."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if fits(value, like) else None
+
+
+def fits(value: Any, like: Any) -> bool:
+    """Whether what a file holds is made as `like` is: of that type (float: any number), a list, as
+    [x] or as (x, y), or a dict that has its keys at the least; {None: x} is one of any keys.
+    """
+    match like:
+        case dict():
+            if not isinstance(value, dict):
+                return False
+            named = dict.fromkeys(value, like[None]) if None in like else like
+            return all(key in value and fits(value[key], form) for key, form in named.items())
+        case list():
+            return isinstance(value, list) and all(fits(each, like[0]) for each in value)
+        case tuple():
+            long = isinstance(value, list) and len(value) == len(like)
+            return long and all(map(fits, value, like))
+    return isinstance(value, (int, float) if like is float else like)
 
 
 def file_sha256(path: Path) -> str:

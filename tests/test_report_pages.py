@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -18,6 +20,7 @@ from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
 from minisimclr.report import panels
+from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.run import open_run
@@ -163,6 +166,45 @@ def test_panels_show_what_they_say(run, monkeypatch):
     true = {data.images[row].tobytes(): names[data.labels[row]] for row in facts.test_rows}
     shown = {(true[pixels], alt) for pixels, alt in cards}
     assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs}
+
+
+def harmed(value):
+    """Copies of nested dicts and lists; in each one entry is missing, or None."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        without, emptied = deepcopy(value), deepcopy(value)
+        del without[key]
+        emptied[key] = None
+        yield from (without, emptied)
+        for inner in harmed(value[key]) if isinstance(value[key], (dict, list)) else ():
+            yield deepcopy(value) | {key: inner} if isinstance(value, dict) else [
+                *value[:key], inner, *value[key + 1 :]
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "timings.jsonl", "probe.json", "profile.json"])
+def test_files_changed_by_hand_cost_their_part_alone(file, run, tmp_path, monkeypatch):
+    for name in ("lines", "bars", "scatter"):
+        monkeypatch.setattr(panels, name, lambda *_, **__: "")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    report.build_report(report.read(run))  # which makes profile.json
+    shutil.copy(run / "profile.json", copy)
+    whole = (copy / file).read_text()
+    if file.endswith(".jsonl"):
+        first, *rest = whole.splitlines()
+        *before, last = whole.splitlines()
+        texts = ["\n".join([json.dumps(h), *rest]) for h in (5, [], *harmed(json.loads(first)))]
+        texts += ["\n".join([*before, json.dumps(h)]) for h in harmed(json.loads(last))]
+    else:
+        texts = [json.dumps(h) for h in harmed(json.loads(whole))]
+    sections = panels.training, panels.similarities, panels.sphere, panels.probe, panels.hot_spots
+    for text in [*texts[:: 1 + len(texts) // 150], "[" * 100_000]:
+        (copy / file).write_text(text)
+        facts = report.read(copy)
+        report.judge(facts)
+        for section in sections:
+            with suppress(Missing):
+                section(facts)
 
 
 def test_what_takes_long_shows_progress(run, tmp_path):

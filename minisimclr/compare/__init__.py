@@ -25,7 +25,7 @@ from ..probe import Extract, by_class, labelled_and_test, majority_share, measur
 from ..run import Run
 from ..train import Notify, quiet
 from ..weights.names import TENSORFLOW
-from .table import markdown
+from .table import made_before, markdown
 
 __all__ = ["Comparison", "made_before", "markdown"]
 
@@ -281,19 +281,5 @@ def pretraining_seconds(path: Path) -> dict[str, float]:
     try:
         steps = [json.loads(line) for line in path.read_text().splitlines()]
         return {"pretraining_seconds": sum({s["step"]: s["seconds"] for s in steps}.values())}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def made_before(path: Path) -> dict[str, list[Row]]:
-    """The rows in results.json by the key of their part. Raises DataError if it is another file."""
-    done: dict[str, list[Row]] = {}
-    if path.exists():
-        try:
-            results = json.loads(path.read_bytes())
-            for each in results["rows"] + results["curve"] + results.get("others", []):
-                if each["status"] == "measured":
-                    done.setdefault(each["key"], []).append(each)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not results of `minisimclr compare` ({error!r})") from error
-    return done

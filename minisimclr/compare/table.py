@@ -1,8 +1,34 @@
-"""The table and the curve in results.json, for people."""
+"""results.json: what it holds, and its table and curve for people."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..errors import DataError
+from ..files import fits
+
+# How measured rows are made, and points of the curve.
+ABOUT = dict.fromkeys(("system", "method", "pretraining", "pixels", "key"), str)
+MEASURED = ABOUT | {"top1": float, "ci95": (float, float), "labels": float, "seconds": float}
+POINT = {"system": str, "key": str, "per_class": object, "top1": [float], "labels": float}
+
+
+def made_before(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows in results.json by the key of their part. Raises DataError if it is another file."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        try:
+            results = json.loads(path.read_bytes())
+            for each in results["rows"] + results["curve"] + results.get("others", []):
+                if each["status"] == "measured":
+                    if not fits(each, POINT) and not fits(each, MEASURED):
+                        raise ValueError(f"of {each.get('system')}")
+                    done.setdefault(each["key"], []).append(each)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{path}: not results of `minisimclr compare` ({error!r})") from error
+    return done
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..data import Dataset, batches
 from ..embed import extractor
 from ..errors import ConfigError, DataError
-from ..files import locked, write_bytes
+from ..files import fits, locked, read_json, write_bytes
 from ..probe import stratified
 from ..profile import profile
 from ..run import Run, new_run, open_run, read_config
@@ -30,6 +30,27 @@ from .page import Missing
 
 MOST = 1200  # test pictures that are looked at
 Rows = list[dict[str, Any]]
+
+# How files are made that somebody may have changed.
+LOGS = {
+    "metrics": dict.fromkeys(
+        ("step", "epoch", "loss", "accuracy", "chance", "lr", "gradient_norm"), float
+    ),
+    "timings": dict.fromkeys(("step", "seconds", "data_wait", "views_per_second"), float),
+}
+END = {"alignment": float, "uniformity": float, "effective_rank": float}
+END |= {"positives": (float,) * 20, "negatives": (float,) * 20}  # type: ignore[dict-item]
+FOUND = {"top1": float, "top5": float, "ci95": (float, float), "knn": float, "C": float}
+PROBE = FOUND | {
+    "controls": {"chance": float}, "rows": {None: FOUND | {"warning": str}}, "labels": float,
+    "test": float, "classes": float,
+}  # fmt: skip
+OP = {"name": str, "direction": str} | dict.fromkeys(("calls", "seconds", "flops", "bytes"), float)
+PROFILE = {
+    "ops": [OP], "roofline": {"flops_per_second": float, "bytes_per_second": float},
+    "step_seconds": float, "views_per_second": float, "peak_bytes": float, "device": str,
+    "threads": float, "batch_size": float,
+}  # fmt: skip
 
 
 @dataclass
@@ -70,7 +91,7 @@ class Facts:
         ends, since = [], []
         for row in self.files["metrics"]:
             since.append(row)
-            if "alignment" in row:
+            if fits(row, END):
                 means = {k: float(np.mean([r[k] for r in since])) for k in ("loss", "accuracy")}
                 seen = [speed[r["step"]] for r in since if r["step"] in speed]
                 ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
@@ -132,7 +153,7 @@ class Facts:
     def profile(self) -> dict[str, Any]:
         """profile.json; if there is none a step is profiled now, and the result kept there."""
         path, config = self.path / "profile.json", self.config
-        if kept := read_json(path):
+        if kept := read_json(path, PROFILE):
             return kept
         if self.going or not self.run:
             raise Missing("no profile.json, and nothing is timed beside a run that is going on")
@@ -145,20 +166,17 @@ class Facts:
         return result
 
 
-def read_json(path: Path) -> Any:
-    """The object that a JSON file holds; None if it is absent, torn or no object."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_lines(path: Path) -> Rows:
-    """Rows of a JSON Lines file, up to the first that is not whole."""
+def read_lines(path: Path, like: Any) -> Rows:
+    """Rows of a JSON Lines file, up to the first that is not whole or not made as `like` is."""
     rows: Rows = []
-    with suppress(OSError, ValueError):  # a run that is killed may leave half a line
-        rows.extend(json.loads(line) for line in path.read_text().splitlines())
+    with suppress(
+        OSError, ValueError, RecursionError
+    ):  # a run that is killed may leave half a line
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
+                break
+            rows.append(row)
     return rows
 
 
@@ -173,12 +191,15 @@ def is_going(path: Path) -> bool:
 
 def read(path: Path, notify: Notify = quiet) -> Facts:
     """The run at `path`. Raises DataError where there is none."""
-    files = {name: read_json(path / f"{name}.json") for name in ("config", "env", "probe")}
-    files |= {name: read_lines(path / f"{name}.jsonl") for name in ("metrics", "timings")}
+    likes = {"config": {None: {"value": object, "origin": object}}, "env": {}, "probe": PROBE}
+    files = {name: read_json(path / f"{name}.json", like) for name, like in likes.items()}
+    files |= {name: read_lines(path / f"{name}.jsonl", like) for name, like in LOGS.items()}
     facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
-    facts.missing += [f"There is no {name} of this run." for name, v in files.items() if not v]
+    facts.missing += [
+        f"There is no whole {name} of this run." for name, v in files.items() if not v
+    ]
     try:
         facts.dataset = open_training_data(facts.config, notify)
         facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total
