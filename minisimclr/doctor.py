@@ -88,7 +88,7 @@ def disk() -> tuple[bool, str]:
     free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
     used = sum(path.stat().st_size for path in files)
     said = f"{folder}: {len(files)} data sets, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"
-    if not os.access(there, os.W_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         return False, f"{said}: {there} cannot be written: name another in XDG_CACHE_HOME"
     return free > 1e9, said if free > 1e9 else f"{said}: less than a data set may need"
 

@@ -175,19 +175,21 @@ def embed(run: Run, dataset: Dataset, notify: Notify = quiet) -> np.ndarray:
 def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each of the queries (Q, D) the k most similar rows of h (n, D), the nearest first.
 
-    Returns indices and cosines, (Q, k) each.
+    Returns indices and cosines, (Q, k) each. Raises ConfigError for k below 1.
     """
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, not {k}")
     s = unit(queries) @ unit(h).T  # (Q, D) @ (D, n)
     order = np.argsort(-s, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(s, order, axis=1)
 
 
-def save(path: Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
+def save(path: str | Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
     """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows.
 
     Raises ConfigError for another suffix, OSError where it cannot be written.
     """
-    if path.suffix == ".npy":
+    if (path := Path(path)).suffix == ".npy":
         np.save(memory := io.BytesIO(), h)  # into a file it would miss that the disk is full
         write_bytes(path, memory.getbuffer())
     elif path.suffix == ".h5":

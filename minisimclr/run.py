@@ -68,7 +68,7 @@ class Run:
 
     def diverged(self, step: int, seen: str) -> DivergedError:
         """Log at which step training diverged and what was seen; the error that says so."""
-        with (self.path / "metrics.jsonl").open("a") as log:
+        with (self.path / "metrics.jsonl").open("ab", 0) as log:
             log_line(log, {"step": step, "diverged": seen})
         kept = checkpoint.listed(self.path / "checkpoints")
         state = f"; the last good state is {kept[-1]}" if kept else ""
@@ -187,8 +187,14 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
 
 
 def log_line(log: Any, values: dict[str, Any]) -> None:
-    log.write(json.dumps(values) + "\n")
-    log.flush()
+    """Append a line to a file open without a buffer: none fails once more when it is closed."""
+    line = (json.dumps(values) + "\n").encode()
+    try:
+        while line := line[log.write(line) :]:  # a disk that fills up takes a part
+            pass
+    except OSError as error:
+        error.filename = log.name  # which a full disk does not tell
+        raise
 
 
 @contextmanager

@@ -177,8 +177,8 @@ def train(
     with (
         np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
         stop_signals() as stop,
-        (run.path / "metrics.jsonl").open("a") as metrics,
-        (run.path / "timings.jsonl").open("a") as timings,
+        (run.path / "metrics.jsonl").open("ab", 0) as metrics,
+        (run.path / "timings.jsonl").open("ab", 0) as timings,
     ):
         while run.step < plan.total and not run.stopped:
             begin = time.perf_counter()

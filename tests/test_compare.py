@@ -244,6 +244,7 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
             assert row["ci95"][0] <= row["top1"] <= row["ci95"][1]
             assert (row["labels"], row["test"]) == tuple(map(len, labelled_and_test(dataset)))
     probed = embed.probe_run(run, dataset)
+    assert rows["InceptionV3 mixed8", "dense"]["pretraining"] == "ImageNet"  # no dogs here
     simclr = rows["SimCLR resnet_small", "linear"]
     assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
     assert simclr["C"] == probed["C"]  # what was chosen stays with what it led to

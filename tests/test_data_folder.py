@@ -101,6 +101,17 @@ def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
     assert open_dataset("toydogs", 16).options == Options()
 
 
+def test_a_split_has_a_name(pictures):
+    with pytest.raises(ConfigError, match="split 'train': there are pretrain, labelled, test"):
+        open_dataset(pictures, 16).split("train")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_is_an_error(name):
+    with pytest.raises(DataError, match="cannot be read"):
+        open_dataset(name)
+
+
 def test_an_empty_name_is_no_data_set():
     with pytest.raises(ConfigError, match="a name or a path, and this is empty"):
         open_dataset("")

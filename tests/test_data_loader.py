@@ -115,3 +115,8 @@ def test_fetched_ahead_and_no_further():
 def test_errors_of_the_thread_are_raised_here():
     with pytest.raises(IndexError):
         list(islice(batches(IMAGES[:9], INDICES, 10, seed=1), 1))
+
+
+def test_a_mask_is_no_list_of_images():
+    with pytest.raises(ConfigError, match="numbers of images, and not bool"):
+        next(batches(IMAGES, np.ones(len(IMAGES), bool), 10, seed=1))

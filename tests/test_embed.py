@@ -16,7 +16,7 @@ import minisimclr as ms
 from minisimclr import doctor, embed
 from minisimclr.augment import center_view
 from minisimclr.cli import group
-from minisimclr.errors import ConfigError, DataError
+from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.report import facts
 from minisimclr.train import pretrain, quiet, resume
 from minisimclr.weights import Preprocessing
@@ -39,6 +39,11 @@ def test_nearest_is_by_cosine():
     order, cosines = embed.nearest(np.array([[5.0, 1]]), h, 3)
     assert order.tolist() == [[0, 2, 1]]
     np.testing.assert_allclose(cosines[0], np.array([5, 6 / 2**0.5, 1]) / 26**0.5)
+
+
+def test_no_neighbours_are_no_question():
+    with pytest.raises(ConfigError, match="k must be at least 1, not 0"):
+        embed.nearest(np.eye(2), np.eye(2), 0)
 
 
 def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
@@ -215,6 +220,25 @@ def test_the_doctor_finds_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert not ok and f"{tmp_path} cannot be written: name another in XDG_CACHE_HOME" in said
 
 
+def test_the_doctor_finds_a_cache_that_is_no_folder(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(doctor, "cache_folder", lambda: tmp_path / "file" / "minisimclr")
+    sound, said = doctor.disk()
+    assert not sound and "cannot be written" in said
+
+
+def test_a_run_that_cannot_be_written_is_probed_all_the_same(run, monkeypatch):
+    def refuse(path):
+        raise OutputError(f"cannot write to {path}")
+
+    monkeypatch.setattr("minisimclr.cli.probe.require_writable", refuse)
+    before = (run.path / "probe.json").exists()
+    done = CliRunner().invoke(group, ["probe", str(run.path)])
+    assert done.exit_code == 0 and "labelled images" in done.stdout
+    assert "note: the figures are not kept: cannot write to" in done.stderr
+    assert (run.path / "probe.json").exists() == before
+
+
 def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
     backward = ms.ops.loss.NTXent.backward
     monkeypatch.setattr(ms.ops.loss.NTXent, "backward", lambda self, gy: -backward(self, gy))
@@ -235,6 +259,10 @@ def test_a_report_from_the_command_line(run, tmp_path):
     assert {"verdict", "findings"} <= values.keys()
     assert out.read_text("utf-8").startswith("<!doctype html>")
     assert str(run.path) in call("report", run.path).stdout
+    bare = tmp_path / "bare"
+    shutil.copytree(run.path, bare, ignore=shutil.ignore_patterns("env.json"))
+    told = CliRunner().invoke(group, ["report", str(bare)]).stderr
+    assert f"note: {bare}: There is no whole env of this run.\n" in told
     assert (run.path / "report.html").exists()
     assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
     assert "One step of SimCLR" in out.read_text("utf-8")

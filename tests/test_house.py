@@ -129,15 +129,15 @@ def test_budget():
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
     assert kernels <= 1225
-    assert count.pop("weights", 0) <= 456
+    assert count.pop("weights", 0) <= 459
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
-    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1017
+    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1043
     assert sum(count.get(room, 0) for room in TEACHES) <= 1700, count
-    assert count.pop("data") <= 1180  # every fault of archives, pictures, caches, downloads
-    assert count.pop("cli") <= 767
+    assert count.pop("data") <= 1188  # every fault of archives, pictures, caches, downloads
+    assert count.pop("cli") <= 775
     # The report's three systems.
-    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 626
-    assert sum(count.values()) <= 2952, count
+    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 639
+    assert sum(count.values()) <= 2978, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

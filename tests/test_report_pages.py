@@ -19,7 +19,7 @@ from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
-from minisimclr.report import panels
+from minisimclr.report import charts, panels
 from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
@@ -166,6 +166,20 @@ def test_panels_show_what_they_say(run, monkeypatch):
     true = {data.images[row].tobytes(): names[data.labels[row]] for row in facts.test_rows}
     shown = {(true[pixels], alt) for pixels, alt in cards}
     assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs}
+
+
+def test_histograms_have_whole_bins_and_long_names_are_cut(monkeypatch):
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(charts, "chart", lambda alt, data, draw, *_, **__: drawn.append(draw))
+    charts.lines("t", "cosine", {"a": ([-0.5, 0.5], [1, 2])}, fill=True)
+    charts.scatter("t", "x", "y", {"a": ([0], [0]), "Wirehaired griffon": ([1], [1])})
+    figure, (left, right) = pyplot.subplots(1, 2)
+    drawn[0](left), drawn[1](right)
+    assert {tuple(patch.get_data().edges) for patch in left.patches} == {(-1, 0, 1)}
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["a", "Wirehaired grif…"]
+    pyplot.close(figure)
 
 
 def harmed(value):

@@ -22,7 +22,7 @@ from minisimclr.data import Dataset, Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity
-from minisimclr.run import new_run, open_run, read_config, stop_signals
+from minisimclr.run import log_line, new_run, open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss, training_step
 from minisimclr.train import Plan, draw, pretrain, quiet, resume, sample_views
 
@@ -341,6 +341,13 @@ def test_a_log_that_was_changed_is_not_cut(config, tmp_path):
     with pytest.raises(DataError, match="steps are not those of their training: restore it"):
         resume(tmp_path / "run")
     assert log.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_disk_names_the_log():
+    with pytest.raises(OSError) as error, Path("/dev/full").open("ab", 0) as log:
+        log_line(log, {"step": 1})
+    assert error.value.filename == "/dev/full"
 
 
 def test_a_checkpoint_comes_after_its_log(config, tmp_path, monkeypatch):

@@ -363,3 +363,12 @@ def test_a_run_is_exported(tmp_path, capsys):
     same, preprocessing = weights.encoder(newest)  # a checkpoint itself is read, too
     assert_state(same, encoder.state_dict())
     assert preprocessing == weights.Preprocessing(24)
+
+
+def test_paths_may_be_text_and_a_folder_is_no_file(tmp_path):
+    net = nn.resnet10("cifar", width=4)
+    weights.save(net, str(tmp_path / "w.safetensors"), weights.Preprocessing(32))
+    assert weights.encoder(str(tmp_path / "w.safetensors"))[0].shapes() == net.shapes()
+    for path in (".", "/", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            weights.read(path)

@@ -50,5 +50,5 @@ def baseline(
         f"top-1 {result['top1']:.1%} (95 % interval {low:.1%} - {high:.1%}), "
         f"top-5 {result['top5']:.1%}, chance {result['controls']['chance']:.1%}"
     )
-    if not random:
+    if not random and dataset.name.startswith("stanford-dogs"):
         click.echo("ImageNet weights may have seen the test photos: Stanford Dogs is made of them.")

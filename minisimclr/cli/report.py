@@ -33,6 +33,9 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
         path: {"verdict": pages.headline(findings)[1], "findings": [f._asdict() for f in findings]}
         for path, findings in found.items()
     }
+    for each in facts:
+        for said in each.missing:
+            click.echo(f"note: {each.path}: {said}", err=True)
     if not write_json(json_file, values):
         for path, value in values.items():
             click.echo(f"{path}: {value['verdict']}")

@@ -32,7 +32,7 @@ __all__ = ["Comparison", "made_before", "markdown"]
 BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
-IMAGENET = "ImageNet, which holds Stanford Dogs, test photos too"
+IMAGENET, HOLDS_DOGS = "ImageNet", ", which holds Stanford Dogs, test photos too"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best")
 PROTOCOL = 2  # to be counted up when figures made before are no longer those made now
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def row(system: str, method: str, pretraining: str, pixels: str, command: str) -
     """What a row says of itself."""
     return {
         "system": system, "method": method, "pretraining": pretraining, "pixels": pixels,
-        "imagenet_weights": pretraining == IMAGENET, "command": f"minisimclr {command}",
+        "imagenet_weights": pretraining.startswith(IMAGENET), "command": f"minisimclr {command}",
     }  # fmt: skip
 
 
@@ -80,6 +80,7 @@ class Comparison:
         self.train, self.test = labelled_and_test(self.dataset)
         self.side = self.dataset.images.shape[1]  # px
         self.name = Path(self.dataset.name).name
+        self.imagenet = IMAGENET + HOLDS_DOGS * self.name.startswith("stanford-dogs")
         c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
@@ -164,8 +165,8 @@ class Comparison:
         options = f"{file.name if file else 'FILE'} --data {self.name}"
         dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
         rows = [
-            row(name, "dense", IMAGENET, pixels, dense),
-            row(name, "linear", IMAGENET, pixels, f"probe {options} --block {BLOCK}"),
+            row(name, "dense", self.imagenet, pixels, dense),
+            row(name, "linear", self.imagenet, pixels, f"probe {options} --block {BLOCK}"),
         ]
         if not file:
             return Part([], rows, lambda: [])
@@ -188,7 +189,8 @@ class Comparison:
         """
         file = self.simclrv2
         command = f"probe {file.name if file else 'model.ckpt-250228'} --data {self.name}"
-        rows = [row("SimCLRv2 ResNet-50", "linear", IMAGENET, f"{self.side} px as 224", command)]
+        pixels = f"{self.side} px as 224"
+        rows = [row("SimCLRv2 ResNet-50", "linear", self.imagenet, pixels, command)]
         if file and weights.read(file).format != TENSORFLOW:
             raise DataError(f"{file}: not a TensorFlow checkpoint, as SimCLRv2's authors publish")
 

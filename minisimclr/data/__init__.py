@@ -186,9 +186,13 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
             "(training views have 4/5 of that)"
         )
     if stem not in BUILT_IN:
-        if path.is_file():
-            return path, size
-        place = path.resolve()
+        try:
+            if path.is_file():
+                return path, size
+            place = path.resolve()
+        except (OSError, ValueError) as error:  # a folder that may not be read, an odd name
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{stem!r} cannot be read: {reason}") from error
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", place.name)[:40]
         stem += "-" + hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
     return cache_folder() / f"{stem}-{size}px.h5", size

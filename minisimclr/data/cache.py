@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from ..cores import available_cores
-from ..errors import DataError, OutputError
+from ..errors import ConfigError, DataError, OutputError
 from ..files import publish
 from .source import SPLITS, Job, Options, Plan, choose
 from .workers import parallel_map
@@ -61,6 +61,8 @@ class Dataset:
 
     def split(self, name: str) -> np.ndarray:
         """Indices (int64, increasing) of the pictures in pretrain, labelled or test."""
+        if name not in SPLITS:
+            raise ConfigError(f"split {name!r}: there are {', '.join(SPLITS)}")
         return np.flatnonzero(self.splits == SPLITS.index(name))
 
     @property

@@ -30,6 +30,8 @@ def batches(
     rank. An epoch is len(indices) // batch_size steps: the rest, which is too small for a batch,
     sits out. The time that next() takes is the time waited for data. Raises ConfigError.
     """
+    if indices.dtype.kind not in "iu":
+        raise ConfigError(f"indices are the numbers of images, and not {indices.dtype}")
     steps = len(indices) // batch_size if batch_size > 0 else 0
     if not steps:
         raise ConfigError(f"batch size is {batch_size}, but the split has {len(indices)} images")

@@ -20,6 +20,7 @@ INK, MUTED, GRID, OUTLINE = "#000001", "#000002", "#000003", "#ff5a36"
 SERIES = tuple(f"#0000{k}" for k in range(11, 17))  # CSS variables --k11 ... --k16
 MARKERS = "osD^vP"  # a series is told by its marker as well as its colour
 DASHES = ("-", "--", "-.", ":")
+MOST = 16  # letters of a name in a legend of three columns
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "minisimclr", "font.family": "sans-serif",
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold",
@@ -78,9 +79,11 @@ def lines(
         for k, (name, (xs, ys)) in enumerate(series.items()):
             look: dict[str, Any] = {"color": SERIES[k % 6], "ls": DASHES[k // 6 % 4]}
             if fill:
-                axes.fill_between(xs, ys, step="mid", color=SERIES[k], alpha=0.35, lw=0)
-                look |= {"drawstyle": "steps-mid", "ls": DASHES[k]}
-            elif len(xs) <= 12 or len(series) > 1:
+                edges = np.append(xs, 2 * xs[-1] - xs[-2]) - (xs[1] - xs[0]) / 2
+                axes.stairs(ys, edges, fill=True, color=SERIES[k], alpha=0.35, lw=0)
+                axes.stairs(ys, edges, label=plain(name), color=SERIES[k], ls=DASHES[k])
+                continue
+            if len(xs) <= 12 or len(series) > 1:
                 look |= {"marker": MARKERS[k % 6], "ms": 4, "markevery": max(1, len(xs) // 20)}
             axes.plot(xs, ys, label=plain(name), **look)
         if level:
@@ -135,7 +138,8 @@ def scatter(
         for k, (name, (xs, ys)) in enumerate(groups.items()):
             look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "lw": 0}
             size = sizes[name] if sizes else 12
-            axes.scatter(xs, ys, size, alpha=0.75, label=plain(name), **look)
+            short = name if len(name) <= MOST else f"{name[: MOST - 1]}…"
+            axes.scatter(xs, ys, size, alpha=0.75, label=plain(short), **look)
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)

@@ -31,8 +31,9 @@ def read(path: str | Path) -> Stored:
     DataError for anything that is not whole, or not of a known format.
     """
     path = Path(path)
-    index = path.with_name(f"{path.name}.index")
-    path = index if index.exists() and not path.exists() else path
+    with damage_reported(path):
+        index = path.parent / f"{path.name}.index"
+        path = index if index.exists() and not path.exists() else path
     with damage_reported(path), path.open("rb") as f:
         start = f.read(512)
         f.seek(-min(path.stat().st_size, len(tf_bundle.MAGIC)), 2)
@@ -127,7 +128,7 @@ def network(stored: Stored) -> Module:
 
 
 def save(
-    module: Module, path: Path, prep: Preprocessing, until: str | None = None, **metadata: str
+    module: Module, path: str | Path, prep: Preprocessing, until: str | None = None, **metadata: str
 ) -> None:
     """Publish an encoder, up to its part `until`, as .safetensors with torchvision's names.
 
@@ -136,4 +137,6 @@ def save(
     stem = getattr(module, "stem", "")
     metadata |= {"size": str(prep.size), "pixels": prep.pixels, "stem": stem}
     state = module.state_dict()
-    safetensors.write(path, {name: state[name] for name in names.part(module, until)}, metadata)
+    safetensors.write(
+        Path(path), {name: state[name] for name in names.part(module, until)}, metadata
+    )
