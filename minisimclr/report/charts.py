@@ -143,8 +143,10 @@ def scatter(
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)
-        many = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "ncols": 3, "fontsize": 8.5}
-        axes.legend(markerscale=0.7 if sizes else 1.3, **(many if len(groups) > 3 else {}))
+        if len(groups) > 3:
+            axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, markerscale=1.3)
+        else:
+            axes.legend(markerscale=0.7 if sizes else 1.3)
 
     alt = f"Points of {', '.join(groups)}: {title}, {x} and {y}"
     return chart(alt, points(title, x, y, groups), draw, height=height)
