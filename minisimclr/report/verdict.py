@@ -221,7 +221,8 @@ def too_short(facts: Facts) -> Finding | None:
     fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
     if facts.done < facts.total or len(epochs) >= 10 or fall < (0.05 if len(epochs) > 5 else 0):
         return None
-    return Finding(WARNING, f"In the last half of {len(epochs)} epoch(s) the loss fell {fall:.2f}.")
+    said = f"In the last half of {len(epochs)} epochs the loss fell {fall:.2f}."
+    return Finding(WARNING, said if len(epochs) > 1 else "This was one epoch.")
 
 
 RULES = (
