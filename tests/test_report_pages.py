@@ -214,6 +214,7 @@ def test_files_changed_by_hand_cost_their_part_alone(file, run, tmp_path, monkey
         texts += ["\n".join([*before, json.dumps(h)]) for h in harmed(json.loads(last))]
     else:
         texts = [json.dumps(h) for h in harmed(json.loads(whole))]
+        texts.insert(0, json.dumps(json.loads(whole) | {"rows": {}}))
     sections = panels.training, panels.similarities, panels.sphere, panels.probe, panels.hot_spots
     for text in [*texts[:: 1 + len(texts) // 150], "[" * 100_000]:
         (copy / file).write_text(text)

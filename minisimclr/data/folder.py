@@ -64,8 +64,8 @@ def source(root: Path, options: Options) -> Source:
 
 
 def split_name(path: Path) -> str:
-    """The folder that a picture lies in, if it is that of a split: Train_Set as train."""
-    return re.sub("[ _-]?set$", "", path.parts[0].lower()) if len(path.parts) > 1 else ""
+    """The folder that a picture lies in, as a split would be called: Train_Set as train."""
+    return re.sub("(?<=.)[ _-]?set$", "", path.parts[0].lower()) if len(path.parts) > 1 else ""
 
 
 def for_testing(root: Path, pictures: list[Path]) -> set[str]:
@@ -76,7 +76,7 @@ def for_testing(root: Path, pictures: list[Path]) -> set[str]:
     names = {split_name(path) for path in pictures}
     trains, tests = names & {*TRAINS}, names & {*TESTS} or names & {*CHECKS}
     others = names - {*TRAINS, *CHECKS, *TESTS, *LOOSE}
-    said = " and ".join(sorted(filter(None, names)))
+    said = " and ".join(sorted({path.parts[0] for path in pictures}))
     if trains and tests and others - {""}:
         raise DataError(
             f"{root} holds {said}: name one of its folders, or move away what is no split"

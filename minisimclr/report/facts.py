@@ -169,9 +169,8 @@ class Facts:
 def read_lines(path: Path, like: Any) -> Rows:
     """Rows of a JSON Lines file, up to the first that is not whole or not made as `like` is."""
     rows: Rows = []
-    with suppress(
-        OSError, ValueError, RecursionError
-    ):  # a run that is killed may leave half a line
+    # A run that is killed may leave half a line.
+    with suppress(OSError, ValueError, RecursionError):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
@@ -194,6 +193,8 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
     likes = {"config": {None: {"value": object, "origin": object}}, "env": {}, "probe": PROBE}
     files = {name: read_json(path / f"{name}.json", like) for name, like in likes.items()}
     files |= {name: read_lines(path / f"{name}.jsonl", like) for name, like in LOGS.items()}
+    if files["probe"] and len(files["probe"]["rows"]) < 2:
+        files["probe"] = None  # a figure without its controls
     facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
