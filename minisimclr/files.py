@@ -1,4 +1,6 @@
-"""Durable writes and locks: a file under its final name is always whole, whatever is killed when.
+"""Files that others touch: durable writes, locks, and JSON that somebody may have changed.
+
+A file under its final name is always whole, whatever is killed when.
 
 The recipe (Pillai et al., OSDI 2014): write a temporary file in the same directory, fsync it,
 rename it over the final name, fsync the directory. Temporary and lock names start with a dot.

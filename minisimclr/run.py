@@ -127,7 +127,7 @@ def read_config(path: Path) -> TrainConfig:
         entries = json.loads((path / "config.json").read_text())
         config = TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
         return replace(config, data=moved(path, config.data))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"config.json: {getattr(error, 'strerror', None) or error}"
         raise DataError(f"{path}: not a run folder ({reason})") from error
 

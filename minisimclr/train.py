@@ -220,7 +220,7 @@ def train(
                 notify("epoch", line | means | {"epochs": config.epochs})
                 mean, chance = means["mean_loss"], chance_loss(n)
                 wanted = not warned or run.step == plan.total
-                if run.step > plan.warmup and mean > chance - NEAR and wanted:
+                if run.step > plan.warmup and mean > chance - 0.01 and wanted:
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance)})
                     warned = True
 
@@ -234,7 +234,6 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 
 LONG_WARMUP = "the rate rises for {} epochs and there are {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
-NEAR = 0.1  # to the chance line: a loss that is hardly lower says nothing
 ON_CHANCE_LINE = (
     "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}: the model tells "
     "images apart no better than guessing. Early on that is normal; later, try a lower --lr, as "

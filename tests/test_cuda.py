@@ -571,7 +571,7 @@ def test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast(cupy):
         return distance(host(h), expected[0]), distance(all_of(gradients), all_of(expected[2]))
 
     for error, of_torch in zip(errors(*ours), errors(*theirs), strict=True):
-        assert 0.5 * of_torch < error < 1.4 * of_torch  # sums of another order: up to 1.15
+        assert 0.5 * of_torch < error < 1.2 * of_torch  # sums of another order: up to 1.15
 
 
 def test_a_training_step_in_bfloat16(cupy):
@@ -717,10 +717,8 @@ def test_a_process_that_dies_or_hangs_costs_its_part_alone(apart):
     assert "its process ended with" in results.pop("kernels")[1]["failed"]
     assert results.pop("losses")[1]["failed"] == "no end after 1 s"
     assert all(len(rows) == 1 for rows in results.values())
-    assert float(results["views"][0]["options"]["--minutes"]) == 1 / 60  # a part has this long,
-    assert (
-        float(results["steps"][0]["options"]["--minutes"]) > 0.5
-    )  # and the last one all that is left
+    minutes = {name: float(rows[0]["options"]["--minutes"]) for name, rows in results.items()}
+    assert minutes["views"] == 1 / 60 and minutes["steps"] > 0.5  # all that is left
     assert list(out.parent.glob("gpu*")) == [out]
 
 

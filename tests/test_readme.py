@@ -43,10 +43,8 @@ def test_counts_of_code_lines_are_right():
 
 def test_results_are_those_of_the_file():
     results = json.loads((ROOT / "docs" / "results.json").read_text())
-    page, blocks = (
-        (ROOT / "docs" / "results.md").read_text("utf-8"),
-        markdown(results).split("\n\n"),
-    )
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    blocks = markdown(results).split("\n\n")
     assert len(blocks) == 3 and all(block in page for block in blocks)
     shown = re.findall(r"^\| (.*?) \| (\w+) \| .* \| ([\d.]+)% \|$", README, re.M)
     rows = {(r["system"], r["method"]): r for r in results["rows"] if r["status"] == "measured"}

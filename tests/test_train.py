@@ -24,7 +24,7 @@ from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity
 from minisimclr.run import log_line, new_run, open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss, training_step
-from minisimclr.train import Plan, draw, pretrain, quiet, resume, sample_views
+from minisimclr.train import Plan, draw, epoch_means, pretrain, quiet, resume, sample_views
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +433,9 @@ def test_a_run_keeps_its_settings(config, tmp_path):
         (run.path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=f"config.json has {name} {value}, training had"):
             resume(run.path)
+    (run.path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not a run folder"):
+        read_config(run.path)
     (run.path / "config.json").write_text("[]")
     with pytest.raises(DataError, match="not a run folder"):
         resume(run.path)
@@ -484,6 +487,21 @@ def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     pretrain(flat, tmp_path / "run", notify=lambda event, values: heard.append((event, values)))
     warnings = [v["text"] for event, v in heard if event == "warning"]
     assert len(warnings) == 2 and "chance line" in warnings[0]  # at first, at last; not each epoch
+
+
+@pytest.mark.parametrize("below, warned", [(0.04, 0), (0.001, 2)])
+def test_a_loss_that_has_left_the_chance_line_is_no_warning(
+    below, warned, config, tmp_path, monkeypatch
+):
+    """Such as that of the second epoch of `minisimclr train`, 5.50 where chance is 5.54."""
+
+    def means(seen, n):
+        return epoch_means(seen, n) | {"mean_loss": chance_loss(n) - below}
+
+    heard = []
+    monkeypatch.setattr("minisimclr.train.epoch_means", means)
+    pretrain(config, tmp_path / "run", notify=lambda event, _: heard.append(event))
+    assert heard.count("warning") == warned
 
 
 def test_an_epochs_line_is_about_all_its_steps(config, tmp_path):

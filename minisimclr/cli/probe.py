@@ -67,12 +67,12 @@ def show_probe(
 
     name = "probe.json" if epochs is None else "finetune.json"
     ours = data is None and labels is None and view is None
-    try:
-        require_writable(run.path / name)
-    except OutputError as error:
-        if ours:
+    if ours:
+        try:
+            require_writable(run.path / name)
+        except OutputError as error:
             click.echo(f"note: the figures are not kept: {error}", err=True)
-        ours = False
+            ours = False
     with Display() as display:
         dataset = embed.opened(run, data, display.on_prepare)
         if epochs is None:

@@ -81,9 +81,9 @@ def for_testing(root: Path, pictures: list[Path]) -> set[str]:
         raise DataError(
             f"{root} holds {said}: name one of its folders, or move away what is no split"
         )
-    if names - others and not others and not (trains and tests):
+    if not others and not (trains and tests):
         raise DataError(f"{root} holds {said}, not train and test: name one of its folders")
-    return tests if trains and not others else set()
+    return set() if others else tests
 
 
 def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

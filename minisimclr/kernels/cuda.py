@@ -69,7 +69,7 @@ def merged(x: Array, part: Array, variance: Array | None, eps: float) -> Array:
     (wide, _), shape = tiles(x)
     first, second = made = cupy().empty((2, x.shape[-1]), np.float32)
     given = part, variance, eps, first, second, *shape
-    launch("norm", "merge_tiles", (wide,), (CHANNELS, CHANNELS), *given)
+    launch("norm", "merge_tiles", (wide,), (CHANNELS, 4 * LANES), *given)
     return made
 
 

@@ -173,7 +173,7 @@ def labelled_and_test(
     for which, what in (lost, "of classes without labels"), (seen, "in other splits too"):
         if which.any():
             said = f"{which.sum():,} of {len(test):,} test images are {what}"
-            warnings.warn(f"{dataset.name}: {said}", stacklevel=2)
+            warnings.warn(f"{dataset.name}: {said}", stacklevel=1)  # once, whoever asks
     return train, test
 
 
