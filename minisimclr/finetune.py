@@ -31,7 +31,7 @@ from .tensor import Tensor, no_grad
 from .train import MONITORED, Notify, quiet
 
 BATCH = 64  # images in a step
-FACTORS = (1, 4, 16, 64)  # of the authors' rate
+FACTORS = (1 / 16, 1 / 4, 1, 4, 16, 64)  # of the authors' rate
 TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
 SHORTER = 3  # times shorter than the last training are those that choose the factor
 ENOUGH = 100  # images to choose by: fewer tell rates of like worth by luck
@@ -111,7 +111,7 @@ def tuned(
     """Choose the factor, train with all labelled images of `split` (train, test), test once.
 
     top1, top5, ci95, factor, trials, warning. Raises DataError if no image is left to choose by,
-    DivergedError where even the best factor ends in numbers that are not finite.
+    DivergedError where the best factor ends in numbers that are not finite.
     """
     y, (train, test) = dataset.labels, split
     inside, outside = (train[part] for part in holdout(y[train], seed))
@@ -137,7 +137,7 @@ def tuned(
     best = equals[len(equals) // 2]
     trial = recipe._replace(factor=best)
     if not (classifier := fitted(train, trial)):
-        raise DivergedError(f"{name}: training diverged even at {best} times the authors' rate")
+        raise DivergedError(f"{name}: training diverged at {best} times the authors' rate")
     edge = f"the best factor, {best}, is at the edge of those tried: a better one may lie beyond"
     few = f"the rate was chosen by {len(outside)} images only"
     said = [edge] * (best in (FACTORS[0], FACTORS[-1])) + [few] * (len(outside) < ENOUGH)

@@ -125,7 +125,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
         return None if recipe.factor in diverging else recipe.factor
 
     def ranked(classifier, dataset, rows, recipe):
-        wrong = {1: 9, 4: 6, 16: 0}[classifier]  # of the first rows
+        wrong = {4: 6, 16: 0}.get(classifier, 9)  # of the first rows
         first = dataset.labels[rows].copy()
         first[:wrong] = (first[:wrong] + 1) % 3
         return np.stack([first, (first + 1) % 3, (first + 2) % 3], axis=1)
@@ -136,18 +136,19 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
         "name", model, colours, split, Recipe(7, 16, 16, "cpu"), 0, nothing
     )
     found = choose()
-    assert [call[:2] for call in calls] == [(1, 3), (4, 3), (16, 3), (64, 3), (16, 7)]
+    tried = [(factor, 3) for factor in (1 / 16, 1 / 4, 1, 4, 16, 64)]
+    assert [call[:2] for call in calls] == [*tried, (16, 7)]
     assert (found["factor"], found["top1"]) == (16, 1.0)
     assert found["warning"] == "the rate was chosen by 12 images only"
-    assert found["trials"][3] == {"factor": 64, "validation": 0.0}
+    assert found["trials"][-1] == {"factor": 64, "validation": 0.0}
     assert all(not np.isin(test, rows).any() for *_, rows in calls)
-    assert [len(rows) for *_, rows in calls] == [48, 48, 48, 48, len(train)]
+    assert [len(rows) for *_, rows in calls] == [48] * 6 + [len(train)]
     monkeypatch.setattr(finetune, "ENOUGH", 12)
     assert choose()["warning"] == ""
-    diverging.update((1, 16))
+    diverging.update((1 / 4, 16))
     assert choose()["factor"] == 4
-    diverging.add(4)
-    with pytest.raises(DivergedError, match="name: training diverged even at 16 times"):
+    diverging.update(finetune.FACTORS)
+    with pytest.raises(DivergedError, match="name: training diverged at 4 times"):
         choose()
 
 
@@ -226,7 +227,9 @@ def cheap(monkeypatch):
     return made
 
 
-def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, cheap, tmp_path):
+def test_compare_makes_each_part_once_and_says_what_was_not_run(
+    run, dataset, cheap, tmp_path, monkeypatch
+):
     weights_file(tmp_path / "w.h5", 1)
     options = {"trials": 1, "epochs": 1}
     results = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
@@ -248,7 +251,9 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     simclr = rows["SimCLR resnet_small", "linear"]
     assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
     assert simclr["C"] == probed["C"]  # what was chosen stays with what it led to
-    assert rows["SimCLR resnet_small", "finetune"]["factor"] in finetune.FACTORS
+    tuned = rows["SimCLR resnet_small", "finetune"]
+    assert [trial["factor"] for trial in tuned["trials"]] == [*finetune.FACTORS]
+    assert tuned["factor"] in finetune.FACTORS
     assert rows["InceptionV3 mixed8", "dense"]["best"]["lr"] > 0
     assert rows["SimCLR resnet_small", "knn"]["top1"] == probed["knn"]
     assert rows["raw pixels", "pixels"]["top1"] == probed["controls"]["pixels"]
@@ -274,6 +279,11 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(run, dataset, ch
     back = Comparison(run, dataset, tmp_path / "w.h5", **options).make(tmp_path)
     assert len(cheap) == count and back["rows"] == results["rows"]
     assert json.loads((tmp_path / "results.json").read_text()) == back
+
+    made = Comparison(run, dataset, **options)
+    keys = made.finetuned().key, made.probed().key
+    monkeypatch.setattr(compare, "FACTORS", (1, 2))  # other rates give other figures
+    assert made.finetuned().key != keys[0] and made.probed().key == keys[1]
 
     labelled = dataset.split("labelled")
     splits = dataset.splits.copy()

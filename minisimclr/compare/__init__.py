@@ -20,7 +20,7 @@ from ..backend import xp_of
 from ..data import Dataset
 from ..errors import DataError, DivergedError
 from ..files import file_sha256, write_bytes
-from ..finetune import finetune
+from ..finetune import FACTORS, finetune
 from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run
 from ..train import Notify, quiet
@@ -33,7 +33,7 @@ BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
 IMAGENET, HOLDS_DOGS = "ImageNet", ", which holds Stanford Dogs, test photos too"
-FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best")
+FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best", "trials")
 PROTOCOL = 2  # to be counted up when figures made before are no longer those made now
 Row = dict[str, Any]
 
@@ -234,7 +234,7 @@ class Comparison:
             simclr, scratch = map(self.figures, made["rows"].values())
             return [simclr | self.took, scratch]
 
-        return Part([*self.depends, "finetune", self.epochs], rows, make)
+        return Part([*self.depends, "finetune", self.epochs, FACTORS], rows, make)
 
     def curve(self) -> Part:
         """Linear heads by the number of labels per class, on every kind of frozen features."""
