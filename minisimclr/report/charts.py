@@ -6,6 +6,7 @@ pages share one drawing; the same numbers give the same bytes.
 
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -52,21 +53,20 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     except ImportError as error:
         raise ConfigError("pages are drawn with matplotlib: pip install matplotlib") from error
     buffer = io.StringIO()
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # browsers have more fonts
         figure = Figure((width, height), layout="constrained")
         draw(figure.add_subplot())
         FigureCanvasSVG(figure).print_svg(buffer)
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = buffer.getvalue().partition("<svg ")[2].partition(">")[2]  # what is inside its first tag
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"#0000(0[123]|1[1-6])\b", r"var(--k\1)", svg)
     own = f"c{zlib.crc32(svg.encode()):x}-"  # ids must not meet those of another chart
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
     size = f'viewBox="0 0 {72 * width:g} {72 * height:g}"'
-    head = f'<svg {size} role="img" aria-label="{escape(alt)}"'
-    svg = re.sub(r"<svg\b.*?(?= xmlns)", head, svg, count=1, flags=re.S)
-    behind = details("The numbers", data)
-    return f'<div class="chart" style="width:{width:g}in">{svg}{behind}</div>'
+    svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}{details("The numbers", data)}'
+    return f'<div class="chart" style="width:{width:g}in">{svg}</div>'
 
 
 def lines(
