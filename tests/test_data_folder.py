@@ -165,6 +165,16 @@ def test_a_split_without_classes_keeps_its_test_pictures_out(tmp_path):
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [4, 0, 2]
 
 
+def test_classes_inside_another_folder_are_pointed_out(tmp_path):
+    for name in ("images/a/1.png", "images/b/2.png"):
+        save(tmp_path / name)
+    with pytest.warns(UserWarning, match=f"one class, 'images': .*name .*{tmp_path.name}.images$"):
+        assert open_dataset(tmp_path, 16).class_names == ("images",)
+    assert open_dataset(tmp_path / "images", 16).class_names == ("a", "b")
+    save(tmp_path / "images/3.png")  # a class with folders in it
+    assert open_dataset(tmp_path, 16).class_names == ("images",)
+
+
 def test_what_does_not_count(tmp_path, capsys):
     for name in ("a/1.jpg", "a/2.webp", "b/3.jpeg", ".hidden/4.png", "b/.5.png", "b/.c/6.png"):
         save(tmp_path / name)

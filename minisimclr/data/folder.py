@@ -10,6 +10,7 @@ have no label.
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
@@ -46,6 +47,9 @@ def source(root: Path, options: Options) -> Source:
         )
 
     def plan() -> Plan:
+        if len(classes) == 1 and not tests and all(len(parts) > 2 for parts in inner):
+            said = f"{root} has one class, {classes[0]!r}: if the folders in that are the classes"
+            warnings.warn(f"{said}, name {root / classes[0]}", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
         testing = np.array([split_name(path) in tests for path in pictures])
