@@ -100,7 +100,7 @@ def probe_run(
     """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
     models = run.model, control(run, dataset)
     trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
-    return probe(dataset, "SimCLR", trained, fresh, labels) | {"step": run.step}
+    return probe(dataset, "SimCLR", trained, fresh, labels, notify=notify) | {"step": run.step}
 
 
 def published(
@@ -163,7 +163,7 @@ def probe_weights(
     trained, control = (
         published(each, preprocessing, dataset, block, device, notify) for each in (net, fresh)
     )
-    return probe(dataset, path.name, trained, control, labels)
+    return probe(dataset, path.name, trained, control, labels, notify=notify)
 
 
 def embed(run: Run, dataset: Dataset, notify: Notify = quiet) -> np.ndarray:

@@ -62,9 +62,9 @@ class Step:
     """What a training step saw before it moved the weights. Reading `figures` waits for a GPU."""
 
     def __init__(self, loss: Array, accuracy: Array, gradient_square: Array):
-        xp = xp_of(loss)
-        seen = xp.stack([loss, accuracy, gradient_square])  # (3,) float64, as accuracy is
-        self.ok = xp.isfinite(seen).all()
+        # (3,) float64, as accuracy is
+        seen = xp_of(loss).stack([loss, accuracy, gradient_square])
+        self.ok = xp_of(loss).isfinite(seen).all()
         self._read = later(seen)
 
     @cached_property

@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -22,13 +21,12 @@ from .data import BUILT_IN, Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, OutputError
 from .files import locked, require_writable
 from .optim import LARS
-from .probe import alignment, effective_rank, uniformity, unit
+from .probe import Notify, alignment, effective_rank, uniformity, unit
 from .run import Plan, Run, log_line, make_run_folder, new_run, open_run, read_config, stop_signals
 from .simclr import Step, chance_loss, training_step
 
 VIEWS, MONITOR = 1, 2  # streams of random views: for training, for monitoring
 MONITORED = 256  # images for batch norm statistics, alignment, uniformity and rank
-Notify = Callable[[str, dict[str, Any]], None]
 
 
 def quiet(event: str, values: dict[str, Any]) -> None:

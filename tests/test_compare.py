@@ -167,7 +167,7 @@ def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypat
     assert (trained != fresh).any() and (tried[finetune.TUNED] == trained).all()
     assert (tried[finetune.SCRATCH] == fresh).all()
 
-    monkeypatch.setattr(embed, "probe", lambda *a: probed.append(a) or {})
+    monkeypatch.setattr(embed, "probe", lambda *a, **_: probed.append(a) or {})
     weights.save(run.model.encoder, tmp_path / "w", weights.Preprocessing(16))
     embed.probe_weights(tmp_path / "w", dataset, None, None, "cpu", nothing)
     ((_, _, extract, control, _),) = probed

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisimclr.cli.display import PASSING
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.probe import (
     LogisticRegression,
@@ -444,6 +445,21 @@ def test_probe_has_the_form_of_probe_json():
     assert "100.0%" in text and "34.3%" in text and " 94.8% -100.0%" in text
     result["rows"]["raw pixels"]["warning"] = "the best C, 1, is at the edge"
     assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
+
+
+def test_choosing_the_penalty_shows_progress():
+    told = []
+
+    def notify(event, values):
+        told.append((event, *values.values()))
+
+    five = [("progress", k, 5, "choosing the penalty") for k in (1, 2, 3, 4, 5)]
+    probed(Colours(), notify=notify)
+    assert told == 3 * five
+    assert told[0][3] in PASSING  # its bar goes when it is done
+    told.clear()
+    select_c(np.eye(3), np.array([0, 0, 1]), notify=notify)  # folds without a test are folds, too
+    assert told == five
 
 
 def test_test_images_that_spoil_the_figure_are_told():

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 # What is of no interest any more when it is done.
-PASSING = ("preparing data", "features", "profiling")
+PASSING = ("preparing data", "features", "choosing the penalty", "profiling")
 
 
 class Display:

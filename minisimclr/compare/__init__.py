@@ -149,8 +149,9 @@ class Comparison:
         return counts | {name: made[name] for name in FIGURES if name in made}
 
     def linear(self, extract: Extract) -> Row:
-        y, train, test = self.dataset.labels, self.train, self.test
-        return self.figures(measure(extract(train), y[train], extract(test), y[test]))
+        X, test_X, y = extract(self.train), extract(self.test), self.dataset.labels
+        made = measure(X, y[self.train], test_X, y[self.test], notify=self.notify)
+        return self.figures(made)
 
     def dense(self, extract: Extract) -> Row:
         found = baseline.baseline(self.dataset, extract, self.trials, 100, 0, self.notify)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from ..backend import xp_of
 from ..ops.basic import linear
 from ..ops.conv import Pair, conv2d, pair
 from ..ops.norm import batch_norm
@@ -69,9 +68,7 @@ class BatchNorm(Module):
     def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.training:
             self.num_batches_tracked = self.num_batches_tracked + 1
-        beta = (
-            Tensor(xp_of(x.data).zeros_like(self.weight.data)) if self.bias is None else self.bias
-        )
+        beta = Tensor(0 * self.weight.data) if self.bias is None else self.bias
         running = self.running_mean, self.running_var
         return batch_norm(
             x, self.weight, beta, running, self.training, self.momentum, self.eps, residual, relu

@@ -21,6 +21,7 @@ from .logistic import LogisticRegression, Problem, finite
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
 Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
+Notify = Callable[[str, dict[str, Any]], None]  # an event and its values
 # The best C for published SimCLR features differs by six decades between data sets; raw pixels and
 # random encoders do best at the low end.
 C_GRID = tuple(10.0**k for k in range(-5, 6))
@@ -72,7 +73,7 @@ def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def select_c(
-    X: Array, y: Array, grid: Sequence[float] = C_GRID, seed: int = 0
+    X: Array, y: Array, grid: Sequence[float] = C_GRID, seed: int = 0, notify: Notify | None = None
 ) -> tuple[float, str]:
     """The C that does best in five-fold cross-validation (among equals the middle one).
 
@@ -85,21 +86,24 @@ def select_c(
     fold, right = folds(y, seed), np.zeros(len(grid))
     for k in range(FOLDS):
         fit, rest = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        if len(np.unique(y[fit])) < 2 or not len(rest):
-            continue
-        fit_X, rest_X = standardize(X[xp.asarray(fit)], X[xp.asarray(rest)])
-        problem = Problem(fit_X, y[fit])
-        fits = (LogisticRegression(C).solve(problem) for C in grid)
-        right += [(each.predict(rest_X) == y[rest]).sum() for each in fits]
+        if len(np.unique(y[fit])) > 1 and len(rest):
+            fit_X, rest_X = standardize(X[xp.asarray(fit)], X[xp.asarray(rest)])
+            problem = Problem(fit_X, y[fit])
+            fits = (LogisticRegression(C).solve(problem) for C in grid)
+            right += [(each.predict(rest_X) == y[rest]).sum() for each in fits]
+        if notify:
+            notify("progress", {"done": k + 1, "total": FOLDS, "label": "choosing the penalty"})
     best = np.flatnonzero(right == right.max())
     C = grid[best[len(best) // 2]]
     edge = f"the best C, {C:g}, is at the edge of those tried: a better one may lie beyond"
     return C, edge if C in (grid[0], grid[-1]) else ""
 
 
-def measure(X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0) -> dict[str, Any]:
+def measure(
+    X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0, notify: Notify | None = None
+) -> dict[str, Any]:
     """Choose C, fit again to all of X (N, D), test once: top1, top5, ci95, knn, C, warning."""
-    C, warning = select_c(X, y, seed=seed)
+    C, warning = select_c(X, y, seed=seed, notify=notify)
     fit_X, rest_X = standardize(X, test_X)
     model = LogisticRegression(C).fit(fit_X, y)
     ranked = model.classes_[np.argsort(-to_host(model.decision_function(rest_X)), axis=1)]
@@ -184,7 +188,7 @@ def majority_share(y: np.ndarray) -> float:
 
 def probe(
     dataset: Any, name: str, extract: Extract, fresh: Extract, labels: int | None = None,
-    seed: int = 0,
+    seed: int = 0, notify: Notify | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of an encoder beside its controls, in the form of probe.json.
 
@@ -200,7 +204,7 @@ def probe(
 
     systems = {name: extract, "random encoder": fresh, "raw pixels": pixels}
     rows = {
-        system: measure(made(train), y[train], made(test), y[test], seed)
+        system: measure(made(train), y[train], made(test), y[test], seed, notify)
         for system, made in systems.items()
     }
     controls = {"chance": majority_share(y[test]), "pixels": rows["raw pixels"]["top1"]}
