@@ -2,6 +2,9 @@
 
 import colorsys
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -348,6 +351,18 @@ def test_threads_do_not_change_views():
     finally:
         set_threads(before)
     np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("processor", ["Haswell", "Nehalem"])
+def test_other_processors_products_change_nothing_of_that(processor):
+    """OpenBLAS adds in an order of the processor's; others do not know the variable."""
+    tests = "parts_of_a_batch or shares_of_a_large or threads_do_not"
+    command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", __file__, "-k", tests]
+    environment = os.environ | {"OPENBLAS_CORETYPE": processor}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode < 0:
+        pytest.skip("this processor lacks the instructions")
+    assert done.returncode == 0, done.stdout
 
 
 # Device arrays

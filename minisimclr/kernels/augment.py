@@ -125,7 +125,11 @@ def _bands(
     start: np.ndarray, length: np.ndarray, flips: np.ndarray, size: int, n_in: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`resampling` in blocks of B output pixels, which lie over T neighbouring input pixels: those
-    (n, b, T), and their weights (n, b, T, B). Past the end the last output pixel is repeated.
+    (n, b, T), and their weights (n, b, T, B). Past the end the last output pixel is repeated, and
+    input pixels weigh nothing.
+
+    T hangs on the largest crop. Zeros do not change a product's sums, but BLAS adds what is left of
+    T beyond a multiple of 8 in another order: so there is nothing left.
     """
     count = -(-size // BAND)
     place = np.minimum(np.arange(count * -(-size // count)), size - 1)
@@ -133,17 +137,18 @@ def _bands(
     scale = (length / size)[:, None, None]
     reach = np.maximum(scale, 1)  # input pixels to either side
     centre = start[:, None, None] + scale * (place.astype(np.float32) + np.float32(0.5))
-    most = int(np.ceil(place.shape[2] * scale.max() + 2 * reach.max()))
+    most = 8 * int(np.ceil(min(n_in, place.shape[2] * scale.max() + 2 * reach.max()) / 8))
     first = np.floor(centre.min(axis=2, keepdims=True) - reach + np.float32(0.5))
     first = first.clip(0, max(0, n_in - most))  # (n, b, 1)
-    tap = np.arange(min(most, n_in), dtype=np.float32)
+    tap = np.arange(most, dtype=np.float32)
     # With the T outermost every operation goes over long rows.
     weight = tap[:, None, None, None] - (centre - first - np.float32(0.5))  # (T, n, b, B)
     np.abs(weight, out=weight)
     np.subtract(reach, weight, out=weight)
     np.maximum(weight, np.zeros_like(centre), out=weight)
+    weight[n_in:] = 0
     weight /= weight.sum(axis=0)
-    return (first + tap).astype(np.intp), weight.transpose(1, 2, 0, 3)
+    return (first + tap).clip(max=n_in - 1).astype(np.intp), weight.transpose(1, 2, 0, 3)
 
 
 def _jitter(x: np.ndarray, factors: np.ndarray, orders: np.ndarray) -> None:
