@@ -217,9 +217,10 @@ def train(
                 seen.clear()
                 notify("epoch", line | means | {"epochs": config.epochs})
                 mean, chance = means["mean_loss"], chance_loss(n)
-                wanted = not warned or run.step == plan.total
-                if run.step > plan.warmup and mean > chance - 0.01 and wanted:
-                    notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance)})
+                wanted = line["epoch"] > 2 and run.step > plan.warmup and not warned
+                if mean > chance - 0.01 and (wanted or run.step == plan.total):
+                    found = means["mean_accuracy"], 1 / (2 * n - 1)
+                    notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance, *found)})
                     warned = True
 
 
@@ -233,9 +234,10 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 LONG_WARMUP = "the rate rises for {} epochs and there are {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}: the model tells "
-    "images apart no better than guessing. Early on that is normal; later, try a lower --lr, as "
-    "small batches need, or a lower --temperature, and look for a rate of zero or collapse"
+    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}, which it has where "
+    "all views look alike; {:.1%} of the views found their partner, by chance {:.1%} would. Early "
+    "on that is normal; later, try a lower --lr, as small batches need, or a lower --temperature, "
+    "and look for a rate of zero or collapse"
 )
 
 

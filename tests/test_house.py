@@ -138,7 +138,7 @@ def test_budget():
     assert count.pop("cli") <= 775
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 640
-    assert sum(count.values()) <= 2974, count
+    assert sum(count.values()) <= 2975, count
 
 
 def test_readme_counts_lines_as_they_are():

@@ -25,7 +25,7 @@ def three(rows: Rows, key: str) -> Rows:
 def training(facts: Facts) -> str:
     """Training
 
-    The loss should leave the line of guessing early and flatten late. Contrastive accuracy is the
+    The loss should leave its chance line early and flatten late. Contrastive accuracy is the
     share of views that found their partner. Each point is the mean of a stretch of steps.
     """
     steps = facts.need("metrics")

@@ -193,7 +193,7 @@ def chance_line(facts: Facts) -> Finding | None:
     Early on that is normal; later, try a lower --lr, which small batches need, or --temperature.
     """
     last = facts.need("epochs")[-1]
-    said = f"The loss is {last['loss']:.3f}; guessing gives ln(2N-1) = {last['chance']:.3f}."
+    said = f"The loss is {last['loss']:.3f}; ln(2N-1), of views all alike, is {last['chance']:.3f}."
     if last["loss"] > last["chance"] - 0.1:
         return Finding(FAULT if last["epoch"] > 2 else WARNING, said)
     return Finding(GOOD, said, "The model tells pictures apart")
