@@ -64,7 +64,7 @@ class TrainConfig:
     device: str = setting("auto", "where to run: auto, cpu, cuda:0, cuda:1 and so on")
     precision: str = setting(
         "fp32",
-        "rounding on a GPU: tf32 is faster, bf16 also takes half the memory",
+        "rounding on a GPU: tf32 is for speed, bf16 also for half the memory",
         choices=("fp32", "tf32", "bf16"),
     )
 

@@ -23,7 +23,7 @@ class Model(Module):
 
     @classmethod
     def build(cls, encoder: str, stem: str, width: int, seed: int, d_out: int = 128) -> "Model":
-        """A fresh model; its weights are a pure function of the arguments.
+        """A fresh model; with one version of NumPy its weights are a function of the arguments.
 
         width 0 is the encoder's own.
         """
@@ -104,9 +104,9 @@ def training_step(
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
     """Replace a network's running statistics by the mean of those of the batches of the views x.
 
-    A last, shorter batch is left out. Those kept in training lag behind weights that move fast, and
-    after few steps still hold some of the 0 and 1 they began with, as a network with random weights
-    does (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
+    A last, shorter batch is left out. Statistics kept in training lag behind weights that move
+    fast; after few steps, and with random weights, they still hold the 0 and 1 they began with
+    (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
     """
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]

@@ -3,9 +3,9 @@
 A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
 attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
 array lives on after the forward pass only if some operation saved it. `backward` visits operations
-in reverse topological order and frees each one right after use, so memory only falls. Gradients are
-arrays: nothing here can be differentiated twice, and a second backward through the same graph
-raises.
+in reverse topological order and frees each one right after use: what was saved goes while gradients
+come. Gradients are arrays: nothing here can be differentiated twice, and a second backward through
+the same graph raises.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from .options import FILE, json_option, write_json
 @click.option("--random", is_flag=True, help="The control: random weights instead.")
 @click.option("--data", default="stanford-dogs", help="Data set: a name or a path.")
 @click.option("--image-size", type=int, metavar="S", help="Stored side, in px, before enlarging.")
-@click.option("--block", default="mixed8", help="Whose output the classifier sees.")
+@click.option("--block", default="mixed8", help="Its output is classified.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")
-@click.option("--epochs", type=click.IntRange(1), default=100, help="At most, in a trial.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of the search.")
+@click.option("--epochs", type=click.IntRange(1), default=100, help="Of a trial, at most.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of all that is drawn.")
 @click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
 @json_option
 def baseline(
@@ -51,4 +51,4 @@ def baseline(
         f"top-5 {result['top5']:.1%}, chance {result['controls']['chance']:.1%}"
     )
     if not random and dataset.name.startswith("stanford-dogs"):
-        click.echo("ImageNet weights may have seen the test photos: Stanford Dogs is made of them.")
+        click.echo("ImageNet weights have seen the test photos: Stanford Dogs is made of ImageNet.")

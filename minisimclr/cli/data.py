@@ -25,7 +25,7 @@ def data() -> None:
 @data.command()
 @NAME
 @SIZE
-@click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="To keep.")
+@click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="Part kept.")
 @click.option("--skip-bad", is_flag=True, help="Leave out undecodable pictures, at most 1 %.")
 @click.option("--labels-per-class", type=int, metavar="N", help="Labelled pictures; else a fifth.")
 @click.option("--images-tar", type=FILE, help="stanford-dogs: take this and do not download it.")

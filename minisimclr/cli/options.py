@@ -15,7 +15,7 @@ from ..files import require_writable
 FILE = click.Path(path_type=Path, readable=False)
 
 VIEW = click.option(
-    "--view", type=click.IntRange(8), metavar="S", help="Side of test views, px; else training's."
+    "--view", type=click.IntRange(8), metavar="S", help="Side of views, px; else as in training."
 )
 
 DEVICE = click.option("--device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")

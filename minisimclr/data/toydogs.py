@@ -1,4 +1,4 @@
-"""Toydogs: cartoon portraits of twelve dog breeds, each drawn from its number alone; no download.
+"""Toydogs: cartoon portraits of twelve dog breeds, each drawn from its number; no download.
 
 A breed fixes coat colours, ear shape, markings, snout and proportions. Pose, scale, expression,
 light and background vary from image to image. Four breeds have colours of coat, trim and ears of

@@ -2,9 +2,9 @@
 2006).
 
 Three passes make one layer's work: its output, the gradient of its input, the gradient of its
-weight. Each unfolds a few images at a time, so the workspace stays near the size of a cache
-whatever the batch. Arrays are NHWC and weights HWIO: (KH, KW, C, O), so that a weight is a matrix
-as it lies in memory.
+weight. Each unfolds a few images at a time, so the workspace does not grow with the batch: on a CPU
+it stays near the size of a cache. Arrays are NHWC and weights HWIO: (KH, KW, C, O), so that a
+weight is a matrix as it lies in memory.
 """
 
 from functools import singledispatch

@@ -61,7 +61,7 @@ class Problem:
     turned to its principal axes. There X^T X is diagonal, and so nearly is the Hessian, I + C sum_n
     (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean of p (1 - p) for each
     sample's own (Boehning 1992 has a bound), seeds L-BFGS: three quarters to a fifth of the
-    evaluations where features are correlated.
+    evaluations are left where features are correlated.
     """
 
     def __init__(self, X: Array, y: Any):

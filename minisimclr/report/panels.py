@@ -165,7 +165,7 @@ def neighbours(facts: Facts) -> str:
             groups.append(row(*cards, title=system))
         drawn += row(*groups)
     shares = (f"{s} {(labels[n] == labels[:, None]).mean():.0%}" for s, n in found.items())
-    return drawn + paragraph(f"Of the same class, over all test pictures: {', '.join(shares)}.")
+    return drawn + paragraph(f"Of the same class, over all these pictures: {', '.join(shares)}.")
 
 
 def feature_map(facts: Facts) -> str:
@@ -238,8 +238,8 @@ def confusions(facts: Facts) -> str:
 def trust(facts: Facts) -> str:
     """Trust ratios of LARS
 
-    LARS scales the learning rate of each weight by 0.001 |w| / |g|: a layer with large gradients
-    for its size takes smaller steps.
+    LARS scales the learning rate of each weight by 0.001 |w| / |g|: however large its gradient, a
+    layer moves by the same share of its own length.
     """
     epochs = three(facts.epochs, "trust")
     names = [n.removeprefix("encoder.").removesuffix(".weight") for n in epochs[-1]["trust"]]
@@ -250,8 +250,9 @@ def trust(facts: Facts) -> str:
 def hot_spots(facts: Facts) -> str:
     """Hot spots
 
-    Where one training step spends its time. The dashed line is the most that this machine can do; a
-    larger mark took more time.
+    Where one training step spends its time; a larger mark took more of it. The dashed line is what
+    this machine can do at most. What multiplies less than is counted, as Winograd's convolution
+    does, may lie above it.
     """
     found = facts.profile
     ops, (peak, band) = found["ops"], found["roofline"].values()
@@ -275,7 +276,7 @@ def hot_spots(facts: Facts) -> str:
 def repeat(facts: Facts) -> str:
     """How to repeat this run
 
-    The same settings, data, version and machine give the same weights, bit for bit.
+    The same settings, data, versions and machine give the same weights, bit for bit.
     """
     words = ["minisimclr", "train"]
     for f in fields(TrainConfig):

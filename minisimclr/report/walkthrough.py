@@ -1,4 +1,4 @@
-"""Algorithm 1 of SimCLR, line by line, with real numbers and the very lines that computed them.
+"""Algorithm 1 of SimCLR, line by line, with real numbers and the library's lines that make them.
 
 The network is a real one with random weights; but its head ends in two dimensions instead of 128,
 so that the unit sphere is a circle and its picture is exact.
@@ -132,9 +132,9 @@ def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
     w = walk(np.asarray(dataset.images[rows[chosen]]), seed)
     about = f"Algorithm 1 (Chen et al. 2020) on {len(chosen)} pictures of {dataset.name}"
     top = paragraph(
-        "Every number here passed through the lines beside it. The network is new, its weights are "
-        "random. Its head ends in 2 dimensions instead of 128, which makes the sphere a circle "
-        f"and its picture exact. Temperature {TEMPERATURE}, seed {seed}."
+        "Beside the numbers stand the lines that make them, in their readable version. The network "
+        "is new, its weights are random. Its head ends in 2 dimensions instead of 128: the sphere "
+        f"is a circle, and its picture exact. Temperature {TEMPERATURE}, seed {seed}."
     )
     sections = [partial(step, w) for step in STEPS]
     return document("walkthrough", "One step of SimCLR", about, top, sections)
@@ -242,7 +242,8 @@ def forces(w: Walk) -> str:
 def update(w: Walk) -> str:
     """7. Update f and g
 
-    LARS: each weight moves by rate × 0.001 of its own length, whatever the length of its gradient.
+    LARS: in this first step each weight moves by rate × 0.001 of its own length, whatever the
+    length of its gradient. Later the momentum, 0.9, carries it up to ten times as far.
     """
     cells = [[n, v["w"], v["g"], v["trust"], v["step"]] for n, v in w.weights.items()]
     said = f"The same views through the new weights: the loss was {w.loss:.4f} and is now "
