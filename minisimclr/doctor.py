@@ -84,7 +84,7 @@ def gpu() -> tuple[bool, str]:
 
 def disk() -> tuple[bool, str]:
     folder = cache_folder()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
     used = sum(path.stat().st_size for path in files)
     said = f"{folder}: {len(files)} data sets, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"

@@ -75,7 +75,7 @@ def sync(path: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise OutputError if nothing could be made at `path`; leaves no trace."""
-    parent = next(p for p in target(path).parents if p.exists())
+    parent = next((p for p in target(path).parents if p.exists()), path)  # on no drive: fails, too
     try:
         with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
             pass

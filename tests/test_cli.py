@@ -184,7 +184,7 @@ def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
 def test_settings_come_from_flag_environment_file_default_in_this_order(pictures, tmp_path):
     toml = tmp_path / "recipe.toml"
     toml.write_text(
-        f"\ufeffdata = '{pictures}'\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n"
+        f"\ufeffdata = '{pictures}'\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n", "utf-8"
     )
     out = tmp_path / "run"
     flags = f"--out {out} --config {toml} --seed 7 --image-size 16 --time-limit 1s".split()
@@ -354,7 +354,8 @@ def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, monkeypatch):
     display.on_progress(1, 2, label)
     assert label in sys.stderr.getvalue()
     display.on_progress(2, 2, label)
-    assert sys.stderr.getvalue().rpartition("\033[?25h")[2] == ends  # the cursor is shown again
+    last = "100%" if os.name == "nt" else "\033[?25h"  # the cursor is shown again
+    assert sys.stderr.getvalue().rpartition(last)[2] == ends
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     Display().on_progress(2, 2, label)
     assert sys.stderr.getvalue() == ("" if label == "features" else "trials: 2 done\n")

@@ -68,6 +68,12 @@ def test_what_a_link_points_to_is_replaced_and_not_the_link(tmp_path):
             files.require_writable(tmp_path / "nowhere")
 
 
+def test_a_drive_that_does_not_exist_takes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as on Windows: not even Q:\\ does
+    with pytest.raises(OutputError, match=r"cannot write to .*run: No such file"):
+        files.require_writable(tmp_path / "nowhere" / "run")
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["as open says it", "as write says it"])
 def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch, named):
     def full(self, content):

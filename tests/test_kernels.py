@@ -469,8 +469,8 @@ def test_kernels_are_part_of_the_package():
 
 @pytest.mark.parametrize(("script", "rows"), [("ladder", 5), ("compare_torch", 1)])
 def test_scripts_that_time_whole_steps_run(script, rows):
-    if script == "compare_torch":
-        pytest.importorskip("torch")
+    for needed in ["resource"] + ["torch"] * (script == "compare_torch"):
+        pytest.importorskip(needed)
     command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--case", "default"]
     done = subprocess.run([*command, "--rounds", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
