@@ -38,7 +38,7 @@ def test_counts_of_code_lines_are_right():
         path = PACKAGE / name
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
         count = sum(code_lines(f.read_text("utf-8")) for f in files)
-        assert abs(count - int(said)) <= 0.1 * count, (name, count)
+        assert count == int(said), name
 
 
 def test_results_are_those_of_the_file():
