@@ -134,8 +134,10 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def _openblas() -> Any:
-    """Sets the threads of the OpenBLAS inside NumPy's wheel; None for another BLAS."""
+def _openblas() -> tuple[Any, str]:
+    """What sets the threads of the OpenBLAS inside NumPy's wheel, and the processor whose products
+    it has chosen; None and "" for another BLAS.
+    """
     folder = Path(np.__file__).parent
     names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
     for name in names:
@@ -143,8 +145,17 @@ def _openblas() -> Any:
         for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
             setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
             if setter is not None:
-                return setter
-    return None
+                name_of = getattr(library, f"{prefix}openblas_get_corename{suffix}")
+                name_of.restype = ctypes.c_char_p
+                return setter, name_of().decode()
+    return None, ""
+
+
+def blas_kernels() -> str:
+    """The processor whose matrix products OpenBLAS uses, such as Haswell: another's add in another
+    order. "" for another BLAS.
+    """
+    return _openblas()[1]
 
 
 _blas_threads = 0  # what was asked for last
@@ -152,8 +163,8 @@ _blas_threads = 0  # what was asked for last
 
 def _set_blas_threads(n: int) -> None:
     global _blas_threads
-    if n != _blas_threads and (library := _openblas()) is not None:
-        library(n)
+    if n != _blas_threads and (setter := _openblas()[0]) is not None:
+        setter(n)
     _blas_threads = n
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import augment, profile
 from .backend import NO_GPU, choose_device, cuda_driver, to_device, try_gpu
-from .cores import available_cores, threads
+from .cores import available_cores, blas_kernels, threads
 from .data import cache_folder, toydogs
 from .errors import ConfigError
 from .ops.loss import nt_xent
@@ -64,7 +64,8 @@ def optional() -> tuple[bool, str]:
 def blas() -> tuple[bool, str]:
     config: Any = np.show_config(mode="dicts")
     found = config["Build Dependencies"]["blas"]
-    return True, f"{found['name']} {found['version']}, {threads()} threads"
+    kernels = f", products for {blas_kernels()}" if blas_kernels() else ""
+    return True, f"{found['name']} {found['version']}{kernels}, {threads()} threads"
 
 
 def device() -> tuple[bool, str]:

@@ -23,7 +23,7 @@ import numpy as np
 from . import __version__, checkpoint
 from .backend import choose_device
 from .config import TrainConfig, first_layers
-from .cores import available_cores
+from .cores import available_cores, blas_kernels
 from .data import BUILT_IN
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import sync, write_bytes
@@ -170,6 +170,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         "minisimclr": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "blas_kernels": blas_kernels(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),

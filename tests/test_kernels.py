@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import platform
 import re
 import signal
 import subprocess
@@ -430,7 +431,7 @@ def test_an_interrupt_waits_for_the_others():
 
 def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     asked = []
-    monkeypatch.setattr(cores, "_openblas", lambda: asked.append)
+    monkeypatch.setattr(cores, "_openblas", lambda: (asked.append, ""))
     cores.set_threads(3)
     cores.parallel(lambda i, k: None, 6)
     cores.parallel(lambda i, k: None, 6)
@@ -439,6 +440,17 @@ def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     assert asked == [3, 1, 3, 1]
     monkeypatch.undo()
     cores.set_threads(cores.available_cores())
+
+
+@pytest.mark.skipif(not cores.blas_kernels(), reason="this NumPy has another BLAS")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its processors")
+def test_whose_matrix_products_are_used_is_told():
+    script = "from minisimclr import cores, doctor; print(cores.blas_kernels(), doctor.blas())"
+    environment = os.environ | {"OPENBLAS_CORETYPE": "Nehalem"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.startswith("Nehalem ") and "products for Nehalem" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -373,7 +373,9 @@ def test_no_threads_means_all_cores(config, tmp_path):
     assert cores.threads() == 1
     run = pretrain(replace(config, epochs=1, threads=0), tmp_path / "all")
     assert cores.threads() == cores.available_cores()
-    assert json.loads((run.path / "env.json").read_text())["threads"] == cores.threads()
+    environment = json.loads((run.path / "env.json").read_text())
+    assert environment["threads"] == cores.threads()
+    assert environment["blas_kernels"] == cores.blas_kernels()
 
 
 def test_a_killed_run_goes_on(finished, config, tmp_path):
