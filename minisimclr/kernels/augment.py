@@ -126,10 +126,10 @@ def _bands(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`resampling` in blocks of B output pixels, which lie over T neighbouring input pixels: those
     (n, b, T), and their weights (n, b, T, B). Past the end the last output pixel is repeated, and
-    input pixels weigh nothing.
+    input pixels there weigh nothing.
 
-    T hangs on the largest crop. Zeros do not change a product's sums, but BLAS adds what is left of
-    T beyond a multiple of 8 in another order: so there is nothing left.
+    T depends on the largest crop of the block, and zeros added to a sum change nothing; but some
+    BLAS add what T has beyond a multiple of 8 in another order. So T is such a multiple.
     """
     count = -(-size // BAND)
     place = np.minimum(np.arange(count * -(-size // count)), size - 1)
