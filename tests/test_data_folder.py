@@ -108,7 +108,8 @@ def test_a_split_has_a_name(pictures):
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_path_that_cannot_be_is_an_error(name):
-    with pytest.raises(DataError, match=r"cannot be read|no such folder"):  # Windows
+    absent = os.name == "nt" and len(name) > 255  # to Windows
+    with pytest.raises(DataError, match="no such folder" if absent else "cannot be read"):
         open_dataset(name)
 
 

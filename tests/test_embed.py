@@ -141,10 +141,10 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
     assert run.config.data == str(tmp_path / "elsewhere" / "photos")
     assert resume(run.path, time_limit=0, notify=quiet).step == 2
     shutil.rmtree(tmp_path / "elsewhere" / "photos")
-    with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such")):
+    with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such folder")):
         resume(run.path)
     namesake = run.path.rename(run.path.with_name("photos"))
-    with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such")):
+    with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such folder")):
         resume(namesake)
 
 

@@ -65,8 +65,8 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
     size = f'viewBox="0 0 {72 * width:g} {72 * height:g}"'
-    svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}{details("The numbers", data)}'
-    return f'<div class="chart" style="width:{width:g}in">{svg}</div>'
+    svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}'
+    return f'<div class="chart" style="width:{width:g}in">{svg}{details("The numbers", data)}</div>'
 
 
 def lines(
