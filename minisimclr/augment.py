@@ -92,13 +92,18 @@ def draw_views(
     )
 
 
-def batch_shape(images: Array) -> tuple[int, int, int]:
+def batch_shape(images: Array, boxes: np.ndarray | None = None) -> tuple[int, int, int]:
     """N, H and W of images (N, H, W, 3) uint8. Raises TypeError for others: those of values in
-    [0, 1] would give black views.
+    [0, 1] would give black views. And ValueError unless boxes (..., N, 4) lie in such images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise TypeError(f"images are (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
-    return images.shape[:3]
+    n, height, width = images.shape[:3]
+    if boxes is not None:
+        first, last = boxes[..., :2], boxes[..., :2] + boxes[..., 2:] - (width, height)
+        if boxes.shape[-2] != n or not ((first > -0.5) & (last < 0.5)).all():  # px, for rounding
+            raise ValueError(f"crops were drawn for other images than these, {images.shape}")
+    return n, height, width
 
 
 @singledispatch
@@ -144,7 +149,7 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
     Without it a shrunken photo keeps every n-th pixel, and two crops of one picture differ by
     aliasing; and unlike the authors' bicubic it stays within [0, 1].
     """
-    xp, (_, h, w) = xp_of(images), batch_shape(images)
+    xp, (_, h, w) = xp_of(images), batch_shape(images, boxes)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)
     rows = resampling(top, height, h, size)
     columns = resampling(left, width, w, size)

@@ -326,6 +326,16 @@ def test_parts_of_a_batch_see_the_views_of_the_whole(version):
             np.testing.assert_array_equal(a, b[start:stop])
 
 
+@pytest.mark.parametrize("drawn", [(6, 40, 48), (6, 48, 40), (5, 40, 40), (7, 40, 40)])
+def test_views_of_other_images_are_refused(version, drawn):
+    """Crops beyond the picture's end would be NaN."""
+    views = draw_views(0, 0, *drawn)
+    with pytest.raises(ValueError, match=r"drawn for other images than these, \(6, 40, 40, 3\)"):
+        apply_views.dispatch(version)(photos(), views, 16)
+    with pytest.raises(ValueError, match="drawn for other images"):
+        crop_resize.dispatch(version)(photos(), views.boxes[1], views.flips[1], 16)
+
+
 def test_a_batch_may_be_empty(version):
     images, views = photos()[:0], draw_views(0, 0, 0, 40, 40)
     for view in apply_views.dispatch(version)(images, views, 32):

@@ -273,6 +273,23 @@ def test_dropout_keeps_the_mean_and_rests_in_evaluation():
             ms.nn.Dropout(p, rng=np.random.default_rng(0))
 
 
+def test_a_shared_layer_moves_once_a_step():
+    class Twice(ms.nn.Module):
+        def __init__(self):
+            self.first = self.second = ms.nn.Linear(3, 3, bias=False, rng=np.random.default_rng(0))
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net = Twice()
+    assert [name for name, _ in net.named_parameters()] == ["first.weight"]
+    assert list(net.state_dict()) == ["first.weight", "second.weight"]  # as torch has it
+    w = net.first.weight.data.copy()
+    net(Tensor(np.ones((2, 3), np.float32))).sum().backward()
+    ms.optim.SGD(net.named_parameters(), lr=0.5).step()
+    np.testing.assert_allclose(net.first.weight.data, w - 0.5 * net.first.weight.grad, rtol=1e-6)
+
+
 def test_sequential_applies_functions_too():
     rng = np.random.default_rng(0)
     first, last = (ms.nn.Linear(3, 3, rng=rng) for _ in range(2))

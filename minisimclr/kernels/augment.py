@@ -28,7 +28,7 @@ BAND = 16  # output pixels in a block, at most: a cache line of weights
 def apply_views_sorted(
     images: np.ndarray, views: Views, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    n, _, _ = batch_shape(images)
+    n, _, _ = batch_shape(images, views.boxes)
     boxes, flips, factors, orders, greys, sigmas = (
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
     )
@@ -62,7 +62,7 @@ def apply_views_sorted(
 def crop_resize_planes(
     images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> np.ndarray:
-    out = np.empty((len(images), size, size, 3), np.float32)
+    out = np.empty((batch_shape(images, boxes)[0], size, size, 3), np.float32)
 
     def work(i: slice) -> None:
         which = np.arange(i.start, i.stop)
@@ -87,7 +87,7 @@ def _crops(
 
     Crops of like size go together: the largest of a block says how many pixels each is made of.
     """
-    _, height, width = batch_shape(images)
+    _, height, width, _ = images.shape
     planes = np.empty((3, len(which), size, size), np.float32)
     order = np.argsort(boxes[:, 2:].prod(axis=1))
     for block in blocks(0, len(which), GROUP // (3 * (height * width + size**2))):

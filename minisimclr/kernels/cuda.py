@@ -155,7 +155,7 @@ def cuda_update_all(w, optimizer, ok):
 
 
 def cuda_apply_views(images: Array, views: Views, size: int) -> tuple[Array, Array]:
-    xp, (n, height, width) = cupy(), batch_shape(images)
+    xp, (n, height, width) = cupy(), batch_shape(images, views.boxes)
     table = np.empty((2, n), VIEW)
     drawn = views.boxes, views.factors, views.orders, views.flips, views.greys
     for field, values in zip(VIEW.names or (), drawn, strict=True):

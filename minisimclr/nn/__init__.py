@@ -8,21 +8,7 @@ from .module import Module, Sequential
 from .resnet import ENCODERS, ResNet, resnet10, resnet18, resnet34, resnet50, resnet_small
 
 __all__ = [
-    "ENCODERS",
-    "BatchNorm",
-    "Conv2d",
-    "Dropout",
-    "InceptionV3",
-    "Linear",
-    "Module",
-    "Parameter",
-    "ProjectionHead",
-    "ResNet",
-    "Sequential",
-    "inception_v3",
-    "resnet10",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet_small",
-]
+    "ENCODERS", "BatchNorm", "Conv2d", "Dropout", "InceptionV3", "Linear", "Module", "Parameter",
+    "ProjectionHead", "ResNet", "Sequential", "inception_v3", "resnet10", "resnet18", "resnet34",
+    "resnet50", "resnet_small",
+]  # fmt: skip

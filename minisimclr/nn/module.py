@@ -49,7 +49,12 @@ class Module:
                     yield path + name, module, name, value
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        return ((n, value) for n, _, _, value in self._members() if isinstance(value, Parameter))
+        """Each once, by the first of its names: one that modules share moves once a step."""
+        seen: set[int] = set()
+        for name, _, _, value in self._members():
+            if isinstance(value, Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
 
     def train(self, training: bool = True) -> Self:
         """Use batch statistics and dropout from now on (False: running statistics, no dropout)."""
