@@ -272,8 +272,11 @@ def test_a_loss_that_rises_asks_for_no_more_training(sound, tmp_path):
 
 def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path):
     chance = read(sound).files["metrics"][0]["chance"]
-    on = edited(sound, tmp_path / "on", loss=chance)
+    guess = 1 / (2 * read(sound).config.batch_size - 1)
+    on = edited(sound, tmp_path / "on", loss=chance, accuracy=1.5 * guess)
     assert verdict.chance_line(on).level == FAULT
+    telling = verdict.chance_line(edited(sound, tmp_path / "telling", loss=chance, accuracy=0.9))
+    assert telling.level == WARNING and "90.0% of the views found" in telling.evidence
     assert verdict.chance_line(edited(sound, tmp_path / "low", loss=chance - 1)).level == GOOD
     for row in on.files["metrics"]:
         row["epoch"] = 1

@@ -31,10 +31,8 @@ def document(kind: str, title: str, about: str, top: str, sections: Sequence[Cal
         except Missing as reason:
             drawn = paragraph(f"Not shown: {reason}.")
         contents += f'<li><a href="#{key}">{escape(name)}</a></li>'
-        body += (
-            f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{escape(name)}</h2>'
-        )
-        body += f"{paragraph(words)}{drawn}</section>\n"
+        head = f'<h2 id="{key}-h">{escape(name)}</h2>{paragraph(words)}'
+        body += f'<section id="{key}" aria-labelledby="{key}-h">{head}{drawn}</section>\n'
     texts = {"title": escape(title), "kind": kind, "about": escape(about), "top": top}
     own = files(__package__)
     style = own.joinpath("page.css").read_text("utf-8")
