@@ -69,9 +69,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = [
-            problem for f in fields(self) if (problem := _problem(f, getattr(self, f.name)))
-        ]
+        found = (_problem(f, getattr(self, f.name)) for f in fields(self))
+        problems = [problem for problem in found if problem]
         if not problems and self.crop_min > 1:
             problems.append(f"crop_min must be at most 1, not {self.crop_min}")
         if problems:
@@ -113,9 +112,7 @@ def check_keys(keys: Any, known: Any, where: str) -> None:
     problems = []
     for key in keys:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            problems.append(
-                f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-            )
+            near = [f" (did you mean {name!r}?)" for name in get_close_matches(key, known, 1)]
+            problems.append(f"unknown key {key!r}{''.join(near)}")
     if problems:
         raise ConfigError(f"{where}: {'; '.join(problems)}")

@@ -150,17 +150,8 @@ class Recorder:
         table: dict[tuple[str, str], dict[str, Any]] = {}
         for event in self.events:
             key = event["name"], event["direction"]
-            row = table.setdefault(
-                key,
-                {
-                    "name": key[0],
-                    "direction": key[1],
-                    "calls": 0,
-                    "seconds": 0.0,
-                    "flops": 0,
-                    "bytes": 0,
-                },
-            )
+            new = dict.fromkeys(("calls", "seconds", "flops", "bytes"), 0)
+            row = table.setdefault(key, {"name": key[0], "direction": key[1], **new})
             row["calls"] += 1
             for figure in ("seconds", "flops", "bytes"):
                 row[figure] += event[figure]

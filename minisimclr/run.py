@@ -8,6 +8,7 @@ resumed ends with the same bytes as one that was not.
 import json
 import os
 import platform
+import shutil
 import signal
 import threading
 import warnings
@@ -26,7 +27,7 @@ from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN
 from .errors import ConfigError, DataError, DivergedError, OutputError
-from .files import sync, write_bytes
+from .files import require_writable, sync, write_bytes
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -45,6 +46,18 @@ class Run:
     step: int = 0
     stopped: str = ""  # why training ended early: "time limit", "SIGINT" or "SIGTERM"
     data: str = ""  # identity of the data set it was trained on
+
+    @staticmethod
+    def path_for(out: Path | None, config: TrainConfig) -> Path:
+        """Where a new run will be: `out`, or runs/<time>-<encoder>. Raises ConfigError where
+        something is there, OutputError where nothing could be written.
+        """
+        path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
+        if out and out.exists():
+            way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
+            raise ConfigError(f"{out} exists already: name another --out{way}")
+        require_writable(path)
+        return path
 
     def save(self) -> None:
         """Publish a checkpoint of this moment."""
@@ -178,12 +191,15 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+    making = out.with_name(f".{out.name}.{os.getpid()}")  # a disk that fills up leaves nothing
     try:
-        (out / "checkpoints").mkdir(parents=True)
-        write_bytes(out / "config.json", json.dumps(settings, indent=1).encode())
-        write_bytes(out / "env.json", json.dumps(environment, indent=1).encode())
-        (out / "metrics.jsonl").touch()
+        (making / "checkpoints").mkdir(parents=True)
+        write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
+        write_bytes(making / "env.json", json.dumps(environment, indent=1).encode())
+        (making / "metrics.jsonl").touch()
+        making.rename(out)
     except OSError as error:
+        shutil.rmtree(making, ignore_errors=True)
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
 
 

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import datetime
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .config import TrainConfig, first_layers
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, OutputError
-from .files import locked, require_writable
+from .files import locked
 from .optim import LARS
 from .probe import Notify, alignment, effective_rank, uniformity, unit
 from .run import Plan, Run, log_line, make_run_folder, new_run, open_run, read_config, stop_signals
@@ -61,22 +60,17 @@ def pretrain(
     nobody. Raises ConfigError, DataError, OutputError, and DivergedError where the loss stops being
     a number.
     """
-    ours = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
-    out = Path(out or ours)
-    if out != ours and out.exists():
-        way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
-        raise ConfigError(f"{out} exists already: name another --out{way}")
+    path = Run.path_for(out and Path(out), config)  # before long work, not after it
     set_threads(config.threads)
     with backend.precision(config.precision, *choose_device(config.device)):
         pass  # whatever is wrong with them shows now
-    require_writable(out)  # before long work, not after it
     if config.data not in BUILT_IN:  # the run will be used from other folders as well
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
-    if out == ours and out.exists():  # another run began in the same second
-        out = out.with_name(f"{out.name}-{os.getpid()}")
-    make_run_folder(out, config, origins or {})
-    return resume(out, time_limit=time_limit, notify=notify, dataset=dataset)
+    if not out and path.exists():  # another run began in the same second
+        path = path.with_name(f"{path.name}-{os.getpid()}")
+    make_run_folder(path, config, origins or {})
+    return resume(path, time_limit=time_limit, notify=notify, dataset=dataset)
 
 
 def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
@@ -268,8 +262,9 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     return line
 
 
-def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
+def dry_run(config: TrainConfig, notify: Notify, out: Path | None = None) -> dict[str, Any]:
     """What `pretrain` would do, from a few steps that are thrown away; writes no run folder."""
+    path = Run.path_for(out, config)
     set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = open_training_data(config, notify)
@@ -287,6 +282,7 @@ def dry_run(config: TrainConfig, notify: Notify) -> dict[str, Any]:
     return {
         "settings": config.to_dict(),
         "runs on": f"{device} ({reason})",
+        "run folder": str(path),
         "images": f"{len(pool):,} unlabelled of {dataset.name}",
         "first layers": first_layers(config.stem, config.encoder, config.image_size),
         "parameters": sum(p.data.size for _, p in run.model.named_parameters()),

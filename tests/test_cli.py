@@ -226,13 +226,18 @@ def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
-    done = run("train", "--data", pictures, *SMALL, "--dry-run", cwd=tmp_path)
+    how = ("--out", tmp_path / "here", "--time-limit", "2m")
+    done = run("train", "--data", pictures, *SMALL, "--dry-run", *how, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("batch_size", "flag", "default", "steps", "minutes", "parameters"):
-        assert word in done.stdout
+    for word in ("batch_size", "flag", "default", "steps", "minutes", "parameters", how[1]):
+        assert str(word) in done.stdout
+    assert "time limit, s  120\n" in done.stdout
     names = [line.strip().split("  ")[0] for line in done.stdout.splitlines()]
     assert len(set(names)) == len(names)
     assert not list(tmp_path.iterdir())
+    fails(2, "exists already", "train", "--dry-run", "--out", tmp_path)
+    (tmp_path / "file").touch()
+    fails(4, "cannot write to", "train", "--dry-run", "--out", tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs: repeatable to the byte, stoppable anywhere, honest when they go wrong."""
 
+import errno
 import json
 import os
 import signal
@@ -228,7 +229,7 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_pat
             return datetime(2026, 5, 4, 3, 2, 1)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minisimclr.train.datetime", Now)
+    monkeypatch.setattr("minisimclr.run.datetime", Now)
     first, second = (pretrain(config, time_limit=0, notify=quiet).path for _ in range(2))
     assert first == Path("runs/20260504-030201-resnet_small")
     assert second.parent == first.parent and second.name.startswith(f"{first.name}-")
@@ -348,6 +349,19 @@ def test_a_full_disk_names_the_log():
     with pytest.raises(OSError) as error, Path("/dev/full").open("ab", 0) as log:
         log_line(log, {"step": 1})
     assert error.value.filename == "/dev/full"
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json"])
+def test_a_disk_that_fills_up_leaves_no_part_of_a_run_folder(name, config, tmp_path, monkeypatch):
+    def full(path, content):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_bytes(content)
+
+    monkeypatch.setattr("minisimclr.run.write_bytes", full)
+    with pytest.raises(OutputError, match=r"cannot make the run folder .*run: No space left"):
+        pretrain(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_comes_after_its_log(config, tmp_path, monkeypatch):

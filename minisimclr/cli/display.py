@@ -83,13 +83,9 @@ class Display:
             self.say(f"going on from step {run.step} of {steps}")
 
     def on_step(self, step: int, steps: int, **v: Any) -> None:
-        self.on_progress(
-            step,
-            steps,
-            "training",
-            f"loss {v['loss']:.3f} (chance {v['chance']:.3f})  "
-            f"contrastive accuracy {v['accuracy']:4.0%}  {v['views_per_second']:,.0f} views/s",
-        )
+        said = f"loss {v['loss']:.3f} (chance {v['chance']:.3f})  "
+        said += f"contrastive accuracy {v['accuracy']:4.0%}  {v['views_per_second']:,.0f} views/s"
+        self.on_progress(step, steps, "training", said)
 
     def on_epoch(self, **values: Any) -> None:
         from ..train import epoch_line

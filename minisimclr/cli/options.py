@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from ..files import require_writable
+from ..files import require_writable, write_bytes
 
 # The library says what it cannot read; click would with the code of a wrong option.
 FILE = click.Path(path_type=Path, readable=False)
@@ -71,8 +71,6 @@ def write_json(json_file: str | None, values: Any) -> bool:
     if json_file == "-":
         sys.stdout.write(text)
         return True
-    from ..files import write_bytes
-
     write_bytes(Path(json_file), text.encode())
     return False
 

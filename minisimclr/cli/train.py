@@ -101,7 +101,9 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         else:
             settings, origins = settle(ctx, preset, config)
             if dry_run:
-                return show_plan(training.dry_run(settings, display.notify), origins)
+                plan = training.dry_run(settings, display.notify, out)
+                limit = {"time limit, s": f"{time_limit:g}"} if time_limit else {}
+                return show_plan(plan | limit, origins)
             run = training.pretrain(settings, out, origins=origins, **how)
     path = list2cmdline([run.path]) if os.name == "nt" else shlex.quote(str(run.path))
     if run.stopped:
