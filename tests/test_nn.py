@@ -218,11 +218,13 @@ def test_initial_convolutions_have_he_variance():
 
 
 @pytest.mark.parametrize(
-    "name, shape", [("resnet_small", 128), ("resnet10", 512), ("resnet50", 2048)]
-)
-def test_feature_sizes(name, shape):
+    "name, shape, convolutions", [("resnet_small", 128, 9), ("resnet10", 512, 12),
+                                  ("resnet50", 2048, 53)]
+)  # fmt: skip
+def test_feature_sizes(name, shape, convolutions):
     net = getattr(ms.nn, name)()
     assert net.features == shape
+    assert sum(p.ndim == 4 for _, p in net.named_parameters()) == convolutions
     if name != "resnet50":
         assert net(Tensor(rand(2, 16, 16, 3, dtype=np.float32))).shape == (2, shape)
 

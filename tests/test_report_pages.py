@@ -346,6 +346,8 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     other = pretrain(replace(config, lr=0.25, epochs=1), tmp_path / "run").path
     page = report.build_comparison([report.read(run), report.read(other)]).decode()
     check(page)
+    ends = [f"{path.parent.name}/{path.name}" for path in (run, other)]  # both are called run
+    assert f'<p class="lead">{", ".join(ends)}</p>' in page
     differing = page[page.index("Settings that differ") :].split("</table>")[0]
     assert set(re.findall(r'scope="row">(\w+)', differing)) == {"lr", "epochs"}
     assert "0.25" in differing
