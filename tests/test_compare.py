@@ -379,6 +379,7 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     assert "| not run |" in lines[4] and lines[5].startswith("| chance |") and "25.0%" in lines[5]
     assert lines[-1] == "| B | not run | not run | not run |"
     assert lines[-2] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"
+    assert {line.count("|") for line in lines} == {10, 0, 5}
     assert len({line.count("|") for line in lines[:6]}) == 1
 
 

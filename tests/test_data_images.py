@@ -214,3 +214,5 @@ def test_contact_sheet():
     assert sheet.size == (150 + 60, 40)
     assert sheet.getpixel((150 + 45, 10)) == (77, 77, 77)
     assert sheet.getpixel((150 + 45, 30)) == (255, 255, 255)
+    captions = np.asarray(sheet)[:, :150].reshape(2, 20, 150, 3)
+    assert (captions.min(axis=(1, 2, 3)) < 50).all()

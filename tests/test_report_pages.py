@@ -120,6 +120,9 @@ def test_the_report_is_whole_and_self_contained(page):
     assert reader.tables >= len(reader.charts)
     for words in ("chance, ln(2N-1)", "roofline", "✓ same", "Trust ratios", "mirrored", "--lr 0.5"):
         assert words in page
+    cosines = page[page.index("<caption>epoch 1</caption>") :].partition("</table>")[0]
+    middles = [float(x) for x in re.findall(r'scope="row">([-\d.]+)', cosines)]
+    np.testing.assert_allclose(middles, np.arange(-95, 96, 10) / 100)  # of monitor's 20 bins
 
 
 def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
