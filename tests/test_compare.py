@@ -147,6 +147,10 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     assert choose()["warning"] == ""
     diverging.update((1 / 4, 16))
     assert choose()["factor"] == 4
+    for end in (1 / 16, 64):
+        diverging |= {*finetune.FACTORS}
+        diverging.remove(end)
+        assert choose()["warning"].startswith(f"the best factor, {end}, is at the edge of those")
     diverging.update(finetune.FACTORS)
     with pytest.raises(DivergedError, match="name: training diverged at 4 times"):
         choose()

@@ -149,6 +149,27 @@ def test_lock_removes_what_dead_writers_of_this_file_left_and_nothing_else(tmp_p
     assert all(path.exists() for path in kept)
 
 
+@pytest.mark.parametrize(
+    "value, like, same",
+    [
+        ([1, 2.5], (float, float), True),
+        ([1, 2.5, 3], (float, float), False),
+        ([1], (float, float), False),
+        ([1, "2"], (float, float), False),
+        ("12", (object, object), False),
+        ([], [float], True),
+        ([1, None], [float], False),
+        ({"a": 1, "b": 2}, {"a": float}, True),
+        ({"b": 2}, {"a": float}, False),
+        ({"x": 1, "y": "2"}, {None: float}, False),
+        ([], {}, False),
+        (1, str, False),
+    ],
+)
+def test_what_a_file_holds_is_compared_with_its_form(value, like, same):
+    assert files.fits(value, like) is same
+
+
 def test_lock_is_held_and_dies_with_its_process(tmp_path):
     path = tmp_path / "file"
     script = (
