@@ -375,7 +375,10 @@ def test_every_flipped_byte_is_found(made, tmp_path):
 
 def test_verify_says_3_for_changed_pixels(pictures, home, capsys):
     path = open_dataset(pictures, 16).path
-    main_code(["data", "verify", str(path)], 0)
+    capsys.readouterr()
+    main_code(["data", "verify", str(path), "--json"], 0)
+    said = {"path": str(path), "sha256": cache.load(path).fingerprint, "valid": True}
+    assert json.loads(capsys.readouterr().out) == said
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)

@@ -198,6 +198,15 @@ def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):
     assert "The weights do not move" not in faults(run.path)
 
 
+def test_what_a_frozen_run_is_told(sound, tmp_path):
+    still = edited(sound, tmp_path / "still", lr=0.0)
+    steps, moved = len(still.files["metrics"]), f"{still.movement:.2g}"
+    said = f"The highest rate of {steps} steps was 0. They moved by {moved} of their length."
+    assert verdict.frozen(still).evidence == said
+    still.run = None
+    assert verdict.frozen(still).evidence == f"The highest rate of {steps} steps was 0."
+
+
 @pytest.mark.parametrize("figure, value", [("effective_rank", 1.3), ("uniformity", -0.1)])
 def test_either_sign_of_collapse_is_enough(figure, value, sound, tmp_path):
     shutil.copytree(sound, tmp_path / "run")

@@ -171,6 +171,14 @@ def test_panels_show_what_they_say(run, monkeypatch):
     shown = {(true[pixels], alt) for pixels, alt in cards}
     assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs}
 
+    named = labels.copy()  # once the first class for the second, always the second for the third
+    named[np.flatnonzero(labels == 0)[0]] = 1
+    named[labels == 1] = 2
+    facts.__dict__["test_h"] = (classes[named],)
+    panels.confusions(facts)
+    most = [(names[0], names[1], 1), (names[1], names[2], count)][::-1]
+    assert tables[1] == [(f"{a} taken for {b}", times, count) for a, b, times in most]
+
 
 def test_histograms_have_whole_bins_and_long_names_are_cut(monkeypatch):
     from matplotlib import pyplot
@@ -181,8 +189,11 @@ def test_histograms_have_whole_bins_and_long_names_are_cut(monkeypatch):
     charts.scatter(
         "t", "x", "y", {name: ([0], [0]) for name in ("a", "b", "c", "Wirehaired griffon")}
     )
-    figure, (left, right) = pyplot.subplots(1, 2, layout="constrained")
-    drawn[0](left), drawn[1](right)
+    roof = [1, 2, 3], [1, 2, 2]
+    charts.scatter("t", "x", "y", {"a": ([0], [0])}, roof=roof)
+    figure, (left, right, last) = pyplot.subplots(1, 3, layout="constrained")
+    drawn[0](left), drawn[1](right), drawn[2](last)
+    assert [line.get_xydata().T.tolist() for line in last.lines] == [[*roof]]
     assert {tuple(patch.get_data().edges) for patch in left.patches} == {(-1, 0, 1)}
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[-2:] == ["c", "Wirehaired grif…"]
