@@ -21,6 +21,7 @@ from PIL import Image
 import minisimclr
 from minisimclr.cli import main
 from minisimclr.cli.display import Display
+from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
 
 SMALL = [
@@ -223,6 +224,14 @@ def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
     out, _ = trained
     assert f"go on with --resume {out}" in run("train", "--out", out).stderr
     assert "--resume" not in run("train", "--out", tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    "said, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400),
+                      ("1m5s", 65), ("1h1", 3601)],
+)  # fmt: skip
+def test_durations(said, seconds):
+    assert Duration().convert(said, None, None) == seconds
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
     assert line["effective_rank"] == pytest.approx(effective_rank(h1), rel=1e-3)
     assert sum(line["positives"]) == len(images)
     assert sum(line["negatives"]) == len(images) * (len(images) - 1)
+
+
+def test_a_step_tells_what_it_saw(config):
+    run = new_run(None, replace(config, temperature=0.3))
+    images = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
+    views, twin = draw(config, 0, images), deepcopy(run.model)
+    seen = training_step(run.model, run.optimizer, images, views, 16, 0.3).figures
+    x = np.concatenate(ms.augment.apply_views(images, views, 16))
+    z = twin.head(twin.encoder(ms.Tensor(x)))
+    loss = ms.nt_xent(z[:8], z[8:], 0.3)
+    loss.backward()
+    gradient = np.concatenate([p.grad.ravel() for _, p in twin.named_parameters()])
+    u = z.data / np.linalg.norm(z.data, axis=1, keepdims=True)
+    nearest = (u @ u.T - 9 * np.eye(16)).argmax(axis=1)
+    assert seen["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert seen["gradient_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-4)
+    assert seen["accuracy"] == (nearest == (np.arange(16) + 8) % 16).mean()
 
 
 def test_a_step_that_is_not_finite_moves_nothing(config):
