@@ -505,6 +505,8 @@ def test_profile(tmp_path):
     assert rows["Conv2d 3x3/1 3>4", "backward"]["flops"] == first["flops"]
     deep = rows["Conv2d 3x3/1 32>32", "forward"]["flops"]
     assert rows["Conv2d 3x3/1 32>32", "backward"]["flops"] == 2 * deep
+    assert rows["NTXent", "forward"]["flops"] == 2 * 8 * 8 * 128
+    assert min(result["roofline"].values()) > 1e7  # in flop and byte a second, of any machine
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"X"}
     assert len(events) == sum(r["calls"] for r in result["ops"])

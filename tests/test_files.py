@@ -149,6 +149,11 @@ def test_lock_removes_what_dead_writers_of_this_file_left_and_nothing_else(tmp_p
     assert all(path.exists() for path in kept)
 
 
+def test_folders_above_a_file_are_made(tmp_path):
+    files.write_bytes(tmp_path / "a" / "b" / "file", b"all")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"all"
+
+
 @pytest.mark.parametrize(
     "value, like, same",
     [

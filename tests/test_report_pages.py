@@ -19,7 +19,7 @@ from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
-from minisimclr.report import charts, panels
+from minisimclr.report import charts, panels, walkthrough
 from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
@@ -132,7 +132,7 @@ def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
 
 
 def test_panels_show_what_they_say(run, monkeypatch):
-    facts, cards, drawn, tables = report.read(run), [], [], []
+    facts, cards, drawn, tables, words_of = report.read(run), [], [], [], []
     data, labels = facts.dataset, facts.dataset.labels[facts.test_rows]
     classes, names = np.eye(3, dtype=np.float32), data.class_names
     # Trained features tell classes; those of the random encoder tell a picture's place in its own.
@@ -141,6 +141,7 @@ def test_panels_show_what_they_say(run, monkeypatch):
 
     def card(pixels, alt, *words, mark=""):
         cards.append((pixels.tobytes(), alt))
+        words_of.append((*words, mark))
         return ""
 
     monkeypatch.setattr(panels, "card", card)
@@ -158,6 +159,9 @@ def test_panels_show_what_they_say(run, monkeypatch):
         assert [alt for _, alt in near[:5]] == [f"trained: {query}"] * 5
         others = {f"random encoder: {name}" for name in names if name != query}
         assert {alt for _, alt in near[5:7]} == others
+        said = words_of[11 * k + 1 : 11 * k + 8]
+        assert said[:5] == [("✓ same", query, "yes")] * 5
+        assert {words[0] for words in said[5:]} == {"✗ other"} and not said[5][2]
 
     cards.clear()
     facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
@@ -362,11 +366,37 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     check(page)
     ends = [f"{path.parent.name}/{path.name}" for path in (run, other)]  # both are called run
     assert f'<p class="lead">{", ".join(ends)}</p>' in page
+    ended = page[page.index("<caption>At the last epoch</caption>") :].split("</table>")[0]
+    for path in (run, other):
+        last = report.read(path).epochs[-1]
+        figures = [last["step"], *(f"{last[key]:.4g}" for key in ("chance", "loss", "accuracy"))]
+        assert "".join(f"<td>{figure}</td>" for figure in figures) in ended
+    assert page.count(">chance</text>") == 1  # beside the losses, and nowhere else
     differing = page[page.index("Settings that differ") :].split("</table>")[0]
     assert set(re.findall(r'scope="row">(\w+)', differing)) == {"lr", "epochs"}
     assert "0.25" in differing
     with pytest.raises(ConfigError, match="two runs"):
         report.build_comparison([report.read(run)] * 2)
+
+
+def drawn_by(monkeypatch, module, make):
+    """Axes with what the charts of a page's part draw there."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(module, "chart", lambda alt, data, draw, *_, **__: kept.append(draw) or "")
+    make()
+    axes = Figure().subplots(len(kept), squeeze=False).ravel()
+    for draw, each in zip(kept, axes, strict=True):
+        draw(each)
+    return axes
+
+
+def test_a_matrix_outlines_partners(monkeypatch):
+    partners = np.array([2, 3, 0, 1])
+    show = lambda: charts.matrix("t", np.eye(4), "abcd", partners)  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, show)
+    assert axes.collections[0].get_offsets().tolist() == [[0, 2], [1, 3], [2, 0], [3, 1]]
 
 
 @pytest.fixture(scope="module")
@@ -403,8 +433,19 @@ def test_the_walkthrough_has_the_library_s_numbers(step):
         assert figures["step"] == pytest.approx(RATE * 0.001 * figures["w"], rel=1e-3)
 
 
+def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
+    (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
+    arrows = [text for text in axes.texts if text.arrow_patch]
+    at = np.array([arrow.xyann for arrow in arrows])
+    ways = np.array([arrow.xy for arrow in arrows]) - at
+    np.testing.assert_allclose(at, step.seen["u"], atol=1e-6)
+    downhill = -step.seen["dz"] * step.seen["length"]
+    np.testing.assert_allclose(ways, downhill * 0.5 / abs(downhill).max(), atol=1e-6)
+
+
 def test_the_walkthrough_page(dataset):
     page = report.build_walkthrough(dataset, 3).decode()
+    assert "ln 5 = 1.6094" in page
     check(page)
     assert page == report.build_walkthrough(dataset, 3).decode()
     few = replace(dataset, splits=np.where(np.arange(len(dataset.splits)) < 2, 0, 1))
