@@ -148,6 +148,14 @@ def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
     assert sum(line["negatives"]) == len(images) * (len(images) - 1)
 
 
+def test_times_are_kept_for_every_step(finished, config):
+    lines = [json.loads(line) for line in (finished.path / "timings.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(1, finished.step + 1))
+    for line in lines:
+        assert 0 <= line["data_wait"] <= line["seconds"]
+        assert line["views_per_second"] == 2 * config.batch_size / line["seconds"]
+
+
 def test_a_step_tells_what_it_saw(config):
     run = new_run(None, replace(config, temperature=0.3))
     images = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
