@@ -149,7 +149,7 @@ def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
 
 
 def test_times_are_kept_for_every_step(finished, config):
-    lines = [json.loads(line) for line in (finished.path / "timings.jsonl").open()]
+    lines = list(map(json.loads, (finished.path / "timings.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines] == list(range(1, finished.step + 1))
     for line in lines:
         assert 0 <= line["data_wait"] <= line["seconds"]
