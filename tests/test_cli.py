@@ -23,6 +23,7 @@ from minisimclr.cli import main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
+from minisimclr.run import open_run
 
 SMALL = [
     *("--width", "4", "--image-size", "16", "--batch-size", "16"),
@@ -63,6 +64,9 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     out, done = trained
     assert "epoch 2/2" in done.stderr
     assert "\r" not in done.stderr  # no bar off a terminal
+    parameters = sum(p.data.size for _, p in open_run(out)[0].model.named_parameters())
+    assert f"resnet_small with {parameters / 1e6:.2f} M parameters on cpu" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"minisimclr report {out}")
     for row in ("SimCLR", "random encoder", "raw pixels", "chance"):
         assert row in done.stdout
     result = json.loads((out / "probe.json").read_text())
