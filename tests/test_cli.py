@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -514,6 +515,10 @@ def test_profile(tmp_path):
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"X"}
     assert len(events) == sum(r["calls"] for r in result["ops"])
+    spent = 1e6 * sum(r["seconds"] for r in result["ops"])  # microseconds
+    assert sum(e["dur"] for e in events) == pytest.approx(spent)
+    for before, after in pairwise(events):
+        assert before["ts"] + before["dur"] <= after["ts"]
 
 
 def test_profile_has_the_network_that_is_trained():

@@ -354,7 +354,8 @@ def test_bad_annotation_is_refused(tmp_path, fault):
 
 
 def test_largest_of_several_boxes(tmp_path):
-    content = layout.annotation(boxes=((1, 1, 5, 5), (3, 4, 30, 20), (2, 2, 9, 9)))
+    others = (1, 1, 5, 5), (2, 25, 39, 29), (10, 1, 39, 9), (36, 1, 39, 29)  # smaller, longer
+    content = layout.annotation(boxes=(*others[:2], (3, 4, 30, 20), *others[2:]))
     path = layout.tar(tmp_path / "a.tar", [(f"Annotation/{TRAIN[0][:-4]}", content)])
     assert stanford_dogs.read_boxes(path, TRAIN[:1]) == {TRAIN[0]: (3, 4, 30, 20, 40, 30)}
 

@@ -224,6 +224,18 @@ def harmed(value):
             ]  # fmt: skip
 
 
+def test_bars_show_the_probe_s_figures(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(panels, "bars", lambda *given: drawn.append(given) or "")
+    panels.probe(facts := report.read(run))
+    ((_, unit, values, ranges),) = drawn
+    probe, rows = facts.files["probe"], facts.files["probe"]["rows"]
+    shares = {name: row["top1"] for name, row in rows.items()} | {"chance": 1 / 3}
+    assert unit == "%" and values == pytest.approx({n: 100 * v for n, v in shares.items()})
+    ends = [*(row["ci95"] for row in rows.values()), [probe["controls"]["chance"]] * 2]
+    np.testing.assert_allclose(ranges, 100 * np.array(ends))
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "timings.jsonl", "probe.json", "profile.json"])
 def test_files_changed_by_hand_cost_their_part_alone(file, run, tmp_path, monkeypatch):
     for name in ("lines", "bars", "scatter"):
