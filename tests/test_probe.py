@@ -305,6 +305,19 @@ def test_select_c_is_cross_validation(monkeypatch):
     assert [[len(part) for part in parts] for parts in seen] == [[160, 40]] * 5
 
 
+def test_correlated_features_take_few_evaluations(monkeypatch):
+    """Neither L-BFGS' own scale nor the Hessian's diagonal may be left out of its first guess."""
+    rng, counts = np.random.default_rng(0), []
+    X = rng.standard_normal((300, 40)) @ rng.standard_normal((40, 64))
+    y = (X[:, :5] / X[:, :5].std(0) + 2 * rng.standard_normal((300, 5))).argmax(axis=1)
+    once = Problem.evaluate
+    monkeypatch.setattr(Problem, "evaluate", lambda *given: counts.append(1) or once(*given))
+    for C, most in ((1, 32), (100, 95)):
+        counts.clear()
+        LogisticRegression(C).fit((X / X.std(0)).astype(np.float32), y)
+        assert 0 < len(counts) < most
+
+
 def test_select_c_warns_at_both_edges_of_its_grid():
     X, y = clusters(300, 10, 3, spread=0.6)
     C, _ = select_c(X, y)
