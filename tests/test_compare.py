@@ -85,6 +85,10 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
             assert options == {"weight_decay": 0.0}
             super().__init__(named, lr, **options)
 
+        def zero_grad(self):
+            seen.append("zero")
+            super().zero_grad()
+
         def step(self, ok):
             seen.append(self.lr)
             super().step(ok)
@@ -102,7 +106,8 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
     recipe = Recipe(40, 16, 16, "cpu", 16)
     classifier = fit(model, colours, train, recipe, 0, nothing)
     assert peaks == [pytest.approx(16 * 0.005 * 60**0.5)]
-    assert seen == [warmup_cosine(step, peaks[0], 0, 40) for step in range(40)]
+    rates = [warmup_cosine(step, peaks[0], 0, 40) for step in range(40)]
+    assert seen == [each for rate in rates for each in ("zero", rate)]  # gradients of one batch
     boxes = np.concatenate(crops)  # (40 * 60, 4): random, and others each time
     assert len(boxes) == 2400 == len(np.unique(boxes, axis=0)) and len(set(flips)) == 2
     views = center_view(colours.images[train], 16)  # 60: fewer than a batch
