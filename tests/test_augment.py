@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,6 +281,14 @@ def test_neutral_parameters_give_the_image_back(version):
     images = photos(3, 48, 48)
     for view in apply_views.dispatch(version)(images, neutral(3, 48), 48):
         np.testing.assert_allclose(view, images / 255, atol=2e-6)
+
+
+@pytest.mark.parametrize("side", [32, 33])
+def test_views_above_32_px_are_blurred(version, side):
+    images, sharp, fn = photos(3, side, side), neutral(3, side), apply_views.dispatch(version)
+    blurred = replace(sharp, sigmas=np.full((2, 3), 2, np.float32))
+    pairs = zip(fn(images, sharp, side), fn(images, blurred, side), strict=True)
+    assert all(np.array_equal(a, b) == (side == 32) for a, b in pairs)
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,8 @@ def test_preprocessing():
     expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(x, expected, atol=1e-5)
     assert weights.Preprocessing(9, "symmetric")(images).shape == (2, 9, 9, 3)
+    x = weights.Preprocessing(6, "symmetric")(images)
+    np.testing.assert_allclose(x, images / 127.5 - 1, atol=1e-5)
     for bad in ((0, "unit"), (5000, "unit"), (9, "pixels")):
         with pytest.raises(ValueError, match="unknown preprocessing"):
             weights.Preprocessing(*bad)
