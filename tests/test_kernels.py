@@ -216,6 +216,41 @@ def test_same_numbers_whatever_the_threads(name, threads):
         check(passes()[name], args)
 
 
+# How much a version takes at once: nothing in SAMPLES is larger than that.
+SIZES = {
+    "kernels.augment": {"GROUP": 1, "SHARE": 3 * 12 * 12}, "kernels.conv": {"WORKSPACE": 1},
+    "kernels.norm": {"BLOCK": 1, "SMALL": 0}, "kernels.optim": {"BLOCK": 7, "SMALL": 0},
+    "kernels.pool": {"BLOCK": 1}, "kernels.winograd": {"BLOCK": 1, "SPECTRUM_BLOCK": 1,
+                                                       "IMAGES": 1},
+}  # fmt: skip
+REFERENCE_SIZES = {"ops.conv": {"WORKSPACE": 1}, "ops.norm": {"ROWS": 3}}
+
+
+def shrink(monkeypatch, sizes):
+    for module, values in sizes.items():
+        for name, value in values.items():
+            monkeypatch.setattr(importlib.import_module(f"minisimclr.{module}"), name, value)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_same_numbers_in_many_small_blocks(name, threads, monkeypatch):
+    shrink(monkeypatch, SIZES)
+    for args in SAMPLES[name]():
+        check(passes()[name], args)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_reference_has_the_same_numbers_in_many_small_blocks(name, monkeypatch):
+    reference = passes()[name].dispatch(object)
+    for args in SAMPLES[name]():
+        expected = outcome(reference, [exact(a) for a in args])
+        with monkeypatch.context() as small:
+            shrink(small, REFERENCE_SIZES)
+            found = outcome(reference, [exact(a) for a in args])
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.fixture(params=[1, 2, 3], ids="threads={}".format)
 def threads(request):
     before = cores.threads()
@@ -255,6 +290,7 @@ def test_grey_images_may_be_views_of_planes():
 def test_winograd_tiles_of_every_size(m, few_channels, padding, monkeypatch):
     monkeypatch.setattr(winograd, "tile", lambda *_: m)
     monkeypatch.setattr(winograd, "SMALL", 1 << 30 if few_channels else 0)
+    monkeypatch.setattr(winograd, "BLOCK", 1)
     for x, c, o in (((11, 7, 10, 6), 6, 5), ((2, 3, 3, 4), 4, 7), ((3, 12, 12, 3), 3, 4)):
         case = x, (3, 3, c, o), ONE, (padding, padding)
         gy, w = gradient_like(*case), randn(3, 3, c, o)

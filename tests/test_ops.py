@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisimclr.ops import loss
 from minisimclr.ops.conv import conv2d, fold, output_size, unfold
 from minisimclr.ops.loss import contrastive_accuracy, cross_entropy, nt_xent
 from minisimclr.ops.norm import batch_norm, merge_moments, moments
@@ -280,7 +281,9 @@ def test_nt_xent_of_a_collapsed_model_is_the_chance_line(n, dtype):
     assert float(nt_xent(Tensor(z), Tensor(z), 0.5)) == pytest.approx(np.log(2 * n - 1), rel=1e-6)
 
 
-def test_nt_xent_gradients_and_torch():
+@pytest.mark.parametrize("block", [loss.BLOCK, 60, 1])  # all 12 rows of similarities, 5, 1
+def test_nt_xent_gradients_and_torch(block, monkeypatch):
+    monkeypatch.setattr(loss, "BLOCK", block)
     z1, z2 = randn(2, 6, 5)
     gradcheck(lambda a, b: nt_xent(a, b, 0.3), z1, z2)
     torch = pytest.importorskip("torch")
@@ -331,6 +334,18 @@ def test_contrastive_accuracy():
     z = np.eye(4)
     assert contrastive_accuracy(z, z) == 1.0
     assert contrastive_accuracy(z, z[::-1]) == 0.0
+
+
+@pytest.mark.parametrize("block", [loss.BLOCK, 200, 1])
+def test_contrastive_accuracy_in_blocks(block, monkeypatch):
+    monkeypatch.setattr(loss, "BLOCK", block)
+    z1 = randn(20, 3)
+    z2 = z1 + 0.5 * randn(20, 3, seed=1)
+    u = np.concatenate([z1, z2])
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    nearest = (u @ u.T - 9 * np.eye(40)).argmax(axis=1)
+    found = (nearest == (np.arange(40) + 20) % 40).mean()
+    assert 0.2 < found < 0.8 and contrastive_accuracy(z1, z2) == found
 
 
 def test_cross_entropy():
