@@ -117,7 +117,9 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
     assert ranked.shape == (30, 3) and (ranked[:, 0] == colours.labels[test]).mean() > 0.9
     assert all((p.data == before[name]).all() for name, p in model.named_parameters())
     with np.errstate(all="ignore"):
-        assert fit(model, colours, train, recipe._replace(factor=1e30), 0, nothing) is None
+        for batch in (64, 25):  # of 60: all, and two with some left over
+            monkeypatch.setattr(finetune, "BATCH", batch)
+            assert fit(model, colours, train, recipe._replace(factor=1e30), 0, nothing) is None
 
 
 def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypatch):

@@ -324,6 +324,12 @@ def test_arrays_die_without_the_collector():
         gc.enable()
 
 
+def test_a_tensor_tells_what_made_it():
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    assert repr(x) == "Tensor([1. 2.])" and repr(x * 2) == "Tensor([2. 4.], by Multiply)"
+    assert len(x) == 2 and float(x.sum()) == 3.0
+
+
 def test_memory_of_norm_relu_chain():
     """20 x (batch norm, ReLU): one map a layer is kept (the input, which is the ReLU before)."""
     import tracemalloc
