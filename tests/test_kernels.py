@@ -90,6 +90,7 @@ POOLS = [
     ((3, 9, 11, 5), (3, 3), TWO, ((1, 0), (1, 1))),
     ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE)),
     ((2, 7, 5, 33), (3, 3), TWO, (ONE, ONE)),  # windows that reach over every border
+    ((3, 8, 6, 7), (3, 3), TWO, (NONE, NONE)),  # pixels that no window reaches
 ]
 
 
