@@ -81,6 +81,9 @@ def test_draws_have_the_stated_frequencies():
     low, high = views.factors[jittered].min(axis=0), views.factors[jittered].max(axis=0)
     np.testing.assert_allclose(low, [0.6, 0.6, 0.6, -0.1], atol=2e-3)
     np.testing.assert_allclose(high, [1.4, 1.4, 1.4, 0.1], atol=2e-3)
+    strong = draw_views(0, 0, n, 50, 50, strength=1.5).factors[jittered]
+    np.testing.assert_allclose(strong.min(axis=0), [0, 0, 0, -0.3], atol=2e-3)
+    np.testing.assert_allclose(strong.max(axis=0), [2.2, 2.2, 2.2, 0.3], atol=2e-3)
     sigmas = views.sigmas[views.sigmas > 0]
     np.testing.assert_allclose([sigmas.min(), sigmas.max()], [0.1, 2.0], atol=2e-3)
     assert len(np.unique(views.orders @ (64, 16, 4, 1))) == 24
@@ -318,10 +321,11 @@ def test_views_stay_in_range(n, height, width, size, strength, seed):
 
 def test_two_views_are_apply_of_draw():
     images = photos(5)
-    pair = two_views(images, 3, 4, 32, strength=0.7)
-    again = apply_views(images, draw_views(3, 4, 5, 40, 40, strength=0.7), 32)
-    for a, b in zip(pair, again, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for given, strength in ({"strength": 0.7}, 0.7), ({}, 0.5):
+        pair = two_views(images, 3, 4, 32, **given)
+        again = apply_views(images, draw_views(3, 4, 5, 40, 40, strength), 32)
+        for a, b in zip(pair, again, strict=True):
+            np.testing.assert_array_equal(a, b)
     assert not np.allclose(pair[0], pair[1], atol=0.1)
 
 

@@ -186,6 +186,9 @@ def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypat
     own = embed.extractor(run, run.model, dataset)(rows)
     np.testing.assert_allclose(extract(rows), own, rtol=1e-4, atol=1e-6)
     assert np.abs(control(rows) - own).max() > 0.1 * np.abs(own).max()
+    random, prep = weights.network(weights.read(tmp_path / "w")), weights.Preprocessing(16)
+    expected = embed.calibrated(random, prep, dataset)(Tensor(prep(dataset.images[rows]))).data
+    np.testing.assert_allclose(control(rows), expected, rtol=1e-4, atol=1e-6)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 9))
