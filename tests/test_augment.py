@@ -321,8 +321,8 @@ def test_views_stay_in_range(n, height, width, size, strength, seed):
 
 def test_two_views_are_apply_of_draw():
     images = photos(5)
-    for given, strength in ({"strength": 0.7}, 0.7), ({}, 0.5):
-        pair = two_views(images, 3, 4, 32, **given)
+    for options, strength in ({"strength": 0.7}, 0.7), ({}, 0.5):
+        pair = two_views(images, 3, 4, 32, **options)
         again = apply_views(images, draw_views(3, 4, 5, 40, 40, strength), 32)
         for a, b in zip(pair, again, strict=True):
             np.testing.assert_array_equal(a, b)
