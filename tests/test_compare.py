@@ -373,6 +373,12 @@ def test_another_results_json_is_not_touched(content, tmp_path):
     assert (tmp_path / "results.json").read_text() == content
 
 
+@pytest.mark.parametrize("seconds, said", [(89.4, "89 s"), (90, "2 min"), (2460, "41 min"),
+                                           (5340, "89 min"), (5400, "1.5 h")])  # fmt: skip
+def test_times_are_said_as_people_do(seconds, said):
+    assert compare.table.clock(seconds) == said
+
+
 def test_markdown_shows_figures_missing_ones_and_the_curve():
     about = {"pretraining": "none", "pixels": "16 px", "status": "measured", "test": 100}
     one = about | {"system": "A", "method": "linear", "top1": 0.123, "top5": 0.4}

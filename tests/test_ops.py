@@ -310,6 +310,12 @@ def test_nt_xent_is_stable_in_float32(temperature):
     assert np.isfinite(a.grad).all()
 
 
+@pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2, 3), (2, 4)), ((2, 3, 1), (2, 3, 1))])
+def test_nt_xent_refuses_other_shapes(shapes):
+    with pytest.raises(ValueError, match=r"needs two \(N, D\) embeddings, not"):
+        nt_xent(*(Tensor(randn(*shape)) for shape in shapes))
+
+
 def test_nt_xent_of_zero_vectors_is_finite():
     a, b = Tensor(np.zeros((3, 4)), True), Tensor(np.zeros((3, 4)), True)
     nt_xent(a, b).backward()

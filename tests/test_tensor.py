@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from operator import matmul, mul, truediv
 
 import numpy as np
 import pytest
@@ -322,6 +323,17 @@ def test_arrays_die_without_the_collector():
         assert watched() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("asks", [0, 1])
+@pytest.mark.parametrize("f", [mul, truediv, matmul, linear], ids=lambda f: f.__name__)
+def test_one_input_may_need_no_gradient(f, asks):
+    inputs = randn(3, 3), 2 + randn(3, 3, seed=1) ** 2
+    both, one = ([Tensor(a, need or i == asks) for i, a in enumerate(inputs)] for need in (1, 0))
+    for tensors in both, one:
+        f(*tensors).sum().backward()
+    np.testing.assert_array_equal(one[asks].grad, both[asks].grad)
+    assert one[1 - asks].grad is None and both[1 - asks].grad is not None
 
 
 def test_a_tensor_tells_what_made_it():

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import strategies as st
 
 import minisimclr as ms
-from minisimclr import checkpoint, cores
+from minisimclr import checkpoint, cores, train
 from minisimclr.data import Dataset, Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
 from minisimclr.files import locked
@@ -411,6 +411,22 @@ def test_another_device_can_go_on(config, tmp_path):
     with pytest.raises(ConfigError, match="cpu"):
         resume(run.path)
     assert resume(run.path, device="cpu").config.device == "cpu"
+
+
+def test_only_the_first_step_sizes_the_memory_of_a_gpu(config, tmp_path, monkeypatch):
+    sized, once = [], train.backend.sized_by_first
+    monkeypatch.setattr(train.backend, "sized_by_first", lambda d: sized.append(d) or once(d))
+    run = pretrain(replace(config, epochs=1), tmp_path / "run", time_limit=0)
+    assert run.step == 1 and sized == ["cpu"]
+    resume(run.path)
+    assert sized == ["cpu"] * 2  # of some more steps
+
+
+def test_a_run_goes_on_with_its_own_threads(config, tmp_path):
+    run = pretrain(replace(config, epochs=1), tmp_path / "run", time_limit=0)
+    cores.set_threads(2)
+    resume(run.path)
+    assert cores.threads() == config.threads == 1
 
 
 def test_no_threads_means_all_cores(config, tmp_path):

@@ -130,7 +130,7 @@ def split_classes(
     splits = np.where(testing, TEST, PRETRAIN).astype(np.uint8)
     for number, name in enumerate(class_names):
         rows = np.flatnonzero((labels == number) & ~testing)
-        fifth = max(1, round(len(rows) / 5)) if len(rows) >= 3 else 0
+        fifth = round(len(rows) / 5) if len(rows) >= 3 else 0
         test = 0 if testing.any() else fifth
         labelled = fifth if labels_per_class is None or not fifth else labels_per_class
         if test + labelled > len(rows):
