@@ -289,7 +289,9 @@ def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> 
             figures = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
             print(f"{case:18} {side:18} {row.get('failed', figures)}", flush=True)
             if out:
-                Path(out).write_text(json.dumps(rows))
+                part = Path(f"{out}.part")  # who is killed here loses no row
+                part.write_text(json.dumps(rows))
+                part.replace(out)
 
 
 def alone(side: str, case: str, rounds: int, threads: int) -> dict[str, Any]:

@@ -369,7 +369,8 @@ def lars(sizes: Sizes) -> Iterator[dict]:
 def shares(sizes: Sizes) -> Iterator[dict]:
     """Whole steps beside the least time that the GPU's ceilings leave their operations, in sum.
 
-    Winograd's method needs fewer flops than are counted, and so less than that time.
+    Winograd's method needs fewer flops than are counted, and so in float32 less than that time.
+    With TF32 its products stay float32, and no kernel can bring them to the ceiling of the others.
     """
     band = profile.roofline("cuda:0", sizes.matrix, sizes.vector)["bytes_per_second"]
     for kind in (kind for kind, against in usable().items() if not against):

@@ -532,6 +532,12 @@ def test_convolutions_work_on_larger_blocks_there(cupy):
     """Products of a few images would leave most of a GPU idle."""
     x = np.zeros((64, 1, 1, 1), np.float32)
     assert len(ops.conv.image_blocks(x, 1 << 20)) == 16
+    for n, most in ((1024, 455), (512, 148), (5, 2), (3, 9), (1, 1), (0, 4)):
+        images = np.empty((n, 1))
+        blocks = ops.conv.image_blocks(images, ops.conv.WORKSPACE // most)
+        sizes = [len(images[block]) for block in blocks]
+        assert sum(sizes) == n and len(sizes) == -(-n // most) and max(sizes, default=0) <= most
+        assert max(sizes, default=0) - min(sizes, default=0) < max(1, len(sizes))  # alike
     assert len(ops.conv.image_blocks(cupy.asarray(x), 1 << 20)) == 1
 
 

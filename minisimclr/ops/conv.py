@@ -61,8 +61,11 @@ def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, 
 
 
 def image_blocks(x: Array, row_size: int) -> list[slice]:
-    """Split a batch of images so that a block of their rows fits the workspace."""
-    step = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
+    """Split a batch of images so that a block of their rows fits the workspace: into blocks alike,
+    as a short one would leave a GPU half idle.
+    """
+    most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
+    step = -(-len(x) // max(1, -(-len(x) // most))) or 1
     return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
 
 
