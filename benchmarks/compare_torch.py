@@ -64,26 +64,29 @@ def sizes(case: str, device: str) -> tuple[str, str, int, int]:
 
 
 class Clock:
-    """Seconds of a step, to its end on the device; events is a library's maker of CUDA events."""
+    """Times steps; events is a library's maker of CUDA events."""
 
     def __init__(self, events=None):
         self.pair = events and (events(), events())
 
-    def time(self, step) -> float:
-        begin = time.perf_counter()
-        if self.pair:
-            self.pair[0].record()
-        step()
+    def time(self, step) -> tuple[float, float]:
+        """Seconds of a step to its end on the device, and those in which the host asked for it."""
         if not self.pair:
-            return time.perf_counter() - begin
+            begin = time.perf_counter()
+            step()
+            return (taken := time.perf_counter() - begin), taken
         start, stop = self.pair
+        start.record()
+        begin = time.perf_counter()
+        step()
+        asked = time.perf_counter() - begin
         stop.record()
         stop.synchronize()
         if hasattr(start, "elapsed_time"):  # PyTorch's
-            return start.elapsed_time(stop) / 1e3
+            return start.elapsed_time(stop) / 1e3, asked
         import cupy
 
-        return cupy.cuda.get_elapsed_time(start, stop) / 1e3
+        return cupy.cuda.get_elapsed_time(start, stop) / 1e3, asked
 
 
 def resident() -> int:
@@ -238,14 +241,14 @@ def captured(torch, step, work, still, batches, optimizer):
 
 
 def worker(side: str, case: str, threads: int, device: str) -> None:
-    """Two steps to warm up; then one step, and a line "seconds bytes", for every line read."""
+    """Two steps to warm up; then a step for each line read, and a line "seconds, host's, bytes"."""
     library, _, kind = side.partition("-")
     make = our_step if library == "ours" else torch_step
     step, clock, memory = make(case, threads, device, kind)
     clock.time(step), clock.time(step)
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(clock.time(step), memory(), flush=True)
+        print(*clock.time(step), memory(), flush=True)
 
 
 def start(side: str, case: str, threads: int, device: str, errors: Any = None) -> subprocess.Popen:
@@ -260,12 +263,12 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate()  # at the end of its input it ends
 
 
-def ask(process: subprocess.Popen) -> tuple[float, float]:
-    """Seconds of a step and MiB held, by a worker."""
+def ask(process: subprocess.Popen) -> tuple[float, float, float]:
+    """Seconds of a step, those of the host, and MiB held, by a worker."""
     process.stdin.write("step\n")
     process.stdin.flush()
-    taken, held = process.stdout.readline().split()
-    return float(taken), int(held) / 2**20
+    taken, asked, held = process.stdout.readline().split()
+    return float(taken), float(asked), int(held) / 2**20
 
 
 def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> None:
@@ -295,7 +298,10 @@ def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> 
 
 
 def alone(side: str, case: str, rounds: int, threads: int) -> dict[str, Any]:
-    """seconds, rounds and mib of one side on a GPU; or failed, with the end of what it said."""
+    """seconds, host_seconds, rounds and mib of one side on a GPU; or failed, and what it said last.
+
+    Where the host's seconds are about as many, the GPU has waited for them.
+    """
     with tempfile.TemporaryFile() as errors:
         process = start(side, case, threads, "cuda", errors)
         try:
@@ -307,8 +313,9 @@ def alone(side: str, case: str, rounds: int, threads: int) -> dict[str, Any]:
             ):
                 answers.append(ask(process))
             stop(process)
-            taken = statistics.median(seconds for seconds, _ in answers)
-            return {"seconds": taken, "rounds": len(answers), "mib": answers[-1][1]}
+            taken, asked, (*_, held) = zip(*answers, strict=True)
+            median = {"seconds": statistics.median(taken), "host_seconds": statistics.median(asked)}
+            return median | {"rounds": len(answers), "mib": held}
         except (RuntimeError, ValueError, OSError) as error:
             process.kill()
             stop(process)
@@ -326,7 +333,7 @@ def compare(case: str, rounds: int, threads: int) -> None:
         for side, process in sides.items():
             ask(process)
             for _ in range(TURN - 1):
-                taken, peak[side] = ask(process)
+                taken, _, peak[side] = ask(process)
                 seconds[side].append(taken)
     for process in sides.values():
         stop(process)

@@ -763,7 +763,8 @@ def test_a_step_beside_pytorch_on_a_gpu(cupy, monkeypatch):
     monkeypatch.setitem(compare.GPU_CASES, "tiny", ("resnet_small", "small", 8, 4))
     for kind in ("", "tf32", "bf16"):
         step, clock, memory = compare.our_step("tiny", 1, "cuda", kind)
-        assert clock.time(step) == 1e-3 and memory() == 1 << 20
+        taken, asked = clock.time(step)
+        assert taken == 1e-3 and 1e-3 < asked < 60 and memory() == 1 << 20
     cores.set_threads(cores.available_cores())
 
 
@@ -773,7 +774,8 @@ SECONDS = {"ours": 2.0, "torch": 4.0, "ours-tf32": 0.5, "torch-tf32": 2.0, "torc
 def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tmp_path):
     compare = script("compare_torch")
     answer = (
-        "import sys; print('ready', flush=True)\nfor _ in sys.stdin: print({}, 1 << 20, flush=True)"
+        "import sys; print('ready', flush=True)\n"
+        "for _ in sys.stdin: print({}, 0.25, 1 << 20, flush=True)"
     )
     programs = {side: answer.format(seconds) for side, seconds in SECONDS.items()}
     programs["torch-bf16"] = answer.format(1.0)  # with none of ours in that precision beside it
@@ -792,7 +794,7 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
     assert [(r["side"], r["case"]) for r in rows] == [(s, c) for s in programs for c in "ab"]
     ratios = [r.get("ours_over_this") for r in rows if r["case"] == "b"]
     assert ratios == [1, 0.5, 1, 0.25, 2, None, None, None]
-    assert rows[2]["rounds"] == 3 and rows[2]["mib"] == 1
+    assert (rows[2]["rounds"], rows[2]["host_seconds"], rows[2]["mib"]) == (3, 0.25, 1)
     ended = f"its process ended: no capture here{os.linesep}"
     assert all(r["failed"] == ended for r in rows[-2:])
 
