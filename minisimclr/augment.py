@@ -1,12 +1,12 @@
-"""Two random views of every image: the whole supervision that SimCLR has.
+"""Two random views of every image: the only supervision that SimCLR has.
 
 Appendix A of SimCLR (Chen et al. 2020, arXiv:2002.05709): a random crop, resized and perhaps
 mirrored; with probability 0.8 colour jitter; with probability 0.2 greyscale; for views above 32 px,
 with probability 0.5 Gaussian blur. Colour operations are those of the authors' code
 (google-research/simclr, `data_util.py`, second version of the jitter).
 
-Chance and picture are kept apart. `draw_views` draws every random parameter on the host as a pure
-function of (seed, step, stream), so any worker, device or resumed run sees the same views;
+Random draws and pixels are kept apart. `draw_views` draws every random parameter on the host as a
+pure function of (seed, step, stream), so any worker, device or resumed run sees the same views;
 `apply_views` is deterministic, works on whole batches and runs on NumPy and CuPy alike.
 
 Shapes: N images of H x W px, views of S x S px, three channels, values in [0, 1].
@@ -31,7 +31,7 @@ LUMA = (0.299, 0.587, 0.114)  # weight of red, green and blue in grey (ITU-R BT.
 
 @dataclass(frozen=True)
 class Views:
-    """The drawn parameters of two views of N images: host arrays that begin with axes (2, N)."""
+    """The drawn parameters of two views of N images: host arrays whose first axes are (2, N)."""
 
     boxes: np.ndarray  # (2, N, 4) float32: left, top, width and height of the crop, px
     flips: np.ndarray  # (2, N) bool: mirror left and right
@@ -56,7 +56,7 @@ def draw_views(
     multiplies brightness, contrast and saturation by U(1 - 0.8 s, 1 + 0.8 s), not below 0, and
     turns the hue by U(-0.2 s, 0.2 s).
 
-    The same arguments give the same bits with every machine and NumPy: raw Philox numbers, then
+    The same arguments give the same bits on every machine and NumPy: raw Philox numbers, then
     correctly rounded operations only. Ranks that share a batch draw for all of it and take their
     `part`. Raises ConfigError for a negative strength or bad crop_scale.
     """
@@ -93,8 +93,10 @@ def draw_views(
 
 
 def batch_shape(images: Array, boxes: np.ndarray | None = None) -> tuple[int, int, int]:
-    """N, H and W of images (N, H, W, 3) uint8. Raises TypeError for others: those of values in
-    [0, 1] would give black views. And ValueError unless boxes (..., N, 4) lie in such images.
+    """N, H and W of images (N, H, W, 3) uint8.
+
+    Raises TypeError for others (values in [0, 1] would give black views), and ValueError unless
+    boxes (..., N, 4) lie in such images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise TypeError(f"images are (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
@@ -141,13 +143,12 @@ def center_view(images: Array, size: int) -> Array:
 
 @singledispatch
 def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) -> Array:
-    """Cut boxes (N, 4) out of images (N, H, W, 3) uint8, mirror where flips (N,), and resize.
+    """Cut boxes (N, 4) out of images (N, H, W, 3) uint8, mirror those with flips (N,), and resize.
 
     Bilinear with antialiasing, like Pillow and torchvision: an output pixel is the mean of the
-    input pixels under a triangle, one output pixel wide to either side and at least one input
-    pixel.
-    Without it a shrunken photo keeps every n-th pixel, and two crops of one picture differ by
-    aliasing; and unlike the authors' bicubic it stays within [0, 1].
+    input pixels under a triangle that reaches one output pixel, and at least one input pixel, to
+    either side. Without antialiasing, a shrunken photo keeps every n-th pixel, and two crops of one
+    picture differ by aliasing. Unlike the authors' bicubic resizing, this stays within [0, 1].
     """
     xp, (_, h, w) = xp_of(images), batch_shape(images, boxes)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)
@@ -177,7 +178,7 @@ def separable(x: Array, rows: Array, columns: Array) -> Array:
 def colour_jitter(x: Array, factors: np.ndarray, orders: np.ndarray) -> Array:
     """Brightness, contrast, saturation and hue by factors (N, 4), in each image's order (N, 4).
 
-    Values are cut to [0, 1] after each of the four, so that their order matters.
+    Values are clipped to [0, 1] after each of the four, so their order matters.
     """
     xp = xp_of(x)
     x, factors = x.copy(), xp.asarray(factors)
@@ -222,7 +223,7 @@ def hue(x: Array, turns: Array) -> Array:
         xp.where(value == green, 2 + (blue - red) / unit, 4 + (red - green) / unit),
     )
     sixths = sixths + 6 * turns
-    # A channel is full within a sixth of a turn of its own hue and lowest two sixths away.
+    # A channel is full within a sixth of a turn of its own hue, and lowest from two sixths on.
     away = sixths - xp.asarray([0, 2, 4], dtype=x.dtype)
     away = xp.abs(away - 6 * xp.rint(away / 6))  # in [0, 3]
     return value - spread * (away - 1).clip(0, 1)
@@ -236,9 +237,9 @@ def greyscale(x: Array, chosen: np.ndarray) -> Array:
 
 
 def blur(x: Array, sigmas: np.ndarray) -> Array:
-    """Gaussian blur of images (N, S, S, 3) with a kernel of about S / 10 px; sigma 0 leaves one be.
+    """Gaussian blur of images (N, S, S, 3) with a kernel of about S / 10 px; sigma 0: no blur.
 
-    At the border the kernel is cut off and renormalised; the authors pad with black, which darkens.
+    At the border the kernel is cut off and renormalised; the authors' black padding darkens it.
     """
     xp = xp_of(x)
     chosen = np.flatnonzero(sigmas)
@@ -249,7 +250,7 @@ def blur(x: Array, sigmas: np.ndarray) -> Array:
 
 
 def gaussian(sigma: Array, size: int) -> Array:
-    """Weights (N, size, size) of a Gaussian about every pixel of a line; rows sum to 1."""
+    """Weights (N, size, size) of a Gaussian around every pixel of a line; rows sum to 1."""
     xp = xp_of(sigma)
     pixel = xp.arange(size)
     bell = xp.exp(-0.5 * (pixel.astype(xp.float32) / sigma[:, None]) ** 2)

@@ -1,8 +1,8 @@
 """Which array library and device: the only file that knows both NumPy and CuPy.
 
 The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both
-live in one process and nothing is chosen at import time. CuPy is imported where a GPU is asked for,
-never before.
+live in one process and nothing is chosen at import time. CuPy is imported only when a GPU is
+asked for.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def xp_of(array: Array) -> Any:
     """The library (numpy or cupy) that `array` belongs to. Raises TypeError for anything else."""
     if isinstance(array, (np.ndarray, np.generic)):
         return np
-    if not hasattr(array, "get"):  # which all of CuPy's have
+    if not hasattr(array, "get"):  # as all of CuPy's have
         raise TypeError(f"this takes arrays (np.asarray makes one), not a {type(array).__name__}")
     return cupy()
 
@@ -48,14 +48,14 @@ on_cupy: list[Callable[[Any], None]] = []  # called with CuPy as soon as it is u
 
 
 def wheel() -> str:
-    """The CuPy to have: what is there, if the driver runs it, or CUDA 12's, which most cards do."""
+    """Which CuPy: CUDA 13's, if there and run by the driver, else 12's, which most cards run."""
     names = {found.metadata["Name"] for found in distributions()}
     return "cupy-cuda13x" if cuda_driver() >= 13000 and "cupy-cuda13x" in names else "cupy-cuda12x"
 
 
 @cache
 def cupy() -> Any:
-    """CuPy, or a ConfigError with the line to type."""
+    """CuPy, or a ConfigError with the command that installs it."""
     try:
         import cupy
     except ImportError as error:
@@ -80,8 +80,8 @@ def to_device(array: np.ndarray, device: str) -> Array:
 
 
 def uploaded(batches: Iterable[np.ndarray], device: str) -> Iterator[Array]:
-    """Host arrays on `device`, each on its way, by a stream of its own, while the GPU still works
-    on what was asked of it with the one before.
+    """Host arrays copied to `device` by a separate stream, each while the GPU still works on the
+    one before.
     """
     if device == "cpu":
         yield from batches
@@ -89,11 +89,11 @@ def uploaded(batches: Iterable[np.ndarray], device: str) -> Iterator[Array]:
     copies, ready = cupy().cuda.Stream(non_blocking=True), None
     for batch in batches:
         with copies:
-            x = to_device(batch, device)  # by way of pinned memory: nobody waits
+            x = to_device(batch, device)  # through pinned memory: nothing waits
             following = x, copies.record()
         if ready:
             yield _arrived(*ready)
-            # Before the memory of this batch is taken again:
+            # Before the memory of this batch is reused:
             copies.wait_event(cupy().cuda.get_current_stream().record())
         ready = following
     if ready:
@@ -105,12 +105,12 @@ def _arrived(x: Array, copied: Any) -> Array:
     return x
 
 
-_landing: deque = deque(maxlen=64)  # kept: copies may be on their way here, though nobody waits
+_landing: deque = deque(maxlen=64)  # kept alive: copies may still be on their way here
 
 
 def later(numbers: Array) -> Callable[[], list[float]]:
-    """Ask for `numbers` (n,) now; the function returned gives them on the host, and waits for no
-    more than the GPU had been asked to do by now: it never idles if the next step was asked for.
+    """Ask for `numbers` (n,) now; the function returned gives them on the host. It waits only for
+    work given to the GPU before now, so a GPU that was also given the next step never idles.
     """
     if xp_of(numbers) is np:
         return numbers.tolist
@@ -130,10 +130,10 @@ def later(numbers: Array) -> Callable[[], list[float]]:
 
 
 def choose_device(name: str) -> tuple[str, str]:
-    """Resolve "auto", "cpu" or "cuda:N" to (device, the reason for it, in words).
+    """Resolve "auto", "cpu" or "cuda:N" to (device, the reason in words).
 
     Raises ConfigError for a name of another form and for a GPU that cannot be used: only "auto" may
-    end on the CPU, and it says why.
+    fall back on the CPU, and it says why.
     """
     if name == "cpu":
         return "cpu", "asked for"
@@ -158,7 +158,7 @@ TWICE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }'
 def try_gpu(index: int) -> str:
     """Name and driver of a GPU on which a kernel, a matrix product and eigenvalues were tried.
 
-    Raises ConfigError that says what is missing and the line to type.
+    Raises ConfigError saying what is missing and what to type.
     """
     if not cuda_driver():
         raise ConfigError("there is no NVIDIA driver for CUDA on this machine: use --device cpu")
@@ -179,24 +179,24 @@ def try_gpu(index: int) -> str:
         name = xp.cuda.runtime.getDeviceProperties(index)["name"].decode()
     except ConfigError:
         raise
-    except Exception as error:  # those of CuPy and of each library it loads have no common base
+    except Exception as error:  # CuPy and each library it loads: no common base class
         said = (str(error) or type(error).__name__).splitlines()[0]
         remedy = f'pip install "{wheel()}[ctk]"'
         if "NoDevice" in said:
             remedy = f"{NO_GPU}: nvidia-smi and CUDA_VISIBLE_DEVICES tell why"
         elif isinstance(error, MemoryError):
-            remedy = "its memory is full: nvidia-smi tells of what"
+            remedy = "its memory is full: nvidia-smi shows what fills it"
         raise ConfigError(f"CuPy failed at {part}: {said}; {remedy}") from error
     driver = cuda_driver()
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
 
-#: Type of what the layers of an encoder pass on, by the `precision` in force; None: the images'.
+#: Type of an encoder's activations under the `precision` in force; None: that of the images.
 activations: ContextVar[Any] = ContextVar("activations", default=None)
 
 
 def bfloat16() -> np.dtype:
-    """NumPy's type of that name, which ml_dtypes adds, if CuPy can add up arrays of it."""
+    """NumPy's bfloat16, from ml_dtypes. Raises ConfigError unless CuPy can add up arrays of it."""
     if not on_cupy:
         raise ConfigError("precision bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS")
     if int(cupy().__version__.split(".")[0]) < 14:
@@ -211,12 +211,12 @@ def bfloat16() -> np.dtype:
 
 @contextmanager
 def precision(name: str, device: str, reason: str = "device cpu") -> Iterator[None]:
-    """Within the block a GPU rounds: to TF32's 10 bits of mantissa what matrix products of float32
-    multiply ("tf32"), to bfloat16's 7 what the layers of an encoder pass on ("bf16"), or nothing
-    ("fp32"). Sums, statistics and weights stay float32, with bf16 the head and the loss as well.
+    """What a GPU rounds within the block. "fp32": nothing; "tf32": the factors in matrix products
+    of float32, to TF32's 10 bits of mantissa; "bf16": what an encoder's layers pass on, to
+    bfloat16's 7. Sums, statistics, weights and, with bf16, the head and the loss stay float32.
     reason: why it is this device, for the message.
 
-    Raises ConfigError where there is no such thing: on a CPU, on GPUs before Ampere, and, bfloat16,
+    Raises ConfigError if that is impossible: on a CPU, on GPUs before Ampere and, for bf16,
     without the kernels or the type.
     """
     if name == "fp32":
@@ -228,7 +228,7 @@ def precision(name: str, device: str, reason: str = "device cpu") -> Iterator[No
     if int(xp.cuda.Device(index).compute_capability) < 80:
         raise ConfigError(f"precision {name} needs a GPU of compute capability 8.0 or more")
     kind = bfloat16() if name == "bf16" else None
-    try:  # not public; what is, CUPY_TF32 in the environment, is read only once
+    try:  # not public; the public CUPY_TF32 in the environment is read only once
         switch, types = xp._core.set_compute_type, xp._core._routines_linalg
         tf32, before = types.COMPUTE_TYPE_TF32, types.get_compute_type(np.float32)
     except AttributeError as error:
@@ -253,13 +253,13 @@ _pool_peak = 0  # bytes; a pool forgets what it has given back
 
 @contextmanager
 def sized_by_first(device: str) -> Iterator[None]:
-    """Within the block, the first of many steps alike, a GPU's memory pool holds what is in use and
-    no more; afterwards it keeps, in one piece, as much as was in use at most.
+    """Within the block, the first of many equal steps, a GPU's memory pool holds only what is in
+    use; afterwards it keeps, in one piece, the most that was in use.
 
-    By itself it keeps pieces as the forward pass wants them, and takes a fourth more for the other.
+    By itself it keeps pieces that suit the forward pass, and takes a quarter more for the backward.
     """
     pool = None if device == "cpu" else cupy().get_default_memory_pool()
-    if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # somebody's own, or no pool
+    if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # someone else's, or no pool
         yield
         return
     most, limit = 0, pool.get_limit()
@@ -272,7 +272,7 @@ def sized_by_first(device: str) -> Iterator[None]:
         try:
             return pool.malloc(size)
         except MemoryError:  # nothing fits
-            pool.free_all_blocks()  # which CuPy 13 has not tried by itself
+            pool.free_all_blocks()  # CuPy 13 has not tried this by itself
             pool.set_limit(limit)
             return pool.malloc(size)
         finally:
@@ -282,8 +282,8 @@ def sized_by_first(device: str) -> Iterator[None]:
     with cupy().cuda.using_allocator(malloc):
         yield
     pool.free_all_blocks()
-    with suppress(MemoryError):  # then it grows as it would have done
-        pool.malloc(max(0, most - pool.total_bytes()))  # to be given back at once
+    with suppress(MemoryError):  # the pool then grows as usual
+        pool.malloc(max(0, most - pool.total_bytes()))  # given back to the pool at once
 
 
 def peak_memory(device: str) -> int:

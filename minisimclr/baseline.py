@@ -1,8 +1,8 @@
 """The baseline: dense layers with dropout on frozen InceptionV3 features, tuned by random search.
 
 Every trial draws a learning rate, two widths and a dropout rate, and trains on four fifths of the
-labelled images until the last fifth is told apart no better. The settings of the best trial are
-then trained on all labelled images, for as many epochs, and tested once.
+labelled images until its score on the last fifth stops rising. A classifier with the best trial's
+settings is then trained on all labelled images, for as many epochs, and tested once.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class DenseClassifier(Module):
 
 
 def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> Iterator[float]:
-    """Train with momentum SGD, one epoch each time the last loss is asked for."""
+    """Train with momentum SGD, one epoch each time its last loss is asked for."""
     optimizer = SGD(model.named_parameters(), lr, weight_decay=1e-4)
     rng = np.random.Generator(np.random.Philox(key=[seed, 4]))
     while True:
@@ -88,9 +88,9 @@ def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> I
 def search(
     X: np.ndarray, y: np.ndarray, classes: int, trials: int, epochs: int, seed: int, notify: Notify
 ) -> list[dict[str, Any]]:
-    """Try drawn settings on features X (N, D): rows of a Trial, its epochs and validation score.
+    """Try random settings on features X (N, D): rows of a Trial, its epochs and validation score.
 
-    Raises DataError if no image is left to validate with, because each is its class' only one.
+    Raises DataError if no image is left to validate with, as each is the only one of its class.
     """
     inside, outside = holdout(y, seed)
     if not len(outside):
@@ -118,7 +118,7 @@ def search(
 def inception(
     dataset: Dataset, file: Path | None, block: str, device: str, notify: Notify
 ) -> Extract:
-    """Features of rows of a data set by a block of InceptionV3: what it puts out, averaged.
+    """Features of rows of a data set by a block of InceptionV3: its output, averaged.
 
     file: its weights; None for random ones with batch norm statistics of the data.
     """
@@ -134,8 +134,8 @@ def baseline(
     dataset: Dataset, extract: Extract, trials: int, epochs: int, seed: int, notify: Notify
 ) -> dict[str, Any]:
     """Tune on the labelled images, test once: top1, top5, ci95, labels, test, classes, controls,
-    best and trials. Raises DataError where there are no two labelled classes or nothing to test,
-    DivergedError where the best trial's settings end in numbers that are not finite.
+    best and trials. Raises DataError without two labelled classes or images to test with,
+    DivergedError if the best trial's settings lead to numbers that are not finite.
     """
     y, classes = dataset.labels, len(dataset.class_names)
     train, test = labelled_and_test(dataset)

@@ -1,7 +1,7 @@
-"""Checkpoints: all the state a bit-exact resume needs, in one HDF5 file without pickle or clock.
+"""Checkpoints: all the state a bit-exact resume needs, in one HDF5 file without pickle or times.
 
-HDF5 leaves the start of a file to others. Here it is a line of text with the SHA-256 of the rest,
-looked at first: HDF5 before 2.0 may crash on a damaged file. Files are published whole (files.py).
+HDF5 leaves room before its data. Here that is a line of text with the SHA-256 of the rest, which is
+checked first: HDF5 before 2.0 may crash on a damaged file. Files are published whole (files.py).
 """
 
 import hashlib
@@ -23,14 +23,14 @@ KEEP = 2  # checkpoints of a run that stay on disk
 
 
 def first_line(digest: str) -> bytes:
-    """What stands before HDF5's part, whose SHA-256 in hex is `digest`."""
+    """The line before HDF5's part, whose SHA-256 in hex is `digest`."""
     return (MARK + digest.encode()).ljust(BLOCK - 1) + b"\n"
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
     """Publish named arrays and a JSON-able `state` as the checkpoint `path`. Raises OSError."""
     file = io.BytesIO()
-    with h5py.File(file, "w", userblock_size=BLOCK) as f:  # an old form: groups without a clock
+    with h5py.File(file, "w", userblock_size=BLOCK) as f:  # old format: no times in groups
         f["state"] = np.frombuffer(json.dumps(state, sort_keys=True).encode(), np.uint8)
         for name, array in arrays.items():
             f.create_dataset(name, data=array)

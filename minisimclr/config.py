@@ -22,7 +22,7 @@ ENCODERS = ("resnet_small", "resnet10", "resnet18", "resnet34", "resnet50")
 
 
 def first_layers(stem: str, encoder: str, image_size: int) -> str:
-    """The stem that is meant by "auto"; any other is itself."""
+    """The stem that "auto" stands for; any other unchanged."""
     if stem != "auto":
         return stem
     if encoder == "resnet_small":
@@ -78,7 +78,7 @@ class TrainConfig:
 
     @property
     def at_once(self) -> int:
-        """How many views, without a graph, surely fit where a step of 2N views does."""
+        """How many views, without a graph, surely fit in memory if a step of 2N views does."""
         return min(256, 2 * self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _problem(f: Any, value: Any) -> str | None:
 
 
 def check_keys(keys: Any, known: Any, where: str) -> None:
-    """Raise ConfigError for keys nobody knows, each with the nearest that somebody does."""
+    """Raise ConfigError for unknown keys, each with the most similar known one."""
     problems = []
     for key in keys:
         if key not in known:

@@ -1,9 +1,9 @@
-"""How the cores of this machine are used, and the memory of arrays kept.
+"""How the cores of this machine are used, and how the memory of arrays is reused.
 
-NumPy lets go of the interpreter lock in copies, arithmetic and matrix products, so plain Python
-threads that each work on their own images run side by side. Threads of BLAS keep a core busy for a
-while after a product, waiting for the next, and get in their way (with other work on the machine, a
-step took twice as long): once `parallel` is in use they only do large products.
+NumPy releases the interpreter lock in copies, arithmetic and matrix products, so plain Python
+threads that each work on their own images run side by side. BLAS's own threads keep a core busy for
+a while after a product, waiting for the next, and get in their way (with other work on the machine,
+a step took twice as long), so once `parallel` is in use they do only large products.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from .errors import ConfigError
 
 
 def available_cores() -> int:
-    """Cores this process may run on (not those of the machine)."""
+    """Cores this process may run on (perhaps not all of the machine's)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -52,12 +52,12 @@ def set_threads(n: int) -> None:
 
 
 def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
-    """Call work(start, stop) on contiguous parts of range(n), one part a thread, in the caller's
-    context; their results in order.
+    """Call work(start, stop) on contiguous parts of range(n), one part per thread, in the caller's
+    context; returns the results in order.
 
-    Parts are multiples of `block` long (but for the last). Results must not depend on how many
-    parts there are if a run is to be repeatable with another thread count. Where the threads are
-    taken, by another thread or by the caller of `work`, it does all parts itself.
+    The length of a part (but the last) is a multiple of `block`. For a run to be repeatable with
+    another thread count, results must not depend on how many parts there are. If the threads are
+    busy, with another thread's work or with the caller's, the calling thread does all parts itself.
     """
     size = max(block, block * -(-n // (block * _threads)))
     parts = [(start, min(n, start + size)) for start in range(0, n, size)] or [(0, 0)]
@@ -83,7 +83,7 @@ def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]])
             _tasks.put((partial(copy_context().run, work, *part), outcomes, sent, done))
             sent += 1
         first = work(*parts[0])
-    finally:  # after an error too: nobody writes into arrays that others reuse
+    finally:  # after an error too: no worker may write into arrays reused later
         _wait_for(outcomes, sent, done)
     errors = [error for _, error in outcomes if error is not None]
     if errors:
@@ -95,7 +95,7 @@ def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]])
 
 
 def _wait_for(outcomes: list, count: int, done: SimpleQueue) -> None:
-    """Until the first `count` are there; Ctrl-C has to wait as well, and may swallow a notice."""
+    """Wait for the first `count` outcomes; Ctrl-C has to wait too, and may swallow a `done`."""
     interrupt = None
     while True:
         try:
@@ -109,8 +109,8 @@ def _wait_for(outcomes: list, count: int, done: SimpleQueue) -> None:
 
 
 def _serve(tasks: SimpleQueue) -> None:
-    """The life of a worker. The executor of the standard library would do, but takes 10 to 40 us
-    more for each handing over, and a training step has 70 to 200 of them.
+    """The life of a worker. The standard library's executor would do, but handing over a task
+    takes it 10 to 40 us more, and a training step does so 70 to 200 times.
     """
     while (task := tasks.get()) is not None:
         work, outcomes, place, done = task
@@ -123,7 +123,7 @@ def _serve(tasks: SimpleQueue) -> None:
 
 
 def _forget_workers() -> None:
-    """In the child of a fork, where there are none of these threads."""
+    """For the child of a fork, which has none of these threads."""
     global _tasks, _busy
     _tasks, _busy = SimpleQueue(), Lock()
     _workers.clear()
@@ -135,8 +135,8 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def _openblas() -> tuple[Any, str]:
-    """What sets the threads of the OpenBLAS inside NumPy's wheel, and the processor whose products
-    it has chosen; None and "" for another BLAS.
+    """The function that sets the thread count of the OpenBLAS in NumPy's wheel, and the processor
+    whose products it has chosen; None and "" for another BLAS.
     """
     folder = Path(np.__file__).parent
     names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
@@ -152,8 +152,8 @@ def _openblas() -> tuple[Any, str]:
 
 
 def blas_kernels() -> str:
-    """The processor whose matrix products OpenBLAS uses, such as Haswell: another's add in another
-    order. "" for another BLAS.
+    """The processor whose matrix products OpenBLAS uses, such as Haswell; those of another
+    processor add in another order. "" for another BLAS.
     """
     return _openblas()[1]
 
@@ -170,7 +170,7 @@ def _set_blas_threads(n: int) -> None:
 
 @contextmanager
 def threaded_blas() -> Iterator[None]:
-    """Let BLAS use all threads within the block: for work that is large matrix products."""
+    """Let BLAS use all threads within the block: for work that consists of large products."""
     before = _blas_threads
     _set_blas_threads(_threads)
     try:

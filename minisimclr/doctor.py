@@ -1,4 +1,4 @@
-"""Is this installation sound, and what can the machine do? Facts, then a self-test of seconds."""
+"""Is this installation sound, and what can the machine do? Facts, then seconds of self-test."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ STEPS = 25
 
 
 class Check(NamedTuple):
-    """One line of the doctor's sheet; not ok means that something will not work."""
+    """One line of the doctor's sheet; not ok means that something does not work."""
 
     name: str
     ok: bool
@@ -33,12 +33,12 @@ class Check(NamedTuple):
 
 
 def examine() -> list[Check]:
-    """All checks, in the order in which to read them; some seconds."""
+    """All checks, in the order in which to read them; takes some seconds."""
     checks = []
     for check in (versions, optional, blas, device, gpu, disk, speed, gradients, learning):
         try:
             ok, found = check()
-        except Exception as error:  # whatever is broken here is what the doctor is asked for
+        except Exception as error:  # whatever is broken, the doctor must report it
             ok, found = False, f"{type(error).__name__}: {error}"
         checks.append(Check(check.__name__, ok, found))
     return checks
@@ -74,7 +74,7 @@ def device() -> tuple[bool, str]:
 
 
 def gpu() -> tuple[bool, str]:
-    """A kernel, a product and eigenvalues on it; wrong only where there is a driver to run them."""
+    """Try a kernel, a product and eigenvalues on it; no fault if there is no driver to run them."""
     if not cuda_driver():
         return True, "none: there is no NVIDIA driver"
     try:
@@ -101,7 +101,7 @@ def speed() -> tuple[bool, str]:
 
 
 def gradients() -> tuple[bool, str]:
-    """Of encoder, head and loss together, against finite differences in float64."""
+    """Those of encoder, head and loss together, against finite differences in float64."""
     model = Model.build("resnet_small", "small", 2, seed=0, d_out=4)
     model.astype(np.float64)
 

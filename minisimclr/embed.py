@@ -1,5 +1,5 @@
-"""Use a trained encoder, a run's or a published one: features of any pictures, what they are
-worth beside their controls, and which pictures are most alike.
+"""Use a trained encoder, from a run or published: features of any pictures, how well they do
+beside their controls, and which pictures are most alike.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .train import MONITORED, Notify, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
-KEPT = 2  # version of what is kept: to be counted up when the same key would mean other features
+KEPT = 2  # version of what is kept: raise it when the same key would mean other features
 BATCH = 32  # images that a network with published weights sees at once
 
 
@@ -46,21 +46,21 @@ def open_trained(path: Path, device: str | None = None) -> Run:
 def opened(run: Run, data: str | None, progress: Progress | None = None) -> Dataset:
     """The run's own data set, or another (a name or a folder), with pictures of the same side.
 
-    Raises DataError where its own is not the one it was trained on any more.
+    Raises DataError if its own has changed since the training.
     """
     dataset = open_dataset(
         run.config.data if data is None else data, run.config.image_size * 5 // 4, progress
     )
     if data is None and not dataset.identity.startswith(run.data):
         now = f"{run.config.data} has other pictures or splits than when {run.path} was trained"
-        raise DataError(f"{now}: to use them all the same name them in the command")
+        raise DataError(f"{now}: to use them all the same, name them in the command")
     return dataset
 
 
 def extractor(
     run: Run, model: Model, dataset: Dataset, view: int | None = None, notify: Notify = quiet
 ) -> Extract:
-    """Features h (n, D) of rows of a data set by a model of `run`, each in its centre view.
+    """Features h (n, D) of rows of a data set by a model of `run`, each image in its centre view.
 
     view: the side of that view in px (None: as in training). Random crops show things larger than
     a centre view of the same side does, and a somewhat larger one makes up for that (Touvron et al.
@@ -97,7 +97,7 @@ def probe_run(
     run: Run, dataset: Dataset, labels: int | None = None, view: int | None = None,
     notify: Notify = quiet,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the encoder of a run has learned, beside its controls (see extractor, probe.probe)."""
+    """What a run's encoder has learned, compared with its controls (see extractor, probe.probe)."""
     models = run.model, control(run, dataset)
     trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
     return probe(dataset, "SimCLR", trained, fresh, labels, notify=notify) | {"step": run.step}
@@ -109,8 +109,8 @@ def published(
 ) -> Extract:  # fmt: skip
     """Features of rows of a data set by a network with published weights, or its random control.
 
-    block: of InceptionV3, whose output is averaged over the pixels: (n, C) float32. Features are
-    kept in the cache folder, since they take so much longer to make than to read.
+    block: of InceptionV3; its output is averaged over the pixels: (n, C) float32. Features are kept
+    in the cache folder, since they take much longer to make than to read.
     """
     kind = KEPT, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
@@ -132,7 +132,7 @@ def published(
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            require_writable(path)  # before long work, not after it
+            require_writable(path)  # fail before long work, not after it
             parts = []
             for i in range(0, len(rows), BATCH):
                 parts.append(forward(rows[i : i + BATCH]))
@@ -145,7 +145,7 @@ def published(
 
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
-    """A network with random weights and the batch norm statistics of some of the images."""
+    """Give a network with random weights the batch norm statistics of some of the images."""
     calibrate(net, preprocessing(dataset.sample(MONITORED)), BATCH)
     return net
 
@@ -154,7 +154,7 @@ def probe_weights(
     path: Path, dataset: Dataset, block: str | None, labels: int | None, device: str,
     notify: Notify,
 ) -> dict[str, Any]:  # fmt: skip
-    """What published weights are worth on a data set, beside the same network's random ones."""
+    """How well published weights do on a data set, beside random ones of the same network."""
     fresh = network(read(path))
     if block and not (isinstance(fresh, InceptionV3) and block in BLOCKS):
         raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
@@ -187,10 +187,10 @@ def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.
 def save(path: str | Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
     """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows.
 
-    Raises ConfigError for another suffix, OSError where it cannot be written.
+    Raises ConfigError for another suffix, OSError if it cannot be written.
     """
     if (path := Path(path)).suffix == ".npy":
-        np.save(memory := io.BytesIO(), h)  # into a file it would miss that the disk is full
+        np.save(memory := io.BytesIO(), h)  # writing to a file, it would not notice a full disk
         write_bytes(path, memory.getbuffer())
     elif path.suffix == ".h5":
         names = [name.encode(errors="surrogateescape") for name in dataset.file_names]

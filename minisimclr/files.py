@@ -1,6 +1,6 @@
-"""Files that others touch: durable writes, locks, and JSON that somebody may have changed.
+"""Files that others use too: durable writes, locks, and JSON that someone may have changed.
 
-A file under its final name is always whole, whatever is killed when.
+A file under its final name is always complete, no matter which process is killed, or when.
 
 The recipe (Pillai et al., OSDI 2014): write a temporary file in the same directory, fsync it,
 rename it over the final name, fsync the directory. Temporary and lock names start with a dot.
@@ -35,11 +35,11 @@ CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS 
 def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; rename it to `path` on success, remove it on any failure.
 
-    Makes the folders above it. Raises OSError where the directory cannot be written, the disk is
-    full or `path` is no file; it is untouched then.
+    Makes the folders above it. Raises OSError if the directory cannot be written, the disk is full
+    or `path` is not a file, and then leaves `path` untouched.
     """
     if path.exists() and not path.is_file():  # renaming over it would replace a device
-        raise FileExistsError(errno.EEXIST, "is no file that could be replaced", str(path))
+        raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     place = target(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
@@ -51,13 +51,13 @@ def publish(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # the name that its user knows
+            error.filename = str(path)  # the name the user knows
         raise
     sync(place.parent)
 
 
 def target(path: Path) -> Path:
-    """Where what is written to `path` goes: a link stays, and the file it leads to is replaced."""
+    """The file that writing to `path` replaces: a link itself stays, and its target is replaced."""
     return Path(os.path.realpath(path))
 
 
@@ -66,7 +66,7 @@ def sync(path: Path) -> None:
     folder = path.is_dir()
     if folder and os.name == "nt":  # which cannot open directories
         return
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes no reader
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows: must be writable
     try:
         os.fsync(descriptor)
     finally:
@@ -74,8 +74,8 @@ def sync(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise OutputError if nothing could be made at `path`; leaves no trace."""
-    parent = next((p for p in target(path).parents if p.exists()), path)  # on no drive: fails, too
+    """Raise OutputError if nothing can be created at `path`; leaves no trace."""
+    parent = next((p for p in target(path).parents if p.exists()), path)  # no such drive: fails too
     try:
         with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
             pass
@@ -90,7 +90,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def read_json(path: Path, like: Any) -> Any:
-    """What a JSON file holds; None if it is absent, torn or not made as `like` is (see `fits`)."""
+    """Content of a JSON file; None if it is absent, damaged or not of the form `like` (`fits`)."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -99,8 +99,8 @@ def read_json(path: Path, like: Any) -> Any:
 
 
 def fits(value: Any, like: Any) -> bool:
-    """Whether what a file holds is made as `like` is: of that type (float: any number), a list, as
-    [x] or as (x, y), or a dict that has its keys at the least; {None: x} is one of any keys.
+    """Whether a value from a file has the form `like`: a type (float: any number); [x], a list of
+    any length; (x, y), a list like it; a dict of required keys; {None: x}, a dict of any keys.
     """
     match like:
         case dict():
@@ -126,8 +126,8 @@ def file_sha256(path: Path) -> str:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `path` (a hidden file beside it). The kernel frees it when the process dies.
 
-    Only the holder may publish at `path`, so what dead processes left there is removed. With
-    wait=False a lock held by another process raises BlockingIOError. Where the file system cannot
+    Only the holder may publish at `path`, so leftovers of dead processes are removed. With
+    wait=False a lock held by another process raises BlockingIOError. If the file system cannot
     lock, a warning says so: racing processes then do the same work, and the last one wins.
     """
     with path.with_name(f".{path.name}.lock").open("a") as handle:
@@ -143,7 +143,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _lock(handle: TextIO, wait: bool) -> None:
-    """Raises BlockingIOError if another process holds it and `wait` is false."""
+    """Raise BlockingIOError if another process holds the lock and `wait` is false."""
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return

@@ -1,11 +1,11 @@
 """Fine-tuning: the whole network trained with the labels, from a run's weights and from scratch.
 
-As SimCLRv2 does it (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
-starts at zero behind the first layer of the projection head, LARS without weight decay at a rate of
-0.005 sqrt(B), random crops and flips. That rate is for weights that know something already; so it
-is multiplied by a factor: that of a few shorter trainings on four fifths of the labelled images
-which names the last fifth best. The control from scratch needs another one and gets the same
-choice.
+As in SimCLRv2 (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
+starts at zero after the first layer of the projection head, LARS without weight decay at a rate of
+0.005 sqrt(B), random crops and flips. That rate suits weights that know something already, so it
+is multiplied by a factor. Shorter trainings on four fifths of the labelled images try a few
+factors; the one that names most of the last fifth wins. The control from scratch needs another one
+and gets the same choice.
 """
 
 from copy import deepcopy
@@ -31,10 +31,10 @@ from .tensor import Tensor, no_grad
 from .train import MONITORED, Notify, quiet
 
 BATCH = 64  # images in a step
-FACTORS = (1 / 16, 1 / 4, 1, 4, 16, 64)  # of the authors' rate
+FACTORS = (1 / 16, 1 / 4, 1, 4, 16, 64)  # times the authors' rate
 TUNED, SCRATCH = "SimCLR, fine-tuned", "supervised from scratch"
-SHORTER = 3  # times shorter than the last training are those that choose the factor
-ENOUGH = 100  # images to choose by: fewer tell rates of like worth by luck
+SHORTER = 3  # the trainings that choose the factor are this many times shorter
+ENOUGH = 100  # images to choose by: with fewer, luck decides between similar rates
 STREAM = 3  # of random views; pre-training and monitoring have 1 and 2
 
 
@@ -44,7 +44,7 @@ class Classifier(Module):
     def __init__(self, model: Model, classes: int):
         self.encoder, self.head = model.encoder, model.head
         self.output = Linear(model.encoder.features, classes, std=0, rng=np.random.default_rng(0))
-        # LARS adapts the kind WEIGHT, and would hold one that starts at zero close to it.
+        # LARS adapts the kind WEIGHT, and would keep one that starts at zero close to zero.
         self.output.weight.kind = "output"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Classifier(Module):
 
 class Recipe(NamedTuple):
     """How to train: passes over the images, side of the views in training and in testing (px),
-    device, and times the authors' rate.
+    device, and the factor of the authors' rate.
     """
 
     epochs: int
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
 def fit(
     model: Model, dataset: Dataset, rows: np.ndarray, recipe: Recipe, seed: int, progress: Progress
 ) -> Classifier | None:
-    """Train a copy of the model on the labelled images at `rows`; None where that diverges."""
+    """Train a copy of the model on the labelled images at `rows`; None if that diverges."""
     classifier = Classifier(deepcopy(model), len(dataset.class_names)).to(recipe.device).train()
     n = min(BATCH, len(rows))
     peak = recipe.factor * scaled_rate(0.005, n, "sqrt")
@@ -83,7 +83,7 @@ def fit(
         optimizer.lr = warmup_cosine(step, peak, 0, total)
         seen = loss.data + optimizer.gradient_square()
         optimizer.step(ok := xp_of(seen).isfinite(seen))
-        sound = ok & sound  # looked at once an epoch: a GPU is not kept waiting
+        sound = ok & sound  # read only once an epoch, so a GPU is not kept waiting
         if (step + 1) % (len(rows) // n) == 0 and not sound:
             return None
         progress(step + 1, total)
@@ -110,8 +110,8 @@ def tuned(
 ) -> dict[str, Any]:  # fmt: skip
     """Choose the factor, train with all labelled images of `split` (train, test), test once.
 
-    top1, top5, ci95, factor, trials, warning. Raises DataError if no image is left to choose by,
-    DivergedError where the best factor ends in numbers that are not finite.
+    Returns top1, top5, ci95, factor, trials, warning. Raises DataError if no image is left to
+    choose by, DivergedError if the best factor leads to numbers that are not finite.
     """
     y, (train, test) = dataset.labels, split
     inside, outside = (train[part] for part in holdout(y[train], seed))
@@ -139,7 +139,7 @@ def tuned(
     if not (classifier := fitted(train, trial)):
         raise DivergedError(f"{name}: training diverged at {best} times the authors' rate")
     edge = f"the best factor, {best}, is at the edge of those tried: a better one may lie beyond"
-    few = f"the rate was chosen by {len(outside)} images only"
+    few = f"the rate was chosen by only {len(outside)} images"
     said = [edge] * (best in (FACTORS[0], FACTORS[-1])) + [few] * (len(outside) < ENOUGH)
     found = {"factor": best, "trials": trials, "warning": "; ".join(said)}
     return scores(ranked(classifier, dataset, test, trial), y[test]) | found
@@ -149,10 +149,10 @@ def finetune(
     run: Run, dataset: Dataset, labels: int | None = None, epochs: int = 60,
     view: int | None = None, seed: int = 0, notify: Notify = quiet,
 ) -> dict[str, Any]:  # fmt: skip
-    """Accuracy of a run's network trained on with labels, beside the same one from scratch.
+    """Accuracy of a run's network trained further with labels, and of the same one from scratch.
 
-    In the form of probe.probe. view: side of the test views in px (None: as in training). Raises
-    DataError, DivergedError.
+    In the form of probe.probe's result. view: side of the test views in px (None: as in training).
+    Raises DataError, DivergedError.
     """
     device, _ = choose_device(run.config.device)
     split = labelled_and_test(dataset, labels, seed)

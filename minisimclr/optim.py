@@ -1,7 +1,7 @@
 """SGD with momentum and LARS: each step is one pass over every parameter.
 
-Weight decay is for weights alone: biases and batch-norm parameters are told apart by their kind,
-not by their name, and neither decayed nor adapted.
+Only weights are decayed: biases and batch-norm parameters, told apart by kind and not by name, are
+neither decayed nor adapted.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class SGD:
 
     v <- momentum v + lr (g + weight_decay w);  w <- w - v
 
-    The rate stands inside the buffer, so a changing `lr` acts on new gradients only.
+    The rate is inside the buffer v, so a changing `lr` acts on new gradients only.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SGD:
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 
     def step(self, ok: Any = True) -> None:
-        """Move every parameter that has a gradient, if `ok`: a number, perhaps on the device."""
+        """Move every parameter that has a gradient, if `ok` (which may be on the device)."""
         if moving := self.moving():
             update_all(moving[0][1].data, self, ok)
 
@@ -81,8 +81,8 @@ class SGD:
         momentum_update(p.data, p.grad, self.velocity[name], self.lr, self.momentum, decay)
 
     def gradient_square(self) -> Array:
-        """Squared length of all gradients as one vector, on their device: not finite as soon as
-        one number in them is not.
+        """Squared length of all gradients as one vector, on their device; not finite if any number
+        in them is not.
         """
         return square_of_all(self.moving()[0][1].data, self)
 
@@ -100,13 +100,12 @@ class SGD:
 
 
 class LARS(SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as SimCLR's authors have
-    it:
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888), as in SimCLR's code:
 
     g <- g + weight_decay w;  trust = eeta |w| / |g|;  v <- momentum v + lr trust g;  w <- w - v
 
-    |g| is of the gradient with its decay; trust is 1 where a norm is 0, and for every parameter
-    that is not a weight (google-research/simclr, lars_optimizer, classic momentum).
+    |g| includes the decay; trust is 1 if a norm is 0, and for every parameter that is not a weight
+    (google-research/simclr, lars_optimizer, classic momentum).
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class LARS(SGD):
     ):  # fmt: skip
         super().__init__(named_parameters, lr, momentum, weight_decay)
         self.eeta = eeta
-        self.trust: dict[str, Array] = {}  # last ratio of each weight, to look at
+        self.trust: dict[str, Array] = {}  # last ratio of each weight, for inspection
 
     def _update(self, name: str, p: Parameter, decay: float) -> None:
         lr = self.lr

@@ -1,14 +1,13 @@
 """Where a training step spends its time: every operation of the engine, forward and backward.
 
-The step is timed bare first; then, in a separate pass, an observer on the engine times each
-operation and counts what it must do at the least: floating-point operations, and bytes of its
-inputs and outputs. With the machine's own peak rates (a large matrix product, a long sum) these
-give each operation a floor,
+The step is first timed without observation; then, in a separate pass, an observer on the engine
+times each operation and counts the least it must do: floating-point operations, and bytes of its
+inputs and outputs. With the machine's own peak rates (a large matrix product, a long sum), these
+give each operation a least time (the "roofline" of Williams et al. 2009),
 
-    seconds >= max(flops / peak flops, bytes / peak bandwidth)     (Williams et al. 2009,
-    "roofline")
+    seconds >= max(flops / peak flops, bytes / peak bandwidth)
 
-and the share of it that was reached.
+and the share of the roofline that it reached.
 """
 
 import json
@@ -46,7 +45,7 @@ def profile(
     The step: encoder, head (D-D-128), NT-Xent, backward, SGD with momentum, on 2 * batch_size
     views. Returns step_seconds (median), views_per_second, peak_bytes (resident set; on a GPU its
     pool), roofline, ops (rows of name, direction, calls, seconds, flops, bytes), and events for a
-    trace. `notify` is told of progress.
+    trace. `notify` hears of progress.
     """
     given = {"steps": (steps, 1), "batch_size": (batch_size, 2), "image_size": (image_size, 8)}
     for name, (value, least) in given.items():
@@ -94,7 +93,7 @@ def profile(
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds that `run` takes, to the end of what it asks of the device."""
+    """Seconds that `run` takes, until the device has done what it asks."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -121,7 +120,7 @@ class Recorder:
         self.events: list[dict[str, Any]] = []
 
     def record(self, run: Callable[[], Any]) -> None:
-        """Run it with the observer in place."""
+        """Call `run` with the observer in place."""
         self.start = time.perf_counter()
         tensor.observer = self.observe
         try:
@@ -175,7 +174,7 @@ def saved_bytes(function: Function, direction: str) -> int:
 
 
 def flops(function: Function, direction: str, arrays: tuple, made: list) -> int:
-    """Multiplications and additions of the plain algorithm; one for each number made elsewhere.
+    """Multiplications and additions of the plain algorithm; elsewhere, one per number made.
 
     A fast convolution (Winograd) needs fewer: its rate may exceed the roofline.
     """

@@ -1,7 +1,7 @@
 """A run is a folder: configuration, logs and checkpoints of one pre-training.
 
-What is written there depends on the configuration and the data alone, but for `timings.jsonl` and
-`env.json`, which hold what depends on the clock and the machine; so a run that was stopped and
+What is written there depends only on the configuration and the data, except in `timings.jsonl` and
+`env.json`, which hold what depends on the clock and the machine. So a run that was stopped and
 resumed ends with the same bytes as one that was not.
 """
 
@@ -49,8 +49,8 @@ class Run:
 
     @staticmethod
     def path_for(out: Path | None, config: TrainConfig) -> Path:
-        """Where a new run will be: `out`, or runs/<time>-<encoder>. Raises ConfigError where
-        something is there, OutputError where nothing could be written.
+        """Where a new run will be: `out`, or runs/<time>-<encoder>. Raises ConfigError if something
+        is there already, OutputError if nothing can be written there.
         """
         path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
         if out and out.exists():
@@ -60,13 +60,13 @@ class Run:
         return path
 
     def save(self) -> None:
-        """Publish a checkpoint of this moment."""
+        """Publish a checkpoint of the current state."""
         folder = self.path / "checkpoints"
         arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
         for part, module in self.model.children():
             arrays |= checkpoint.prefixed(part, module.state_dict())
         state = {"step": self.step, "config": self.config.to_dict(), "data": self.data}
-        sync(self.path / "metrics.jsonl")  # what a checkpoint points into is on the disk before it
+        sync(self.path / "metrics.jsonl")  # on disk before the checkpoint that relies on it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
         checkpoint.prune(folder)
@@ -80,7 +80,7 @@ class Run:
             raise DataError(f"{log}: {said}: restore it")
 
     def diverged(self, step: int, seen: str) -> DivergedError:
-        """Log at which step training diverged and what was seen; the error that says so."""
+        """Log the step at which training diverged and what was seen; returns the error to raise."""
         with (self.path / "metrics.jsonl").open("ab", 0) as log:
             log_line(log, {"step": step, "diverged": seen})
         kept = checkpoint.listed(self.path / "checkpoints")
@@ -89,9 +89,7 @@ class Run:
         return DivergedError(f"training diverged at step {step}: {seen}; {advice}")
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Take over a checkpoint; returns its state. Raises ConfigError if config.json has changed
-        since.
-        """
+        """Load a checkpoint; returns its state. Raises ConfigError if config.json changed since."""
         arrays, state = checkpoint.load(path)
         for name, value in self.config.to_dict().items():
             was = state["config"].get(name, value)
@@ -125,7 +123,7 @@ class Plan:
 
 
 def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
-    """A run at step 0 that nothing has been written of."""
+    """A run at step 0, of which nothing has been written yet."""
     stem = first_layers(config.stem, config.encoder, config.image_size)
     model = Model.build(config.encoder, stem, config.width, config.seed)
     model.to(device)
@@ -135,7 +133,7 @@ def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration of the run at `path`. Raises DataError where there is no run."""
+    """The configuration of the run at `path`. Raises DataError if there is no run."""
     try:
         entries = json.loads((path / "config.json").read_text())
         config = TrainConfig(**{name: entry["value"] for name, entry in entries.items()})
@@ -146,20 +144,20 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def moved(path: Path, data: str) -> str:
-    """Where the pictures of the run at `path` are: where they were, or, as both may have moved
-    together, in a folder of the same name here or above the run.
+    """Where the pictures of the run at `path` are: where they were or, as both may have moved
+    together, under the same name in the current folder or in one above the run.
     """
     if data in BUILT_IN or Path(data).exists():
         return data
     places = (folder / Path(data).name for folder in (Path.cwd(), *path.resolve().parents))
     found = (place for place in places if place.exists() and not (place / "config.json").exists())
-    return str(next(found, data))  # what has settings is a run of that name
+    return str(next(found, data))  # one with config.json is a run of that name
 
 
 def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
-    """The run at `path` at its newest whole checkpoint, and that one's state ({} at step 0).
+    """The run at `path` at its newest whole checkpoint, and its state ({} at step 0).
 
-    A damaged checkpoint is passed over with a warning; DataError if all of them are.
+    A damaged checkpoint is skipped with a warning; DataError if all of them are damaged.
     """
     path = Path(path)
     run = new_run(path, read_config(path), device)
@@ -191,7 +189,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    making = out.with_name(f".{out.name}.{os.getpid()}")  # a disk that fills up leaves nothing
+    making = out.with_name(f".{out.name}.{os.getpid()}")  # a full disk leaves nothing behind
     try:
         (making / "checkpoints").mkdir(parents=True)
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
@@ -204,13 +202,13 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
 
 
 def log_line(log: Any, values: dict[str, Any]) -> None:
-    """Append a line to a file open without a buffer: none fails once more when it is closed."""
+    """Append a line to a file opened without a buffer, so that closing it cannot fail again."""
     line = (json.dumps(values) + "\n").encode()
     try:
-        while line := line[log.write(line) :]:  # a disk that fills up takes a part
+        while line := line[log.write(line) :]:  # a disk that fills up takes only a part
             pass
     except OSError as error:
-        error.filename = log.name  # which a full disk does not tell
+        error.filename = log.name  # missing when the disk is full
         raise
 
 
@@ -225,8 +223,8 @@ def stop_signals() -> Iterator[dict[str, str]]:
 
     def handle(number: int, frame: Any) -> None:
         note["signal"] = signal.Signals(number).name
-        with suppress(OSError):  # nobody may be there to read it
-            os.write(2, STOPPING)  # in a handler print may meet itself
+        with suppress(OSError):  # there may be no one to read it
+            os.write(2, STOPPING)  # print could interrupt itself in a handler
         for s, handler in before.items():
             signal.signal(s, handler)
 

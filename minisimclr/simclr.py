@@ -23,9 +23,9 @@ class Model(Module):
 
     @classmethod
     def build(cls, encoder: str, stem: str, width: int, seed: int, d_out: int = 128) -> "Model":
-        """A fresh model; with one version of NumPy its weights are a function of the arguments.
+        """A fresh model; for a given NumPy version, the arguments alone determine its weights.
 
-        width 0 is the encoder's own.
+        width 0 means the encoder's own.
         """
         size = {"width": width} if width else {}
         f = ENCODERS[encoder](stem=stem, seed=seed, **size)
@@ -83,8 +83,8 @@ def training_step(
 ) -> Step:
     """One step of Algorithm 1 on images (N, H, W, 3) uint8, `views` being the draws of t and t'.
 
-    Where the loss or a gradient is not finite the weights are left as they were. Nothing here waits
-    for a GPU.
+    If the loss or a gradient is not finite, the weights stay as they were. Nothing here waits for
+    a GPU.
     """
     n = len(images)
     model.train()
@@ -102,17 +102,17 @@ def training_step(
 
 
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
-    """Replace a network's running statistics by the mean of those of the batches of the views x.
+    """Set a network's running statistics to the mean of those of batches of the views x.
 
-    A last, shorter batch is left out. Statistics kept in training lag behind weights that move
-    fast; after few steps, and with random weights, they still hold the 0 and 1 they began with
+    A last, shorter batch is left out. Statistics kept in training lag behind fast-moving weights;
+    after few steps, and with random weights, they still hold the 0 and 1 they began with
     (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
     """
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     module.train()
     for m in norms:
-        m.running_mean.fill(0)  # else a rounding of the old ones would stay
+        m.running_mean.fill(0)  # else a rounding error of the old ones would stay
         m.running_var.fill(0)
     for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
         for m in norms:

@@ -3,9 +3,9 @@
 A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
 attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
 array lives on after the forward pass only if some operation saved it. `backward` visits operations
-in reverse topological order and frees each one right after use: what was saved goes while gradients
-come. Gradients are arrays: nothing here can be differentiated twice, and a second backward through
-the same graph raises.
+in reverse topological order and frees each one right after use, so that saved arrays make room for
+gradients. Gradients are plain arrays: nothing here can be differentiated twice, and a second
+backward through the same graph raises an error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .backend import Array, to_host, xp_of
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
-# A profiler may put itself here: called as observer(function, direction, run, arrays) around every
-# forward and backward, it must return run(*arrays).
+# A profiler may set this: it is called as observer(function, direction, run, arrays) for every
+# forward and backward, and must return run(*arrays).
 observer: Callable[[Function, str, Callable, tuple], Any] | None = None
 
 
@@ -40,8 +40,8 @@ def no_grad() -> Iterator[None]:
 class Tensor:
     """An array that remembers the operation that made it.
 
-    data: numpy or cupy array, float32, float64 and bfloat16 kept as given, anything else,
-        numbers and lists of them too, made float32.
+    data: numpy or cupy array; float32, float64 and bfloat16 are kept, anything else (numbers and
+        lists of them too) becomes float32.
     grad: None, or an array like `data` once `backward` has reached this leaf.
     """
 
@@ -72,7 +72,7 @@ class Tensor:
 
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
-            data = np.asarray(data, np.float32)  # Python's numbers have no precision that was meant
+            data = np.asarray(data, np.float32)  # Python's numbers imply no precision
         if isinstance(data, Tensor):
             raise TypeError("a Tensor is made of an array, not of a Tensor: use it, or its .data")
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
@@ -111,10 +111,9 @@ class Tensor:
         return f"Tensor({self.data}{history})"
 
     def backward(self, gradient: Array | None = None) -> None:
-        """Add d(self)/d(leaf), times `gradient` (default 1, for a scalar), to `.grad` of every
-        leaf.
+        """Add d(self)/d(leaf) times `gradient` (default 1, for a scalar) to every leaf's `.grad`.
 
-        Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError where
+        Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError if
         there is no graph (no input asked for gradients, or an earlier backward used it up).
         """
         if self.creator is None:
@@ -141,11 +140,11 @@ class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 
     `backward` returns the gradient of each input (a tuple, or one array for one input); where
-    `self.needs[i]` is false it may save the work and return None. Both may write only into arrays
-    they have allocated themselves: inputs, `gy` and saved arrays belong to others as well.
+    `self.needs[i]` is false it may skip the work and return None. Both may write only into arrays
+    they have allocated themselves: inputs, `gy` and saved arrays are shared with others.
     """
 
-    # Who made each input; the input, if it is a leaf; None if it needs no gradient.
+    # For each input: the Function that made it; itself, if a leaf; None if it needs no gradient.
     parents: tuple[Function | Tensor | None, ...] = ()
     needs: tuple[bool, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -184,18 +183,18 @@ class Function:
 
 @singledispatch
 def added(a: Array, b: Array) -> Array:
-    """a + b, of one shape, in an array of their own"""
+    """a + b, both of the same shape, in a new array"""
     return a + b
 
 
 def memory_of(a: Array) -> int:
-    """The same number for arrays that are views of the same memory."""
+    """A number that all views of the same memory share."""
     return id(a if a.base is None else a.base)
 
 
 def _backpropagate(root: Function, gradient: Array) -> None:
     gradients = {root: gradient}
-    owned: set[Function] = set()  # their gradient is a sum made here: it may be added to in place
+    owned: set[Function] = set()  # their gradient is a sum made here: safe to add to in place
     waiting = _count_children(root)
     ready = [root]
     while ready:
@@ -203,7 +202,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         gy = gradients.pop(function)
         run, lent = function.backward, {memory_of(gy)}
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
-        del gy  # the last reference but for those that saved it
+        del gy  # the last reference, unless an operation saved it
         gxs = gxs if isinstance(gxs, tuple) else (gxs,)
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
@@ -211,7 +210,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
             assert gx is not None and gx.shape == shape, (
                 f"{type(function).__name__}: gradient {np.shape(gx)} of an input of shape {shape}"
             )
-            if isinstance(parent, Tensor):  # whose gradient is its own, to write into
+            if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into
                 gx = gx.astype(parent.dtype, copy=memory_of(gx) in lent or 0 in gx.strides)
                 lent.add(memory_of(gx))
                 parent.grad = gx if parent.grad is None else parent.grad + gx
@@ -234,7 +233,7 @@ def _count_children(root: Function) -> dict[Function, int]:
     """For every operation below `root`, how many others will send it a gradient."""
     children = {root: 0}
     stack = [root]
-    while stack:  # no recursion: graphs are deeper than Python's stack
+    while stack:  # no recursion: graphs get deeper than Python's stack
         function = stack.pop()
         if function.used_up:
             raise RuntimeError(
@@ -253,13 +252,12 @@ def gradcheck(
     fn: Callable[..., Tensor], *arrays: np.ndarray, eps: float = 1e-5, rtol: float = 1e-7,
     seed: int = 0,
 ) -> None:  # fmt: skip
-    """Check fn's gradients against finite differences, in float64, along one random direction an
-    input.
+    """Check fn's gradients against finite differences in float64, one random direction per input.
 
-    fn maps Tensors to a Tensor. For each input a random tangent v and one random cotangent u must
-    fulfil <u, J v> = <J'u, v>; the left side costs two forwards whatever the size. Inputs and u are
-    read-only meanwhile, so an operation that writes into them raises. Raises AssertionError that
-    names the input.
+    fn maps Tensors to a Tensor. For each input, a random tangent v and one random cotangent u must
+    satisfy <u, J v> = <J'u, v>; the left side costs two forwards, whatever the size. Inputs and u
+    are read-only meanwhile, so an operation that writes into them raises an error. Raises
+    AssertionError naming the input.
     """
     rng = np.random.default_rng(seed)
     points = [np.array(a, np.float64) for a in arrays]
@@ -280,7 +278,7 @@ def gradcheck(
         numeric = float(terms.sum())  # <u, J v>
         assert tensor.grad is not None, f"gradcheck: input {i} got no gradient"
         analytic = float(np.sum(tensor.grad * v))  # <J'u, v>
-        # Terms may cancel: their sum can be no more exact than their size allows.
+        # Terms may cancel: their sum is only as exact as their sizes allow.
         if not abs(numeric - analytic) <= rtol * (1e-6 + float(abs(terms).sum())):
             raise AssertionError(
                 f"gradcheck: input {i} of shape {point.shape}: backward says {analytic:.10g}, "

@@ -1,4 +1,4 @@
-"""Pre-training: epochs around Algorithm 1, with logs, checkpoints, and a way to stop and go on."""
+"""Pre-training: epochs around Algorithm 1, with logs, checkpoints, stopping and resuming."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ MONITORED = 256  # images for batch norm statistics, alignment, uniformity and r
 
 
 def quiet(event: str, values: dict[str, Any]) -> None:
-    """Tell nobody."""
+    """A `notify` that reports nothing."""
 
 
 def say(event: str, values: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def say(event: str, values: dict[str, Any]) -> None:
 
 
 def epoch_line(epoch: int, epochs: int, **v: Any) -> str:
-    """An epoch in figures."""
+    """The figures of an epoch, as a line."""
     return (
         f"epoch {epoch}/{epochs}  loss {v['mean_loss']:.3f} (chance {v['chance']:.3f})  "
         f"contrastive accuracy {v['mean_accuracy']:.0%}  alignment {v['alignment']:.2f}  "
@@ -56,15 +56,15 @@ def pretrain(
 
     out: must not exist (default runs/<time>-<encoder>). origins: where each setting came from,
     stored with it. time_limit: seconds after which to save and stop; it never changes the schedule.
-    notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values); `quiet` tells
-    nobody. Raises ConfigError, DataError, OutputError, and DivergedError where the loss stops being
-    a number.
+    notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values); `quiet`
+    ignores them. Raises ConfigError, DataError, OutputError, and DivergedError if the loss stops
+    being a number.
     """
-    path = Run.path_for(out and Path(out), config)  # before long work, not after it
+    path = Run.path_for(out and Path(out), config)  # fail before long work, not after it
     set_threads(config.threads)
     with backend.precision(config.precision, *choose_device(config.device)):
-        pass  # whatever is wrong with them shows now
-    if config.data not in BUILT_IN:  # the run will be used from other folders as well
+        pass  # raises now if the device or the precision cannot be used
+    if config.data not in BUILT_IN:  # the run will be used from other folders too
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
     if not out and path.exists():  # another run began in the same second
@@ -93,8 +93,9 @@ def resume(
     path: Path, *, time_limit: float | None = None, notify: Notify = say,
     dataset: Dataset | None = None, device: str | None = None,
 ) -> Run:  # fmt: skip
-    """Go on with the run at `path` from its newest checkpoint (step 0 without one) to its end, on
-    its own device or another.
+    """Continue the run at `path` from its newest checkpoint (step 0 without one) to its end.
+
+    device: to use instead of the run's own.
     """
     path = Path(path)
     config = replace(kept := read_config(path), device=device or kept.device)
@@ -116,7 +117,7 @@ def resume(
                 raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
             run.check_log(logged)
             os.truncate(log, logged)  # lines after the checkpoint will be written again
-            if (clock := path / "timings.jsonl").exists():  # a line torn by a crash would tear more
+            if (clock := path / "timings.jsonl").exists():  # drop a line that a crash cut short
                 os.truncate(clock, clock.read_bytes().rfind(b"\n") + 1)
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
@@ -138,12 +139,12 @@ def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> 
 
 
 def sample_views(dataset: Dataset, size: int, device: str) -> Array:
-    """Centre views (n, size, size, 3) to calibrate a model with."""
+    """Centre views (n, size, size, 3) for calibrating a model."""
     return to_device(augment.center_view(dataset.sample(MONITORED), size), device)
 
 
 def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
-    """One step of Algorithm 1, on its way, and what is known of its line in the log."""
+    """Start one step of Algorithm 1; returns it and what is known so far of its log line."""
     config, optimizer = run.config, run.optimizer
     optimizer.lr = plan.rate(run.step)
     views = draw(config, run.step, images)
@@ -164,10 +165,10 @@ def train(
     seen: list[tuple[float, ...]] = []  # figures of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
-    mark = 0.0  # when the step before was read
+    mark = 0.0  # when the previous step was read
     first, warned = run.step, False
     with (
-        np.errstate(over="ignore", invalid="ignore"),  # a step that is not finite says so
+        np.errstate(over="ignore", invalid="ignore"),  # steps that are not finite are reported
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("ab", 0) as metrics,
         (run.path / "timings.jsonl").open("ab", 0) as timings,
@@ -219,16 +220,16 @@ def train(
 
 
 def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
-    """Loss, accuracy, seconds and data wait of an epoch's steps of `n` images, as their means."""
+    """Mean loss, accuracy, seconds and data wait of an epoch's steps of `n` images each."""
     loss, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
     means = {"mean_loss": loss, "mean_accuracy": accuracy, "data_wait": waited}
     return means | {"seconds": seconds, "views_per_second": 2 * n / seconds}
 
 
-LONG_WARMUP = "the rate rises for {} epochs and there are {}: lower --warmup-epochs"
+LONG_WARMUP = "the rate rises for {} epochs, but the run has {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}, which it has where "
+    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}, its value when "
     "all views look alike; {:.1%} of the views found their partner, by chance {:.1%} would. Early "
     "on that is normal; later, try a lower --lr, as small batches need, or a lower --temperature, "
     "and look for a rate of zero or collapse"
@@ -247,7 +248,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     h1, h2 = (run.model.encode(x, run.config.at_once) for x in pair)
     z1, z2 = run.model.project(h1), run.model.project(h2)
     if not all(xp_of(seen).isfinite(seen).all() for seen in (h1, z1, z2)):
-        raise run.diverged(run.step, "it left the network's outputs not finite")
+        raise run.diverged(run.step, "the network's outputs are not finite")
     cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
     positive = np.eye(len(cosines), dtype=bool)
     line: dict[str, Any] = {
@@ -263,7 +264,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
 
 
 def dry_run(config: TrainConfig, notify: Notify, out: Path | None = None) -> dict[str, Any]:
-    """What `pretrain` would do, from a few steps that are thrown away; writes no run folder."""
+    """What `pretrain` would do, estimated from a few discarded steps; writes no run folder."""
     path = Run.path_for(out, config)
     set_threads(config.threads)
     device, reason = choose_device(config.device)

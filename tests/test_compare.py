@@ -146,7 +146,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     tried = [(factor, 3) for factor in (1 / 16, 1 / 4, 1, 4, 16, 64)]
     assert [call[:2] for call in calls] == [*tried, (16, 7)]
     assert (found["factor"], found["top1"]) == (16, 1.0)
-    assert found["warning"] == "the rate was chosen by 12 images only"
+    assert found["warning"] == "the rate was chosen by only 12 images"
     assert found["trials"][-1] == {"factor": 64, "validation": 0.0}
     assert all(not np.isin(test, rows).any() for *_, rows in calls)
     assert [len(rows) for *_, rows in calls] == [48] * 6 + [len(train)]

@@ -43,7 +43,7 @@ def test_any_failing_call_leaves_the_old_file_or_the_new_one(tmp_path, monkeypat
 def test_what_is_no_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "device")
     for name in ("device", ""):
-        with pytest.raises(OSError, match="no file that could be replaced"):
+        with pytest.raises(OSError, match="not a file that can be replaced"):
             files.write_bytes(tmp_path / name, b"new")
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 

@@ -225,7 +225,7 @@ def test_pooling_that_does_not_fit_is_refused(pool):
     with pytest.raises(ValueError, match=r"kernel \(5, 3\) exceeds images \(2, 4, 4, 1\)"):
         pool(Tensor(np.ones((2, 4, 4, 1))), (5, 3), 1)
     for sizes in ((2, 2, 2), (0, 1, 0), (2, 0, 0)):  # windows of padding alone, of nothing; no step
-        with pytest.raises(ValueError, match="a kernel exceeds its padding, a stride is 1 or more"):
+        with pytest.raises(ValueError, match="kernel must exceed padding, stride must be"):
             pool(Tensor(np.ones((2, 4, 4, 1))), *sizes)
     with pytest.raises(ValueError, match="256 pixels is too large"):
         max_pool(Tensor(np.ones((2, 16, 16, 1))), 16, 1)

@@ -161,7 +161,7 @@ def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("last_step, seen", [
     (1, "step 2: loss nan, gradient norm nan"),
     (3, "step 4: loss nan, gradient norm nan"),
-    (4, "step 4: it left the network's outputs not finite"),  # the last one of an epoch
+    (4, "step 4: the network's outputs are not finite"),  # the last one of an epoch
 ])  # fmt: skip
 def test_a_run_that_diverged_is_named(last_step, seen, config, tmp_path, monkeypatch):
     rates = [0.1] * (last_step - 1) + [1e30] * 9

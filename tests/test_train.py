@@ -510,7 +510,7 @@ def test_a_rate_that_never_reaches_its_peak_is_said(config, tmp_path):
     short = replace(config, epochs=1, warmup_epochs=1.5)
     pretrain(short, tmp_path / "run", notify=lambda event, values: said.append((event, values)))
     texts = [values["text"] for event, values in said if event == "warning"]
-    assert texts[0] == "the rate rises for 1.5 epochs and there are 1: lower --warmup-epochs"
+    assert texts[0] == "the rate rises for 1.5 epochs, but the run has 1: lower --warmup-epochs"
 
 
 def test_a_log_that_is_gone_is_missed(config, tmp_path):

@@ -1,8 +1,8 @@
 """The report's three systems beside their controls: one table and one curve from one command.
 
-Each part joins results.json as soon as it is made, under a key of all it depends on. A later call
-makes only the parts whose keys are new, so it also goes on where an interrupted one stopped; what
-belongs to another run or other settings stays in the file, under "others".
+Each part is added to results.json as soon as it is made, under a key of all it depends on. A later
+call makes only the parts whose keys are new, so it also continues where an interrupted one stopped;
+results of another run or other settings stay in the file, under "others".
 """
 
 import hashlib
@@ -34,14 +34,14 @@ BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
 IMAGENET, HOLDS_DOGS = "ImageNet", ", which holds Stanford Dogs, test photos too"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best", "trials")
-PROTOCOL = 2  # to be counted up when figures made before are no longer those made now
+PROTOCOL = 2  # raise it when figures made before would now come out differently
 Row = dict[str, Any]
 
 
 class Part(NamedTuple):
     """Rows that are made together: what is known of them before, and how to get their figures."""
 
-    depends: list[Any]  # all that the figures rest on; empty where an input is not at hand
+    depends: list[Any]  # all that the figures depend on; empty if an input is missing
     rows: list[Row]
     make: Callable[[], list[Row]]
     table: str = "rows"  # or "curve"
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 
 def row(system: str, method: str, pretraining: str, pixels: str, command: str) -> Row:
-    """What a row says of itself."""
+    """What a row says about itself."""
     return {
         "system": system, "method": method, "pretraining": pretraining, "pixels": pixels,
         "imagenet_weights": pretraining.startswith(IMAGENET), "command": f"minisimclr {command}",
@@ -96,8 +96,8 @@ class Comparison:
     def make(self, out: Path) -> dict[str, Any]:
         """Make what is not in out/results.json yet, write it there, return all of it.
 
-        A part that cannot be made is "not run", with the reason. Raises DataError where that file
-        is another one.
+        A part that cannot be made is "not run", with the reason. Raises DataError if that file
+        holds something else.
         """
         path = out / "results.json"
         done = made_before(path)
@@ -120,7 +120,7 @@ class Comparison:
         return self.keep(path, parts, done, reasons)
 
     def keep(self, path: Path, parts: list[Part], done: dict, reasons: dict) -> dict[str, Any]:
-        """Write results.json, with what another process may have made meanwhile."""
+        """Write results.json, with what another process may have added meanwhile."""
         results = self.collected(parts, made_before(path) | done, reasons)
         write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
         return results
@@ -128,7 +128,7 @@ class Comparison:
     def collected(
         self, parts: list[Part], done: dict[str, list[Row]], reasons: dict[str, str]
     ) -> dict[str, Any]:
-        """results.json as far as it is made."""
+        """The content of results.json so far."""
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
         results["chance"] = majority_share(self.dataset.labels[self.test])
         results |= {"rows": [], "curve": []}
@@ -140,11 +140,11 @@ class Comparison:
         return results
 
     def digest(self, file: Path) -> str:
-        """SHA-256 of a file of weights. Raises DataError if it is none."""
+        """SHA-256 of a file of weights. Raises DataError if it is not one."""
         return file_sha256(weights.read(file).path)
 
     def figures(self, made: Row) -> Row:
-        """What a row takes over of the result of a probe."""
+        """What a row takes from the result of a probe."""
         counts = {"labels": len(self.train), "test": len(self.test)}
         return counts | {name: made[name] for name in FIGURES if name in made}
 
@@ -161,7 +161,7 @@ class Comparison:
         return baseline.inception(self.dataset, file, BLOCK, self.run.config.device, self.notify)
 
     def on_inception(self) -> Part:
-        """Dense and linear layers on frozen features of InceptionV3; DataError for others."""
+        """Dense and linear layers on frozen InceptionV3 features; DataError for other weights."""
         file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
         options = f"{file.name if file else 'FILE'} --data {self.name}"
         dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
@@ -176,7 +176,7 @@ class Comparison:
         return Part(depends, rows, lambda: [self.dense(extract), self.linear(extract)])
 
     def on_random_inception(self) -> Part:
-        """The control of InceptionV3, where that takes part: the same layers on a random one."""
+        """The control of InceptionV3, if that takes part: the same layers on a random one."""
         name, pixels = f"InceptionV3 {BLOCK}, random weights", f"{self.side} px as 299"
         options = f"--data {self.name} --image-size {self.side} --trials {self.trials}"
         rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
@@ -260,7 +260,7 @@ class Comparison:
         return Part([*self.depends, "curve", digest], rows, make, "curve")
 
     def efficiency(self, X: np.ndarray, test_X: np.ndarray, per_class: int | None) -> Row:
-        """top1 of linear heads on features X, each with other labels drawn from all there are."""
+        """top1 of linear heads on features X, each with a different draw of the labels."""
         y, test_y = self.dataset.labels[self.train], self.dataset.labels[self.test]
         draws = [
             some_of_each(y, per_class or len(y), seed) for seed in range(DRAWS if per_class else 1)
@@ -272,7 +272,7 @@ class Comparison:
 
 
 def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of `count` labels of each class, or all it has; a smaller count draws a part."""
+    """Indices of `count` labels of each class, or all it has; a smaller count draws a subset."""
     rows = by_class(labels, seed)
     sizes = np.unique(labels, return_counts=True)[1]
     place = np.concatenate([np.arange(size) for size in sizes])  # within the class
@@ -280,7 +280,7 @@ def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def pretraining_seconds(path: Path) -> dict[str, float]:
-    """How long the steps in a run's timings.jsonl took; nothing if that cannot be told."""
+    """How long the steps in a run's timings.jsonl took; empty if that cannot be read."""
     try:
         steps = [json.loads(line) for line in path.read_text().splitlines()]
         return {"pretraining_seconds": sum({s["step"]: s["seconds"] for s in steps}.values())}

@@ -9,14 +9,14 @@ import numpy as np
 from ..errors import DataError
 from ..files import fits
 
-# How measured rows are made, and points of the curve.
+# The form of measured rows, and of points of the curve.
 ABOUT = dict.fromkeys(("system", "method", "pretraining", "pixels", "key"), str)
 MEASURED = ABOUT | {"top1": float, "ci95": (float, float), "labels": float, "seconds": float}
 POINT = {"system": str, "key": str, "per_class": object, "top1": [float], "labels": float}
 
 
 def made_before(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows in results.json by the key of their part. Raises DataError if it is another file."""
+    """The rows in results.json by the key of their part. Raises DataError for other files."""
     done: dict[str, list[dict[str, Any]]] = {}
     if path.exists():
         try:

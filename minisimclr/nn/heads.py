@@ -8,9 +8,9 @@ from .module import Module
 
 
 class ProjectionHead(Module):
-    """z = g(h): dense layers without bias, each with batch norm, ReLU between them.
+    """z = g(h): dense layers without bias, each with batch norm, and ReLU between them.
 
-    The authors' form (google-research/simclr, projection_head): the last batch norm only scales.
+    As in the authors' projection_head (google-research/simclr), the last batch norm only scales.
     d_in and d_hidden are the encoder's D, d_out 128; `layers` is 2 in SimCLR, 3 in SimCLRv2.
     """
 

@@ -96,7 +96,7 @@ def paths(fork: list) -> list[list]:
 
 
 def build(owner: Module, steps: list, c: int, rng: np.random.Generator) -> int:
-    """Give `owner` the convolutions of a path that reads c channels; how many channels it makes."""
+    """Give `owner` the convolutions of a path that reads c channels; returns how many it makes."""
     for step in steps:
         if isinstance(step, list):
             c = sum(build(owner, path, c, rng) for path in paths(step))
@@ -107,7 +107,7 @@ def build(owner: Module, steps: list, c: int, rng: np.random.Generator) -> int:
 
 
 def run(owner: Module, steps: list, x: Tensor) -> Tensor:
-    """A path of `owner` applied to x."""
+    """Apply a path of `owner` to x."""
     for step in steps:
         if isinstance(step, list):
             x = concatenate([run(owner, path, x) for path in paths(step)], axis=3)
@@ -121,7 +121,7 @@ def run(owner: Module, steps: list, x: Tensor) -> Tensor:
 
 
 class InceptionV3(Module):
-    """Images (N, H, W, 3) in [-1, 1], made for 299 px and at least 75 -> features (N, 2048).
+    """Images (N, H, W, 3) in [-1, 1], at least 75 px, made for 299 -> features (N, 2048).
 
     No classifier. Random weights are a pure function of `seed`.
     """
@@ -135,7 +135,7 @@ class InceptionV3(Module):
             setattr(self, attribute, block)
 
     def features(self, x: Tensor, block: str) -> Tensor:
-        """What the block "mixed0" ... "mixed10" puts out, (N, H', W', C); no later one runs.
+        """Output (N, H', W', C) of the block "mixed0" ... "mixed10"; later blocks do not run.
 
         Raises ConfigError for another name.
         """

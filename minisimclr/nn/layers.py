@@ -1,4 +1,4 @@
-"""Layers with parameters: convolution, dense, batch normalisation; dropout. And how they start."""
+"""Layers: convolution, dense, batch normalisation, dropout; and their initial weights."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from .module import Module
 class Conv2d(Module):
     """Convolution without bias of images (N, H, W, C); weight (KH, KW, C, O).
 
-    Starts normal with variance 2 / (KH KW O), which keeps the size of gradients through ReLU
-    (He et al. 2015, "fan out", as torchvision's ResNets).
+    Weights start normal with variance 2 / (KH KW O), which keeps the size of gradients through ReLU
+    (He et al. 2015, "fan out", as in torchvision's ResNets).
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Linear(Module):
 
 
 class BatchNorm(Module):
-    """Batch normalisation of (..., C) with running statistics, torch's names and conventions.
+    """Batch normalisation of (..., C) with running statistics, in torch's names and conventions.
 
-    Called with a residual and relu=True it does the end of a ResNet block in the same two passes.
+    With a residual and relu=True, it computes the end of a ResNet block in the same two passes.
     beta=False leaves out the shift, as the last layer of SimCLR's projection head does.
     """
 
@@ -76,8 +76,9 @@ class BatchNorm(Module):
 
 
 class Dropout(Module):
-    """Zero a share p of the numbers while training, scale the others by 1 / (1 - p): "inverted", so
-    that nothing is left to do afterwards (Srivastava et al. 2014).
+    """While training, zero a share p of the numbers and scale the others by 1 / (1 - p).
+
+    This "inverted" dropout leaves nothing to do in evaluation (Srivastava et al. 2014).
     """
 
     def __init__(self, p: float, *, rng: np.random.Generator):

@@ -49,7 +49,7 @@ class Module:
                     yield path + name, module, name, value
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Each once, by the first of its names: one that modules share moves once a step."""
+        """Each parameter once, by its first name, so that a shared one moves once per step."""
         seen: set[int] = set()
         for name, _, _, value in self._members():
             if isinstance(value, Parameter) and id(value) not in seen:
@@ -93,10 +93,10 @@ class Module:
         return {name: _to_torch_layout(_array(v)).shape for name, _, _, v in self._members()}
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]], origin: Any = "this state") -> None:
-        """Raise DataError that tells the first differences unless a state dict of `shapes` fits.
+        """Raise DataError naming the first differences unless a state dict of `shapes` fits.
 
         `origin` is what the message calls the state dict. Accepted: a missing num_batches_tracked,
-        and an extra classifier (`fc.*`) where there is none.
+        and an extra classifier (`fc.*`) where this module has none.
         """
         own = self.shapes()
         differences = {
@@ -115,7 +115,7 @@ class Module:
             raise DataError(f"{origin} does not fit this model: {' and '.join(what)}")
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Take over arrays in state_dict's form, cast to this module's dtype; all or nothing.
+        """Load arrays in state_dict's form, cast to this module's dtype; all or nothing.
 
         Strict: raises DataError as `check_shapes` does.
         """
@@ -144,7 +144,7 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 class Sequential(Module):
-    """Modules, or functions such as relu, applied one after the other and named "0", "1", ..."""
+    """Modules, or functions such as relu, applied one after another and named "0", "1", ..."""
 
     def __init__(self, *steps: Callable[[Tensor], Tensor]):
         for i, step in enumerate(steps):

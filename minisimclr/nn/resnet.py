@@ -22,7 +22,7 @@ STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "simclr": (7, 2, 3), "small"
 
 
 def shortcut(c: int, o: int, stride: int, rng: np.random.Generator) -> Module | None:
-    """What carries x past a block: itself (None), or a 1x1 convolution where the shape changes."""
+    """What carries x past a block: x itself (None), or a 1x1 convolution if the shape changes."""
     if stride == 1 and c == o:
         return None
     return Sequential(Conv2d(c, o, 1, stride, rng=rng), BatchNorm(o))
@@ -64,9 +64,9 @@ class Bottleneck(Module):
 
 
 class ResNet(Module):
-    """Stem; stages of blocks, each but the first halving the image and doubling the width; the mean
-    over all pixels.
+    """A stem, stages of blocks, and the mean over all pixels.
 
+    Each stage but the first halves the image and doubles the width.
     blocks: blocks in each stage; `features` is D. Random weights are a pure function of `seed`.
     """
 

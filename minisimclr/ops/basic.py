@@ -14,10 +14,10 @@ from .product import matmul
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
-    """A Tensor as it is; a number or array in the dtype (and array library) of `like`."""
+    """A Tensor unchanged; a number or array as one, in the dtype and array library of `like`."""
     if isinstance(value, Tensor):
         return value
-    if value is None:  # NumPy would take it for NaN
+    if value is None:  # NumPy would turn it into NaN
         raise TypeError("an operand is None: a gradient that backward() has not reached?")
     return Tensor(xp_of(like.data).asarray(value, dtype=like.dtype))
 
@@ -80,7 +80,7 @@ class Power(Function):
         return x**self.p
 
     def backward(self, gy):
-        return gy * (self.p * self.x ** (self.p - 1) if self.p else 0)  # at x = 0, too
+        return gy * (self.p * self.x ** (self.p - 1) if self.p else 0)  # p = 0: right at x = 0, too
 
 
 class Exp(Function):
@@ -122,7 +122,7 @@ class ReLU(Function):
 
 
 class MatMul(Function):
-    """a @ b for matrices (..., n, k) @ (..., k, m), stacks of them broadcasting"""
+    """a @ b for matrices (..., n, k) and (..., k, m); stacks of them broadcast"""
 
     def forward(self, a, b):
         if a.ndim < 2 or b.ndim < 2:
@@ -196,7 +196,7 @@ class Transpose(Function):
 
 
 class GetItem(Function):
-    """x[key] for slices, integers and masks (an index array may take a number twice)"""
+    """x[key] for slices, integers and masks (no index arrays: they could repeat an element)"""
 
     def __init__(self, key: Any):
         self.key = key
@@ -256,7 +256,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def cast(x: Tensor, dtype: Any) -> Tensor:
-    """x in a floating type: itself, where it is of that type"""
+    """x in another floating type; x itself if it already has that type"""
     return x if x.dtype == dtype else Cast(dtype)(x)
 
 

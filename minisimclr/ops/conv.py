@@ -1,10 +1,10 @@
 """Convolution as matrix products: unfold patches, multiply, fold back (im2col, Chellapilla et al.
 2006).
 
-Three passes make one layer's work: its output, the gradient of its input, the gradient of its
-weight. Each unfolds a few images at a time, so the workspace does not grow with the batch: on a CPU
-it stays near the size of a cache. Arrays are NHWC and weights HWIO: (KH, KW, C, O), so that a
-weight is a matrix as it lies in memory.
+A layer's work is three passes: its output, the gradient of its input, the gradient of its weight.
+Each unfolds a few images at a time, so the workspace does not grow with the batch: on a CPU it
+stays near the size of a cache. Arrays are NHWC and weights HWIO, (KH, KW, C, O), so that a weight
+is already a matrix in memory.
 """
 
 from functools import singledispatch
@@ -18,7 +18,7 @@ from .product import matmul
 
 Pair = tuple[int, int]
 WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
-GPU_WORKSPACE = 1 << 27  # there: products large enough to keep all its multiprocessors busy
+GPU_WORKSPACE = 1 << 27  # on a GPU: products large enough to keep all multiprocessors busy
 
 
 def output_size(x_shape: tuple, w_shape: tuple, stride: Pair, padding: Pair) -> Pair:
@@ -46,9 +46,7 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
 
 @singledispatch
 def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
-    """The transpose of `unfold`, into `out`: each pixel of (N, H, W, C) sums what its patches hold
-    of it.
-    """
+    """The transpose of `unfold`: each pixel of `out` (N, H, W, C) sums its copies in patches."""
     (kh, kw), (sh, sw), (ph, pw), (oh, ow) = kernel, stride, padding, size
     n, h, w, c = out.shape
     patches = patches.reshape(n, oh, ow, kh, kw, c)
@@ -61,8 +59,8 @@ def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, 
 
 
 def image_blocks(x: Array, row_size: int) -> list[slice]:
-    """Split a batch of images so that a block of their rows fits the workspace: into blocks alike,
-    as a short one would leave a GPU half idle.
+    """Split a batch of images into blocks whose rows fit the workspace, all of about the same
+    size, since a short one would leave a GPU half idle.
     """
     most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
     step = -(-len(x) // max(1, -(-len(x) // most))) or 1
@@ -103,7 +101,7 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
     """gy (N, OH, OW, O) and x (N, H, W, C) -> gradient of w, of shape w_shape (KH, KW, C, O)"""
     size = gy.shape[1:3]
     shape = w_shape[0] * w_shape[1] * w_shape[2], w_shape[3]
-    gw = xp_of(gy).zeros(shape, np.promote_types(gy.dtype, np.float32))  # bfloat16 is for images
+    gw = xp_of(gy).zeros(shape, np.promote_types(gy.dtype, np.float32))  # float32 of bfloat16, too
     for block in image_blocks(gy, size[0] * size[1] * len(gw)):
         patches = unfold(x[block], w_shape[:2], stride, padding, size)
         g = gy[block].reshape(-1, w_shape[3])  # (n*OH*OW, O)
@@ -113,8 +111,8 @@ def conv_weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padd
 
 @singledispatch
 def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tuple:
-    """gy (N, OH, OW, O), x (N, H, W, C) and w (KH, KW, C, O) -> gradients of x and of w, for which
-    a faster version may have work in common.
+    """gy (N, OH, OW, O), x (N, H, W, C) and w (KH, KW, C, O) -> gradients of x and of w; a faster
+    version may share work between them.
     """
     gx = conv_input_gradient(gy, w, x.shape, stride, padding)
     return gx, conv_weight_gradient(gy, x, w.shape, stride, padding)
@@ -123,7 +121,7 @@ def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -
 class Conv2d(Function):
     """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]
 
-    x is not saved where a `source` has it: the batch norm that made it.
+    x is not saved if a `source`, the batch norm that made it, can give it again.
     """
 
     def __init__(self, stride: Pair, padding: Pair, source: Any = None):
@@ -150,7 +148,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     """Cross-correlate images x (N, H, W, C) with weight (KH, KW, C, O) -> (N, OH, OW, O).
 
     stride and padding (zeros) in pixels, one number or (rows, columns).
-    Raises ValueError where channels differ, the kernel is larger than the padded image, a stride is
+    Raises ValueError if channels differ, the kernel is larger than the padded image, a stride is
     below 1 or a padding below 0.
     """
     stride, padding = pair(stride), pair(padding)

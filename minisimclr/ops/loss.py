@@ -5,10 +5,10 @@ With u = z / |z| of the V = 2N views, row i's partner j(i) and s[i, k] = u[i] . 
 
     loss = mean over i of  l(i),    l(i) = -s[i, j(i)] + log sum over k != i of exp s[i, k]
 
-which is cross entropy: classify, among the 2N - 1 other views, the one that shows the same image.
-Where all embeddings are equal every l(i) is ln(2N - 1), the chance line. Differentiated, with p[i,
-k] the softmax of row i without k = i, each pair of views pulls or pushes by G = (p - [k = j(i)]) /
-(V temperature):
+which is cross entropy: pick, among the 2N - 1 other views, the one that shows the same image. If
+all embeddings are equal, every l(i) is ln(2N - 1), the chance line. For the gradient, let p[i, k]
+be the softmax of row i without k = i; each pair of views then pulls or pushes by
+G = (p - [k = j(i)]) / (V temperature):
 
     du = (G + G') u            dz = (du - u (u . du)) / |z|,  the part of du along the unit sphere
 """
@@ -35,15 +35,15 @@ def partners(views: int, xp) -> Array:
 
 
 def log_softmax(s: Array) -> Array:
-    """log p of each row; the maximum is taken out first, so exp cannot overflow."""
+    """log p of each row; the maximum is subtracted first, so exp cannot overflow."""
     xp = xp_of(s)
     s = s - s.max(axis=1, keepdims=True)
     return s - xp.log(xp.exp(s).sum(axis=1, keepdims=True))
 
 
 def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, Array]]:
-    """s (V, V) of u (V, D), b rows at a time: their slice i, the index (b,), (b,) of their partners
-    in them, and s[i] (b, V).
+    """s (V, V) of u (V, D), b rows at a time: yields their slice i, the index ((b,), (b,)) of
+    their partners in s[i], and s[i] (b, V).
     """
     xp, views = xp_of(u), len(u)
     partner, step = partners(views, xp), max(1, BLOCK // views)
@@ -56,7 +56,7 @@ def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, A
 
 
 class NTXent(Function):
-    """Mean loss of the views z (V, D), the two halves facing each other."""
+    """Mean loss of the views z (V, D), where view i is the partner of view i + V/2."""
 
     def __init__(self, temperature: float):
         self.temperature = temperature
@@ -67,14 +67,14 @@ class NTXent(Function):
         for _, partner, s in similarities(self.u, self.temperature):
             log_p = log_softmax(s)  # (b, V)
             total = total - log_p[partner].sum()
-        # Nothing is added, or NaN where a length is infinite: else u = 0 and all views look alike.
+        # Adds 0, or NaN if a length is infinite, where u = 0 would make all views look alike.
         return total / len(z) + 0 * self.length.sum()
 
     def backward(self, gy):
         u, views = self.u, len(self.u)
         du = xp_of(u).zeros_like(u)
         for i, partner, s in similarities(u, self.temperature):
-            g = xp_of(u).exp(log_softmax(s))  # p, (b, V), made again: less to keep
+            g = xp_of(u).exp(log_softmax(s))  # p (b, V), recomputed: less to keep
             g[partner] -= 1
             g *= gy / (views * self.temperature)
             du[i] += g @ u  # (b, V) @ (V, D)
@@ -83,7 +83,7 @@ class NTXent(Function):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """NT-Xent of two views' embeddings, rows of z1 and z2 (N, D) showing the same image; a scalar.
+    """NT-Xent, a scalar: row i of z1 and row i of z2 (N, D) embed two views of the same image.
 
     The mean over all 2N views, as in Algorithm 1 (the authors' code adds the two halves' means:
     twice this). Raises ValueError for a temperature that is not positive, or shapes that do not
@@ -97,8 +97,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def contrastive_accuracy(z1: Array, z2: Array) -> Array:
-    """Share of the views whose most similar one among the 2N - 1 others is their partner: a number
-    on their device.
+    """Share of views whose most similar view, of the 2N - 1 others, is their partner; a number on
+    their device.
     """
     u, _ = normalize(xp_of(z1).concatenate([z1, z2]))
     hits = ((s.argmax(axis=1) == at[1]).sum() for _, at, s in similarities(u, 1.0))
@@ -126,7 +126,7 @@ class CrossEntropy(Function):
 def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
     """Mean cross entropy of logits (N, classes) against integer labels (N,); a scalar.
 
-    Raises ValueError for other shapes and where a label is not one of the classes.
+    Raises ValueError for other shapes, or if a label is not one of the classes.
     """
     host = to_host(labels)
     if logits.ndim != 2 or host.shape != logits.shape[:1] or host.dtype.kind not in "iu":

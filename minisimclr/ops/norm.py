@@ -1,8 +1,8 @@
 """Batch normalisation (Ioffe & Szegedy 2015), with the addition and ReLU that follow it in a
 ResNet.
 
-Forward and backward are two passes over memory each, and between the two stand a few numbers per
-channel, arrays (C,):
+Forward and backward each take two passes over memory. All that goes from one pass to the next is a
+few numbers per channel, in arrays (C,):
 
     moments -> scale_shift                gradient_sums -> input_gradient
 
@@ -20,7 +20,7 @@ from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
 from .basic import relu_gradient
 
-ROWS = 4096  # rows in one block of the reference passes: what they make in between stays in cache
+ROWS = 4096  # rows per block of the reference passes, so that intermediate results stay in cache
 
 
 def rows(x: Array) -> Array:
@@ -28,9 +28,9 @@ def rows(x: Array) -> Array:
 
 
 def merge_moments(a: tuple, b: tuple) -> tuple:
-    """Moments (count, mean, m2) of two samples put together (Chan, Golub & LeVeque 1979).
+    """Moments (count, mean, m2) of two samples combined (Chan, Golub & LeVeque 1979).
 
-    Sums of squares never meet a squared mean, so nothing cancels however large the mean is.
+    No squared mean is subtracted from a sum of squares, so nothing cancels, however large the mean.
     """
     (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
     n, delta = n_a + n_b, mean_b - mean_a
@@ -71,8 +71,8 @@ def scale_shift(
 def gradient_sums(
     gy: Array, x: Array, mean: Array, variance: Array, eps: float, y: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Sums of g and of g x^ over the rows, and g: gy itself, or, if y is given, an array of its own
-    that is gy where y > 0 and else 0.
+    """Sums of g and of g x^ over the rows, and g: gy itself or, if y is given, a new array that is
+    gy where y > 0 and 0 elsewhere.
     """
     g = gy if y is None else relu_gradient(gy, y)
     xp, g_rows, x_rows = xp_of(g), rows(g), rows(x)
@@ -89,9 +89,7 @@ def input_gradient(
     g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
     sum_g: Array, sum_gx: Array, count: float, out: Array | None = None,
 ) -> Array:  # fmt: skip
-    """gx from those sums over `count` rows. Into `out` if given, which lies in one piece and may be
-    g.
-    """
+    """gx from those sums over `count` rows; into `out`, if given: contiguous, perhaps g itself."""
     inv_std = inverse_std(variance, eps)
     scale = gamma * inv_std
     a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
@@ -100,7 +98,7 @@ def input_gradient(
 
 @singledispatch
 def follow(mean: Array, variance: Array, batch: tuple[Array, Array], momentum: float, count: int):
-    """running <- (1 - momentum) running + momentum batch's, whose variance is divided by M - 1"""
+    """running <- (1 - momentum) running + momentum batch; the batch variance divided by M - 1"""
     mean += momentum * (batch[0] - mean)
     variance += momentum * (batch[1] * (count / (count - 1)) - variance)
 
@@ -109,9 +107,9 @@ class BatchNorm(Function):
     """Inputs x (..., C), gamma (C,), beta (C,) and perhaps a residual like x; see the top of this
     file.
 
-    In training the statistics are those of x, afterwards in self.mean and self.variance (biased);
-    else they are the constants given. Saved: x, which the convolution made, rather than x^, and y
-    where `again` could not make it, or not cheaply.
+    In training the statistics are those of x, kept in self.mean and self.variance (biased);
+    otherwise they are the given constants. Saved: x, the convolution's output, rather than x^; and
+    y, if `again` could not recompute it, or not cheaply.
     """
 
     def __init__(self, relu: bool, eps: float, mean: Array = None, variance: Array = None):
@@ -123,12 +121,12 @@ class BatchNorm(Function):
             self.mean, self.variance = moments(x)
         self.x, self.gamma, self.beta, self.y = x, gamma, beta, None
         y = self.again(residual)
-        # On a GPU memory is short and a pass is cheap: there y goes, if it can be had again.
+        # On a GPU memory is short and a pass is cheap: y is dropped if it can be recomputed.
         self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
         return y
 
     def again(self, residual: Array | None = None) -> Array:
-        """y; in the backward pass saved, or made anew (Chen et al. 2016, arXiv:1604.06174)."""
+        """y; in the backward pass, saved or recomputed (Chen et al. 2016, arXiv:1604.06174)."""
         if self.y is None:
             given = self.mean, self.variance, self.eps, self.gamma, self.beta
             self.y = scale_shift(self.x, *given, residual, self.relu)
@@ -142,7 +140,7 @@ class BatchNorm(Function):
         if self.needs[0]:
             # In evaluation the statistics are constants, as those of infinitely many rows would be.
             count = gy.size // gy.shape[-1] if self.training else np.inf
-            # Behind ReLU g is ours to write over, unless it is the gradient of a residual as well.
+            # After ReLU, g is ours to overwrite, unless it is also the gradient of a residual.
             out = g if self.relu and len(self.needs) == 3 else None
             gx = input_gradient(g, *given, self.gamma, sum_g, sum_gx, count, out)
         return (gx, sum_gx, sum_g, g)[: len(self.needs)]
@@ -152,12 +150,12 @@ def batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, running: tuple[Array, Array], training: bool,
     momentum: float = 0.1, eps: float = 1e-5, residual: Tensor | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """relu(normalised x * gamma + beta + residual), the last two as asked for; all (..., C), gamma
-    (C,).
+    """relu(normalised x * gamma + beta + residual), relu and residual optional; all (..., C) except
+    gamma and beta (C,).
 
-    running: (mean, variance), used in evaluation; in training moved towards the batch's own in
-    place, new = (1 - momentum) old + momentum batch, the variance unbiased (divided by M - 1), as
-    torch does.
+    running: (mean, variance), used in evaluation; in training updated in place,
+    new = (1 - momentum) old + momentum batch, with the unbiased variance (divided by M - 1), as
+    in torch.
     """
     inputs = (x, gamma, beta) if residual is None else (x, gamma, beta, residual)
     if not training:

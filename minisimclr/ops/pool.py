@@ -19,7 +19,7 @@ def pads(padding: int | Padding) -> Padding:
 def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
     if min(stride) < 1 or any(k <= max(p) for k, p in zip(kernel, padding, strict=True)):
         given = f"kernel {kernel}, padding {padding}, stride {stride}"
-        raise ValueError(f"pooling: {given}: a kernel exceeds its padding, a stride is 1 or more")
+        raise ValueError(f"pooling: {given}: kernel must exceed padding, stride must be at least 1")
     sizes = zip(x_shape[1:3], kernel, stride, padding, strict=True)
     height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in sizes)
     if min(height, width) < 1:
@@ -37,16 +37,14 @@ def windows(x: Array, kernel: Pair, stride: Pair, size: Pair):
 
 @singledispatch
 def max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
-    """Largest value of each window, and (uint8) which of its pixels, the first of equals, held
-    it.
-    """
+    """Largest value of each window, and (uint8) the index of its pixel, the first among equals."""
     xp = xp_of(x)
     size = output_size(x.shape, kernel, stride, padding)
     x = xp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-xp.inf)
     y = xp.full((len(x), *size, x.shape[3]), -xp.inf, x.dtype)
     argmax = xp.zeros(y.shape, xp.uint8)
     for k, window in enumerate(windows(x, kernel, stride, size)):
-        larger = (window > y) | xp.isnan(window)  # what is not a number stays seen
+        larger = (window > y) | xp.isnan(window)  # NaN is passed on
         y = xp.where(larger, window, y)
         argmax = xp.where(larger, xp.uint8(k), argmax)
     return y, argmax
@@ -120,8 +118,8 @@ def max_pool(
 ) -> Tensor:
     """Maximum of each window of x (N, H, W, C); padding is never the maximum.
 
-    Raises ValueError for windows of more than 255 pixels, whose places are kept in bytes, of
-    padding alone, or larger than the padded image, and for strides below 1.
+    Raises ValueError for windows of more than 255 pixels (an index is one byte), of padding alone,
+    or larger than the padded image, and for strides below 1.
     """
     if (pixels := prod(pair(kernel))) > 255:
         raise ValueError(f"max_pool: a kernel of {pixels} pixels is too large: 255 are the most")

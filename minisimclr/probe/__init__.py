@@ -1,10 +1,10 @@
 """What did an encoder learn? Freeze it, fit a linear classifier to its features, and compare.
 
-After the SimCLR paper's protocol for small data sets (Chen et al. 2020, appendix B.8): features of
-one fixed view an image, L2-regularised multinomial logistic regression by L-BFGS. The penalty is
-chosen by cross-validation on the labelled images. Test images are looked at once, and the result
-stands beside its controls: chance, raw pixels, a random encoder. Last come three statistics to
-monitor training by.
+The protocol is the SimCLR paper's for small data sets (Chen et al. 2020, appendix B.8): features of
+one fixed view per image, L2-regularised multinomial logistic regression by L-BFGS. The penalty is
+chosen by cross-validation on the labelled images. Test images are used once, and the result stands
+beside its controls: chance, raw pixels, a random encoder. Last come three statistics for
+monitoring training.
 """
 
 import warnings
@@ -38,7 +38,7 @@ def standardize(X: Array, *others: Array) -> list[Array]:
 def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Indices of `count` labels: each class by its share and, if there is room, at least once.
 
-    A smaller count draws a part of the same choice. Raises ConfigError for one not in 1 ... N.
+    A smaller count draws a subset of the same choice. Raises ConfigError for one not in 1 ... N.
     """
     if not 1 <= count <= len(labels):
         raise ConfigError(f"cannot take {count} of {len(labels)} labelled images")
@@ -53,7 +53,7 @@ def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Indices of four fifths of the labels to fit to, and of the rest to choose settings by.
 
-    The rest is empty where each label is its class' only one.
+    The rest is empty if each label is the only one of its class.
     """
     size = max(round(0.8 * len(labels)), len(np.unique(labels)))
     fit = stratified(labels, size, seed)
@@ -66,7 +66,7 @@ def by_class(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The fold 0 ... 4 of each label (N,), each class spread over them as evenly as can be."""
+    """The fold 0 ... 4 of each label (N,), each class spread over them as evenly as possible."""
     fold = np.empty(len(labels), np.int64)
     fold[by_class(labels, seed)] = np.arange(len(labels)) % FOLDS
     return fold
@@ -77,8 +77,8 @@ def select_c(
 ) -> tuple[float, str]:
     """The C that does best in five-fold cross-validation (among equals the middle one).
 
-    Also a warning, or "". Each fit starts from that with the C before. One part held out would not
-    do: by a fifth of 1,716 labels, an accuracy of 12 % has a standard error of 2 %.
+    Also returns a warning, or "". Each fit starts from the one with the C before. Holding out one
+    part would not do: on a fifth of 1,716 labels, an accuracy of 12 % has a standard error of 2 %.
     """
     xp, grid = xp_of(X), sorted(grid)
     if len(np.unique(y)) == len(y):
@@ -112,7 +112,7 @@ def measure(
 
 
 def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """top1, top5 and ci95 of classes ranked (N, K), the likeliest first, where y (N,) is right."""
+    """top1, top5 and ci95 of classes ranked (N, K), the likeliest first; y (N,) is right."""
     right = ranked[:, :5] == y[:, None]  # (N, 5)
     top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
     return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
@@ -127,7 +127,7 @@ def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
 def knn_score(
     X: Array, y: Array, test_X: Array, test_y: Array, k: int = 200, temperature: float = 0.07
 ) -> float:
-    """The fraction of test_X right by a vote of the k nearest of X, weighted by exp(cosine / T).
+    """The fraction of test_X named right by the k nearest of X, votes weighted by exp(cosine / T).
 
     From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
     Raises ConfigError for k below 1.
@@ -161,8 +161,8 @@ def labelled_and_test(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the images to learn from (None: all the labelled ones) and of those to test with.
 
-    Warns of test images that cannot be named, or that are among the others. Raises DataError
-    without two classes or test images, ConfigError for too many `labels`.
+    Warns of test images whose class has no labels, or that are in other splits too. Raises
+    DataError without two classes or test images, ConfigError for too many `labels`.
     """
     y = dataset.labels
     train, test = (rows[y[rows] >= 0] for rows in map(dataset.split, ("labelled", "test")))
@@ -177,12 +177,12 @@ def labelled_and_test(
     for which, what in (lost, "of classes without labels"), (seen, "in other splits too"):
         if which.any():
             said = f"{which.sum():,} of {len(test):,} test images are {what}"
-            warnings.warn(f"{dataset.name}: {said}", stacklevel=1)  # once, whoever asks
+            warnings.warn(f"{dataset.name}: {said}", stacklevel=1)  # once, whoever calls
     return train, test
 
 
 def majority_share(y: np.ndarray) -> float:
-    """The share of the commonest of the labels y: what the same answer to all is worth, at best."""
+    """The share of the commonest of the labels y: the best that one answer for all can reach."""
     return float(np.unique(y, return_counts=True)[1].max() / len(y))
 
 
@@ -192,9 +192,9 @@ def probe(
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of an encoder beside its controls, in the form of probe.json.
 
-    name: of the row. fresh: the same network with random weights, and batch norm statistics of
-    data; with those it starts with, 0 and 1, deep features blow up or fade: a weak control. labels:
-    how many labelled images to use (None: all). Raises as labelled_and_test does.
+    name: of the row. fresh: the same network with random weights and batch norm statistics of data;
+    with its initial ones, 0 and 1, deep features blow up or fade, a weak control. labels: how many
+    labelled images to use (None: all). Raises as labelled_and_test does.
     """
     y = dataset.labels
     train, test = labelled_and_test(dataset, labels, seed)

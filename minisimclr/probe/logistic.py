@@ -15,11 +15,11 @@ from ..errors import ConfigError, DataError
 class LogisticRegression:
     """Multinomial logistic regression with scikit-learn's objective and units.
 
-    From X (N, D) and y (N,) of K classes_: coef_ w (K, D) and intercept_ b (K,) with the least
+    From X (N, D) and y (N,) of K classes_, find coef_ w (K, D) and intercept_ b (K,) that minimise
 
         f = C sum_n [logsumexp_k(z_nk) - z_n,y(n)] + ||w||^2 / 2,       z = X w^T + b   (N, K)
 
-    Two classes have two vectors too; scikit-learn's binary form has one, and needs twice our C.
+    Two classes also have two vectors; scikit-learn's binary form has one, and needs twice our C.
     Arrays keep their type: in float32, as features come, products take half the time, and
     `Problem.evaluate` keeps f accurate. Stops when a step promises to lower f by less than tol * f.
     Raises DataError for fewer than two classes and for features that are not finite.
@@ -35,7 +35,7 @@ class LogisticRegression:
 
     @threaded_blas()  # large products and little else
     def solve(self, problem: "Problem") -> "LogisticRegression":
-        """Fit, starting where the problem was last solved with another C."""
+        """Fit, starting from the problem's last solution (for another C)."""
         W = lbfgs(lambda W: problem.evaluate(W, self.C), problem.W, self.tol, self.max_iter)
         problem.W, self.classes_ = W, problem.classes
         self.coef_ = W[:, :-1] @ problem.axes.T  # (K, D) (D, D) -> (K, D)
@@ -50,18 +50,18 @@ class LogisticRegression:
         return self.classes_[to_host(self.decision_function(X).argmax(1))]
 
     def score(self, X: Array, y: Any) -> float:
-        """The fraction of X (N, D) whose class is predicted right."""
+        """The fraction of X (N, D) whose class is predicted correctly."""
         return float((self.predict(X) == np.asarray(y)).mean())
 
 
 class Problem:
     """X (N, D) and y (N,) in the axes in which logistic regression is easiest to solve.
 
-    The intercept absorbs a shift and the penalty does not see a rotation: X may be centred and
-    turned to its principal axes. There X^T X is diagonal, and so nearly is the Hessian, I + C sum_n
-    (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean of p (1 - p) for each
-    sample's own (Boehning 1992 has a bound), seeds L-BFGS: three quarters to a fifth of the
-    evaluations are left where features are correlated.
+    The intercept absorbs a shift and the penalty does not see a rotation, so X may be centred and
+    rotated to its principal axes. There X^T X is diagonal, and so, nearly, is the Hessian, I + C
+    sum_n (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean of p (1 - p) in place
+    of each sample's own (Boehning 1992 has a bound), seeds L-BFGS: if features are correlated, only
+    three quarters to a fifth of the evaluations remain.
     """
 
     def __init__(self, X: Array, y: Any):
@@ -82,9 +82,9 @@ class Problem:
     def evaluate(self, W: Array, C: float) -> tuple[float, Array, Array]:
         """f at W (K, D + 1), its gradient, and the inverse of the Hessian's estimated diagonal.
 
-        The loss of a sample classified well is about 1 - p. In float32 that would be a multiple of
-        1e-7, and a large C makes such an error larger than f; so the probabilities of the other
-        classes are summed, and log1p taken of them.
+        The loss of a well-classified sample is about 1 - p. In float32 that would be a multiple of
+        1e-7, an error that a large C makes larger than f; so the probabilities of the other classes
+        are summed, and log1p is taken of the sum.
         """
         xp = xp_of(W)
         penalised = W.copy()
@@ -108,8 +108,8 @@ class Problem:
 def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
     """Minimise f from `w` by L-BFGS (Nocedal & Wright 2006, algorithms 7.4 and 7.5).
 
-    evaluate(w) -> (f, gradient, estimate of the inverse of the Hessian's diagonal). Stops, too,
-    where rounding hides all further progress; warns where max_iter iterations were not enough.
+    evaluate(w) -> (f, gradient, estimate of the inverse of the Hessian's diagonal). Also stops
+    if rounding hides all further progress; warns if max_iter iterations were not enough.
     """
     xp, pairs = xp_of(w), deque[tuple[Array, Array, float]](maxlen=10)
     f, gradient, scale = evaluate(w)
@@ -130,7 +130,7 @@ def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
             return w
         t, f, new_gradient, scale = step
         s, y = t * direction, new_gradient - gradient
-        # s y, written so that rounding cannot break the Wolfe conditions' promise: it is positive.
+        # s y, written so that rounding cannot undo what the Wolfe conditions promise: s y > 0.
         pairs.append((s, y, 1 / (t * (float(xp.vdot(new_gradient, direction)) - slope))))
         w, gradient = w + s, new_gradient
     warnings.warn(f"logistic regression did not converge in {max_iter} iterations", stacklevel=5)
@@ -170,7 +170,7 @@ def cubic_minimum(low: tuple[float, ...], high: tuple[float, ...]) -> float:
 
 
 def finite(X: Array) -> Array:
-    """X itself. Raises DataError where it is empty or holds NaN or infinity."""
+    """X itself. Raises DataError if it is empty or holds NaN or infinity."""
     if X.size == 0 or not bool(xp_of(X).isfinite(X).all()):
         raise DataError(f"features {X.shape} are empty or not finite: has training diverged?")
     return X
