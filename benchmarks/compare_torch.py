@@ -3,17 +3,17 @@
     python benchmarks/compare_torch.py [--rounds 7] [--threads 2] [--case NAME ...]
     python benchmarks/compare_torch.py --device cuda [--json FILE]
 
-One step is forward, NT-Xent, backward and SGD with momentum on views that are already there. Each
-side runs in a process of its own, and the two take turns of three steps, so that whatever else the
-machine does meets both. The first step of a turn is not counted: it finds caches full of the other
-side's data and threads asleep, as no step in training does but the first. The ratio (ours /
+One step is forward, NT-Xent, backward and SGD with momentum on views that are already made. Each
+side runs in its own process, and the two take turns of three steps, so that whatever else the
+machine does affects both. The first step of a turn is not counted: it finds caches full of the
+other side's data and threads asleep, unlike any step of training but the first. The ratio (ours /
 PyTorch's, lower is better) is that of the median times.
 PyTorch runs float32 in channels_last. Memory is the peak resident set above that after import.
 
-On a GPU steps are larger and take CUDA events' time, memory is what the allocator holds, and one
+On a GPU steps are larger and timed by CUDA events, memory is what the allocator holds, and one
 process follows the other, since two may not fit. There both also run with TF32 and bfloat16
-(PyTorch's by autocast), and PyTorch compiled and as a CUDA graph; cuDNN tries its algorithms first
-in each case. Ratios are those of our step in the same precision.
+(PyTorch by autocast), and PyTorch also compiled and as a CUDA graph; in each case cuDNN first tries
+its algorithms. Ratios are to our step in the same precision.
 """
 
 import argparse
@@ -40,7 +40,7 @@ GPU_CASES = {
     "resnet18-cifar-64": ("resnet18", "cifar", 32, 64),
     "resnet50-imagenet": ("resnet50", "imagenet", 224, 256),
 }
-SIDES = {  # in the order in which a GPU is asked, whose time may be short
+SIDES = {  # on a GPU in this order, since time there may be short
     "cpu": ("ours", "torch"),
     "cuda": (
         "ours",
@@ -54,8 +54,8 @@ SIDES = {  # in the order in which a GPU is asked, whose time may be short
         "torch-graph",
     ),
 }
-TURN = 3  # steps before it is the other side's turn; on a CPU
-LEAST, PATIENCE = 10, 20  # rounds on a GPU, and seconds after which those are enough
+TURN = 3  # steps before it is the other side's turn, on a CPU
+LEAST, PATIENCE = 10, 20  # rounds on a GPU, and the seconds after which that many are enough
 BATCHES = 3  # taken in turn on a GPU, so that none stays in its cache
 
 
@@ -64,13 +64,13 @@ def sizes(case: str, device: str) -> tuple[str, str, int, int]:
 
 
 class Clock:
-    """Times steps; events is a library's maker of CUDA events."""
+    """Times steps; `events` makes a library's CUDA events."""
 
     def __init__(self, events=None):
         self.pair = events and (events(), events())
 
     def time(self, step) -> tuple[float, float]:
-        """Seconds of a step to its end on the device, and those in which the host asked for it."""
+        """Seconds until a step has ended on the device, and those the host took to launch it."""
         if not self.pair:
             begin = time.perf_counter()
             step()
@@ -213,7 +213,7 @@ def torch_step(case: str, threads: int, device: str, kind: str):
     if kind == "graph":
         step = captured(torch, step, work, next(batches), batches, optimizer)
     events = lambda: torch.cuda.Event(enable_timing=True)  # noqa: E731
-    step(), step()  # cuDNN tries its algorithms, some with much memory: that is not counted
+    step(), step()  # cuDNN tries its algorithms, some of which take much memory: not counted
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -231,7 +231,7 @@ def captured(torch, step, work, still, batches, optimizer):
     graph = torch.cuda.CUDAGraph()
     optimizer.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):
-        work(still)  # its gradients are new arrays, written anew by every replay
+        work(still)  # its gradients are new arrays, rewritten by every replay
 
     def replay() -> None:
         still.copy_(next(batches))
@@ -241,7 +241,7 @@ def captured(torch, step, work, still, batches, optimizer):
 
 
 def worker(side: str, case: str, threads: int, device: str) -> None:
-    """Two steps to warm up; then a step for each line read, and a line "seconds, host's, bytes"."""
+    """Two steps to warm up; then a step for each line read, printed as "seconds, host's, bytes"."""
     library, _, kind = side.partition("-")
     make = our_step if library == "ours" else torch_step
     step, clock, memory = make(case, threads, device, kind)
@@ -252,7 +252,7 @@ def worker(side: str, case: str, threads: int, device: str) -> None:
 
 
 def start(side: str, case: str, threads: int, device: str, errors: Any = None) -> subprocess.Popen:
-    """A worker; what it says on standard error goes to the file `errors`, or to ours."""
+    """A worker; its standard error goes to the file `errors`, or to ours."""
     command = [sys.executable, __file__, "--worker", side, case, "--threads", str(threads)]
     pipe = subprocess.PIPE
     command += ["--device", device]
@@ -260,11 +260,11 @@ def start(side: str, case: str, threads: int, device: str, errors: Any = None) -
 
 
 def stop(process: subprocess.Popen) -> None:
-    process.communicate()  # at the end of its input it ends
+    process.communicate()  # it ends when its input does
 
 
 def ask(process: subprocess.Popen) -> tuple[float, float, float]:
-    """Seconds of a step, those of the host, and MiB held, by a worker."""
+    """Have a worker do a step: its seconds, those of the host, and the MiB held."""
     process.stdin.write("step\n")
     process.stdin.flush()
     taken, asked, held = process.stdout.readline().split()
@@ -292,15 +292,15 @@ def one_by_one(cases: list[str], rounds: int, threads: int, out: str | None) -> 
             figures = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
             print(f"{case:18} {side:18} {row.get('failed', figures)}", flush=True)
             if out:
-                part = Path(f"{out}.part")  # who is killed here loses no row
+                part = Path(f"{out}.part")  # if killed here, no row is lost
                 part.write_text(json.dumps(rows))
                 part.replace(out)
 
 
 def alone(side: str, case: str, rounds: int, threads: int) -> dict[str, Any]:
-    """seconds, host_seconds, rounds and mib of one side on a GPU; or failed, and what it said last.
+    """seconds, host_seconds, rounds and mib of one side on a GPU; or failed, with its last words.
 
-    Where the host's seconds are about as many, the GPU has waited for them.
+    If host_seconds are about as many as seconds, the GPU has waited for the host.
     """
     with tempfile.TemporaryFile() as errors:
         process = start(side, case, threads, "cuda", errors)

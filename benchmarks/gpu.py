@@ -4,10 +4,10 @@
 
 Runs the tests marked gpu, then measures: the GPU's own ceilings, every kernel beside the readable
 pass, convolutions, augmentation (beside torchvision), LARS (beside torch._foreach), and whole steps
-beside what the ceilings allow and beside PyTorch. Every part is a process of its own, so none costs
-another. Writes one JSON after each, so that a run cut short leaves what it has, and prints one
-table. Times are medians of CUDA events over inputs taken in turn. Parts that do not fit into the
-time left, or need what is not installed, say so. --small is for trying the script out.
+beside what the ceilings allow and beside PyTorch. Every part runs in its own process, so that a
+failure costs no other part. Writes one JSON after each, so that a run cut short keeps what it has,
+and prints one table. Times are medians of CUDA events over inputs taken in turn. Parts that do not
+fit into the time left, or need what is not installed, say so. --small is for trying the script out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 KINDS = ("fp32", "tf32", "bf16")
 TURNS = 3  # inputs of a measurement
 TESTS = 240  # seconds after which tests have hung
-LONG, SLACK = 250, 15  # seconds: of a part, but for whole steps; more, before its process is ended
+LONG, SLACK = 250, 15  # seconds: of a part except whole steps; extra before its process is killed
 
 
 class Sizes:
@@ -69,8 +69,8 @@ class Sizes:
 def seconds(run, inputs: list[tuple], rounds: int) -> float:
     """Median seconds of run(*inputs[i]), i in turn, on the device.
 
-    Work that takes a while goes first and is not counted: while the device is at it, the host gets
-    ahead, and so its own time does not count as the device's.
+    Uncounted work that takes a while goes first: while the device is busy with it, the host gets
+    ahead, so that the host's own time is not counted as the device's.
     """
     xp = cupy()
     for given in inputs:
@@ -96,14 +96,14 @@ def busy(n: int) -> tuple:
 
 
 def keep_busy() -> None:
-    """Ask the device for more than the host needs to ask for what is measured next."""
+    """Give the device work for longer than the host needs to launch what is measured next."""
     a, out = busy(BUSY)
     cupy().matmul(a, a, out=out)
 
 
 @cache
 def busy_seconds() -> float:
-    """How long the host has to ask for what is measured; after that its own time counts."""
+    """How long the host may take to launch what is measured; beyond that its own time counts."""
     start, stop = cupy().cuda.Event(), cupy().cuda.Event()
     keep_busy(), start.record(), keep_busy(), stop.record()
     stop.synchronize()
@@ -111,7 +111,7 @@ def busy_seconds() -> float:
 
 
 def usable() -> dict[str, str]:
-    """Each precision, with what stands against it ("": nothing)."""
+    """Each precision, with what speaks against it ("": nothing)."""
     against = dict.fromkeys(KINDS, "")
     for kind in KINDS:
         try:
@@ -145,7 +145,7 @@ def facts(sizes: Sizes) -> list[dict]:
 
 def tests(sizes: Sizes) -> list[dict]:
     """The last line of pytest, and every test that failed."""
-    # With names: of a run that is cut short one can tell how far it came.
+    # With names, so that a run that is cut short shows how far it came.
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     try:
         run = subprocess.run(
@@ -185,7 +185,7 @@ def ceilings(sizes: Sizes) -> Iterator[dict]:
 
 
 def randn(*shape):
-    """Normal numbers made on the host: CuPy's generator would need one library more."""
+    """Normal numbers made on the host: CuPy's generator would need another library."""
     numbers = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
     count = int(np.prod(shape))
     tiled = cupy().tile(cupy().asarray(numbers), -(-count // len(numbers)))
@@ -193,7 +193,7 @@ def randn(*shape):
 
 
 def row(name: str, f, inputs: list[tuple], sizes: Sizes, moved: float) -> dict:
-    """A kernel beside the readable pass; no gain is told where Python bounds the latter."""
+    """A kernel beside the readable pass; no gain is given where Python limits the latter."""
     fast = seconds(f, inputs, sizes.rounds)
     figures = {"pass": name, "ms": fast * 1e3, "gb_per_second": moved / fast / 1e9}
     try:
@@ -242,7 +242,7 @@ def kernels(sizes: Sizes) -> Iterator[dict]:
 
 
 def losses(sizes: Sizes) -> Iterator[dict]:
-    """NT-Xent, forward and backward, and what it holds at most beside its input."""
+    """NT-Xent, forward and backward, and its peak memory besides its input."""
     for views, dim in sizes.losses:
         z = [Tensor(randn(views, dim), requires_grad=True) for _ in range(2)]
         peak = cupy().get_default_memory_pool()
@@ -255,7 +255,7 @@ def losses(sizes: Sizes) -> Iterator[dict]:
 
 
 def convolutions(sizes: Sizes) -> Iterator[dict]:
-    """Every pass as it is chosen, and as `ops` has it: by patches.
+    """Every pass as it is chosen, and as `ops` does it: by patches.
 
     The flops are those of the plain algorithm; Winograd's method needs a quarter of them.
     """
@@ -291,7 +291,7 @@ def views(sizes: Sizes) -> Iterator[dict]:
             (xp.asarray(images), augment.draw_views(0, i, n, side, side), size)
             for i in range(TURNS)
         ]
-        moved = 2 * n * (size * size * 12 + side * side * 3)  # pictures are read for each view
+        moved = 2 * n * (size * size * 12 + side * side * 3)  # each view reads its picture
         name = f"two views of {n} images, {side} to {size} px"
         fast = row(name, augment.apply_views, given, sizes, moved)
         fast |= {"views_per_second": 2 * n / fast["ms"] * 1e3}
@@ -312,7 +312,7 @@ def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
         v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1)], 0.5 if size > 32 else 0),
     ])  # fmt: skip
     stored = torch.tensor(images[:count], device="cuda").permute(0, 3, 1, 2)
-    for _ in range(2):  # the first time around is to warm up
+    for _ in range(2):  # the first time is to warm up
         torch.cuda.synchronize()
         start = time.perf_counter()
         for image in stored:
@@ -325,7 +325,7 @@ def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
 def lars(sizes: Sizes) -> Iterator[dict]:
     """One LARS step on the parameters of an encoder: ours, the readable one, torch._foreach.
 
-    On the device; what the host needs to ask for it is measured with the whole steps.
+    On the device; the time that the host needs to launch it is part of the whole steps.
     """
     net = ENCODERS[sizes.encoder](width=sizes.width).to("cuda:0")
     optimizer = optim.LARS(net.named_parameters(), 0.01)
@@ -361,16 +361,16 @@ def lars(sizes: Sizes) -> Iterator[dict]:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    # Scaling by a list of numbers on the device is a launch for each parameter, even there.
+    # Even there, scaling by a list of numbers on the device is a launch for each parameter.
     name = "torch._foreach LARS, with a launch for each parameter"
     yield {"pass": name, "ms": statistics.median(times[2:])}
 
 
 def shares(sizes: Sizes) -> Iterator[dict]:
-    """Whole steps beside the least time that the GPU's ceilings leave their operations, in sum.
+    """Whole steps beside the least total time that the GPU's ceilings allow their operations.
 
-    Winograd's method needs fewer flops than are counted, and so in float32 less than that time.
-    With TF32 its products stay float32, and no kernel can bring them to the ceiling of the others.
+    Winograd's method needs fewer flops than are counted, so in float32 it may beat that time. With
+    TF32 its products stay float32, and no kernel can bring them to the ceiling of the others.
     """
     band = profile.roofline("cuda:0", sizes.matrix, sizes.vector)["bytes_per_second"]
     for kind in (kind for kind, against in usable().items() if not against):
@@ -385,8 +385,8 @@ def shares(sizes: Sizes) -> Iterator[dict]:
 
 
 def steps(sizes: Sizes) -> list[dict]:
-    """Whole training steps beside PyTorch's, in processes of their own."""
-    rows = sizes.out.with_suffix(".steps.json")  # it stays if this process is killed
+    """Whole training steps beside PyTorch's, each in its own process."""
+    rows = sizes.out.with_suffix(".steps.json")  # survives if this process is killed
     command = [sys.executable, str(HERE / "compare_torch.py"), "--device", "cuda"]
     try:
         run = subprocess.run(
@@ -416,7 +416,7 @@ PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, sha
 
 
 def rows_of(name: str, sizes: Sizes) -> Iterator[list[dict]]:
-    """The rows of a part, made in this process, after each of them."""
+    """The rows of a part so far, made in this process; yields after each row."""
     rows: list[dict] = []
     begin = time.monotonic()
     (part,) = (part for part in PARTS if part.__name__ == name)
@@ -426,17 +426,17 @@ def rows_of(name: str, sizes: Sizes) -> Iterator[list[dict]]:
         for each in part(sizes):
             rows.append(each)
             yield rows
-    except Exception as error:  # which must not cost the rows before it
+    except Exception as error:  # it must not cost the earlier rows
         rows.append({"failed": f"{type(error).__name__}: {error}"})
     rows.append({"seconds_taken": time.monotonic() - begin})
-    with suppress(Exception):  # after some errors a GPU answers no more
+    with suppress(Exception):  # after some errors a GPU no longer answers
         rows[-1]["pool_bytes"] = peak_memory("cuda:0")
     yield rows
 
 
 def apart(name: str, a: argparse.Namespace, left: float) -> list[dict]:
-    """The rows of a part made in a process of its own: an error of the GPU, from which a process
-    does not recover, costs no other part, and neither does a kernel that never ends.
+    """The rows of a part, made in its own process: so neither a GPU error, from which a process
+    cannot recover, nor a kernel that never ends costs another part.
     """
     out, said = a.out.with_suffix(f".{name}.json"), ""
     left = left if name == "steps" else min(left, LONG)

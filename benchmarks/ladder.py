@@ -3,7 +3,7 @@
     python benchmarks/ladder.py [--threads 1] [--rounds 5]
 
 Every rung keeps those below it. All run in one process and take turns, so that whatever else the
-machine does meets all; with one thread the clock is the processor's, which counts our work alone.
+machine does affects all. With one thread, process time is measured, which counts our work alone.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def dogs(tmp_path_factory):
 
 
 def pillow_loop(archive: Path, limit: int | None = None) -> np.ndarray:
-    """The bare loop: one thread, no checks, pixels thrown away but for the last."""
+    """The bare loop: one thread, no checks, all pixels but the last picture's thrown away."""
     with tarfile.open(archive, "r|gz") as members:
         for member in islice(members, limit):
             image = Image.open(io.BytesIO(members.extractfile(member).read()))

@@ -1,9 +1,9 @@
-"""Every pass, the readable reference beside the version for NumPy, and one whole training step.
+"""Every pass, in its readable and its NumPy version, and one whole training step.
 
     pytest benchmarks/test_ops.py [-k conv] [--benchmark-compare=benchmarks/baseline.json]
 
 Shapes are those of ResNets on 32-px and 96-px views. `extra_info` has the floating-point operations
-and the bytes that the mathematics needs at the least, so that rates can be taken from any time.
+and the fewest bytes that the mathematics needs, so that any time can be turned into a rate.
 Results are compared before they are timed: a fast wrong answer is worth nothing.
 """
 

@@ -3,7 +3,7 @@
     pytest benchmarks/test_probe.py --benchmark-json=probe.json
 
 1,716 x 512 features of 120 classes, the size of the Stanford Dogs report. The two solvers take
-turns, each with the loosest tolerance with which its objective is within 1e-4 of the optimum; the
+turns, each with the loosest tolerance that brings its objective within 1e-4 of the optimum; the
 ratio of their median times is in the JSON file's extra_info.
 The features are correlated (singular values fall as 1 / rank), as an encoder's are.
 """
@@ -71,7 +71,7 @@ def test_logistic_regression(benchmark, labelled, C):
         begin = time.perf_counter()
         fit_scikit_learn(X, y, C, other_tol)
         others.append(time.perf_counter() - begin)
-        time.sleep(0.3)  # threads of its BLAS go on spinning for a while
+        time.sleep(0.3)  # its BLAS threads go on spinning for a while
 
     model = benchmark.pedantic(fit_ours, (X, y, C, tol), setup=other_first, rounds=7)
     assert best * (1 - 1e-9) <= objective(model, X, y, C) <= best * 1.0001

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: a cache of their own, and a small folder of pictures."""
+"""Fixtures that several tests share: their own cache, and a small folder of pictures."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real photos and weights; skips where there is none."""
+    """The folder of real photos and weights; skips the test if there is none."""
     folder = os.environ.get("MINISIMCLR_TEST_DATA")
     if not folder:
         pytest.skip("MINISIMCLR_TEST_DATA is not set")

@@ -1,11 +1,11 @@
-// Runs the text of a .cu file on the CPU, one block after the other, a fiber for each thread.
+// Runs the text of a .cu file on the CPU, block after block, with a fiber for each thread.
 //
 // A barrier gives way to the next thread, in an order that the caller chooses; so a kernel that
 // lacks a barrier gives another result in another order. Shared memory is filled with NaN before
-// each block. A barrier that not all threads of a block reach is reported, and
-// so are accesses out of bounds where the file is compiled with -fsanitize=address.
-// Subnormal numbers are 0, as CuPy has it (-ftz=true); products are added without rounding where
-// the processor can, as a GPU does.
+// each block. A barrier that not all threads of a block reach is reported, and so are accesses out
+// of bounds if the file is compiled with -fsanitize=address.
+// Subnormal numbers are 0, as in CuPy (-ftz=true); products are added without rounding them first
+// where the processor can do so, as a GPU does.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -131,7 +131,7 @@ static bool run_block(int order) {
     return true;
 }
 
-struct Flush {  // subnormal numbers, while it lives
+struct Flush {  // flushes subnormal numbers to 0 while it lives
 #ifdef __SSE__
     const unsigned before = _mm_getcsr();
     Flush() { _mm_setcsr(before | 0x8040); }

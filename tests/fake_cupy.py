@@ -1,11 +1,11 @@
-"""CuPy over NumPy, as strict as a machine with a GPU: for tests where there is none.
+"""CuPy over NumPy, as strict as a machine with a GPU: for tests on machines without one.
 
-`install` puts a module `cupy` in place whose arrays live in host memory, but as if they did not:
-they refuse every silent way to the host (np.asarray, NumPy's functions, NumPy arrays as operands,
-indices or values), and `syncs` notes every loud one that makes the host wait (float, bool, get, a
-boolean mask as an index, ...). Functions are those of a list that was taken from CuPy 14, so one
-that only NumPy has is an error. Where CuPy takes NumPy arrays and copies them without a word, this
-one refuses: such a copy in a training loop is a leak as well.
+`install` puts a module `cupy` in place whose arrays live in host memory but behave as if they did
+not: they refuse every silent way to the host (np.asarray, NumPy's functions, NumPy arrays as
+operands, indices or values), and `syncs` notes every explicit one that makes the host wait (float,
+bool, get, a boolean mask as an index, ...). It has only functions from a list taken from CuPy 14,
+so using one that only NumPy has is an error. Where CuPy silently copies NumPy arrays, this module
+refuses them: such a copy in a training loop is a leak, too.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ ON_DEVICE = "NumPy array given to CuPy: copy it with asarray first"
 
 
 class Counter:
-    """What a run did: `syncs` and `uploads` of the host, `order` of streams, in words."""
+    """What a run did: `syncs` and `uploads` by the host, the `order` of streams, in words."""
 
     def __init__(self):
         self.syncs, self.uploads, self.waits, self.order = [], [], 0, []
@@ -54,9 +54,9 @@ class Counter:
 
 
 def build(launcher=None):
-    """A new module `cupy` (and `cupyx`) with an array type of its own.
+    """A new module `cupy` (and `cupyx`) with its own array type.
 
-    launcher: what RawModule is to be; without one kernels do nothing.
+    launcher: what to use as RawModule; without one, kernels do nothing.
     """
     counter, current = Counter(), []
 
@@ -150,7 +150,7 @@ def build(launcher=None):
                 return self._host.copy()
             if not is_pinned(out):
                 raise AssertionError("an asynchronous copy needs pinned memory")
-            out.fill(np.nan)  # whoever does not wait finds this
+            out.fill(np.nan)  # code that does not wait finds this
             stream.queue.append((out, self._host.copy()))
             return out
 
@@ -229,7 +229,7 @@ def build(launcher=None):
         x = ndarray(np.array(value, dtype=dtype, order=order or "K"))
         if current[-1].name == "side":
             current[-1].queue.append((x._host, x._host.copy()))
-            x._host.fill(77)  # whoever does not wait finds this
+            x._host.fill(77)  # code that does not wait finds this
         return x
 
     def asnumpy(value):
@@ -238,7 +238,7 @@ def build(launcher=None):
     cupy.asarray, cupy.asnumpy = asarray, asnumpy
     cupy.array = lambda value, dtype=None: asarray(value, dtype).copy()
 
-    # The device. What is copied in a stream arrives when somebody waits for an event behind it.
+    # The device. What is copied in a stream arrives when somebody waits for a later event in it.
     class Event:
         def __init__(self, stream=None):
             self.stream, self.queue = stream, list(stream.queue) if stream else []
@@ -348,7 +348,7 @@ def build(launcher=None):
 class Pool:
     """Half a MiB, of which half is in use; no array takes any from it.
 
-    Somebody who takes over allocation is asked for 1 KiB, and for half a MiB: twice what there is.
+    Whoever takes over allocation is asked for 1 KiB, then for half a MiB: twice what is free.
     """
 
     def __init__(self):
@@ -384,7 +384,7 @@ class Pool:
 
 
 def numbers(pointer, columns, ld, kind=0):
-    """What lies at an address, of float32 (0) or bfloat16 (14), as an array (columns, ld)."""
+    """The float32 (0) or bfloat16 (14) numbers at an address, as an array (columns, ld)."""
     bits, dtype = {0: (ctypes.c_uint32, "f4"), 14: (ctypes.c_uint16, ml_dtypes.bfloat16)}[kind]
     raw = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(bits)), (columns, ld))
     return raw.view(dtype)
@@ -417,7 +417,7 @@ def gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c
 
 
 def install(monkeypatch, launcher=None):
-    """Put a new fake in place of CuPy until the test ends; the module."""
+    """Put a new fake in place of CuPy until the test ends, and return it."""
     from minisimclr import backend
 
     cupy, cupyx = build(launcher)
@@ -430,7 +430,7 @@ def install(monkeypatch, launcher=None):
 
 
 def remove():
-    """Forget that there was a stand-in."""
+    """Forget that there was a fake."""
     from minisimclr import backend
     from minisimclr.kernels import cuda_launch
 

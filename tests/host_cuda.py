@@ -1,7 +1,7 @@
 """A stand-in for cupy.RawModule that compiles the text of a .cu file for the CPU (cuda_host.h).
 
-Arguments are held to what CUDA would be given: as many as the kernel has, arrays contiguous and of
-its types, numbers of its very size. A mistake there, which on a GPU reads garbage, is an error.
+Arguments must be what CUDA expects: as many as the kernel has, arrays contiguous and of its types,
+numbers of exactly its size. A mistake here, which on a GPU would read garbage, is an error.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ ARRAYS = {"float": np.float32, "unsigned char": np.uint8, "bool": np.bool_}
 ARRAYS |= {"bfloat16": np.dtype(ml_dtypes.bfloat16), "double": np.float64}
 # Arrays of anything else are bytes.
 
-#: order: of the threads; ignored_line: of a barrier that is left out; sanitize: with
+#: order: of the threads; ignored_line: that of a barrier to leave out; sanitize: use
 #: AddressSanitizer; plant: (old, new), a mistake to make in the text
 settings = SimpleNamespace(order=0, ignored_line=0, sanitize=False, plant=("", ""))
 

@@ -264,7 +264,7 @@ def test_a_report_from_the_command_line(run, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(run.path, bare, ignore=shutil.ignore_patterns("env.json"))
     told = CliRunner().invoke(group, ["report", str(bare)]).stderr
-    assert f"note: {bare}: There is no whole env of this run.\n" in told
+    assert f"note: {bare}: This run has no complete env.\n" in told
     assert (run.path / "report.html").exists()
     assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
     assert "One step of SimCLR" in out.read_text("utf-8")

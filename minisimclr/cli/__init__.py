@@ -58,7 +58,7 @@ def group() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with the code that fits."""
+    """Run the command line and exit with the right code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [a for a in given if a != "--debug"]
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def explain(error: Exception | str, code: int = 1) -> int:
-    """Say what went wrong in one line on standard error; the exit code for it."""
+    """Say what went wrong in one line on standard error; return the exit code for it."""
     text = str(error)
     match error:
         case click.exceptions.Exit():

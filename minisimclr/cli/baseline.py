@@ -14,10 +14,10 @@ from .options import FILE, json_option, write_json
 @click.option("--random", is_flag=True, help="The control: random weights instead.")
 @click.option("--data", default="stanford-dogs", help="Data set: a name or a path.")
 @click.option("--image-size", type=int, metavar="S", help="Stored side, in px, before enlarging.")
-@click.option("--block", default="mixed8", help="Its output is classified.")
+@click.option("--block", default="mixed8", help="Block whose output is classified.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")
-@click.option("--epochs", type=click.IntRange(1), default=100, help="Of a trial, at most.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of all that is drawn.")
+@click.option("--epochs", type=click.IntRange(1), default=100, help="Epochs of a trial, at most.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all draws.")
 @click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
 @json_option
 def baseline(
@@ -26,7 +26,7 @@ def baseline(
 ) -> None:  # fmt: skip
     """Tune dense layers on frozen InceptionV3 features.
 
-    They have dropout, the search is random, and pictures are enlarged to 299 px.
+    The layers have dropout, the search is random, and pictures are enlarged to 299 px.
     """
     from .. import baseline as dense
     from ..data import open_dataset

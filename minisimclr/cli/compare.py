@@ -14,8 +14,8 @@ from .options import DEVICE, FILE, VIEW, json_option, write_json
 @click.option("--inception", type=FILE, metavar="FILE", help="InceptionV3 weights, any format.")
 @click.option("--simclrv2", type=FILE, metavar="FILE", help="A SimCLRv2 checkpoint.")
 @click.option("--data", help="A data set other than the run's: a name or a path.")
-@click.option("--trials", type=click.IntRange(1), default=20, help="Of the dense layers' search.")
-@click.option("--epochs", type=click.IntRange(1), default=60, help="Of fine-tuning.")
+@click.option("--trials", type=click.IntRange(1), default=20, help="Trials of the dense search.")
+@click.option("--epochs", type=click.IntRange(1), default=60, help="Epochs of fine-tuning.")
 @VIEW
 @DEVICE
 @click.option("--out", type=FILE, default="results", help="Folder of results.json.")
@@ -26,9 +26,9 @@ def compare(
 ) -> None:  # fmt: skip
     """Put three systems and their controls in one table.
 
-    Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 get the same images and labels. Parts are kept in
-    results.json and not made again; those without their input are "not run". Most of the time goes
-    to fine-tuning: some minutes for toydogs, most of an hour for Stanford Dogs with two cores.
+    Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 get the same images and labels. Finished parts are
+    kept in results.json and not made again; those without their input are "not run". Fine-tuning
+    takes most of the time: minutes for toydogs, most of an hour for Stanford Dogs on two cores.
     """
     from .. import compare as library
     from .. import embed

@@ -18,7 +18,7 @@ SPLITS = ("pretrain", "labelled", "test")
 def data() -> None:
     """Prepare, check and show data sets.
 
-    They are toydogs, stanford-dogs, and folders of pictures.
+    Data sets are toydogs, stanford-dogs, and folders of pictures.
     """
 
 
@@ -28,11 +28,11 @@ def data() -> None:
 @click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="Part kept.")
 @click.option("--skip-bad", is_flag=True, help="Leave out undecodable pictures, at most 1 %.")
 @click.option("--labels-per-class", type=int, metavar="N", help="Labelled pictures; else a fifth.")
-@click.option("--images-tar", type=FILE, help="stanford-dogs: take this and do not download it.")
+@click.option("--images-tar", type=FILE, help="stanford-dogs: use this, do not download it.")
 @click.option("--lists-tar", type=FILE, help="The same for the lists.")
 @click.option("--annotation-tar", type=FILE, help="The same for the boxes.")
 @click.option("--url", help="stanford-dogs: download the three archives from here.")
-@click.option("--allow-unverified", is_flag=True, help="Take archives that are not the official.")
+@click.option("--allow-unverified", is_flag=True, help="Accept unofficial archives.")
 @json_option
 def prepare(
     name, image_size, crop, skip_bad, labels_per_class, url, allow_unverified, json_file, **tars
@@ -58,7 +58,7 @@ def prepare(
 def verify(name, image_size, json_file) -> None:
     """Check every byte of a prepared cache.
 
-    Exit code 0 if it is intact, 3 if it is not or not there.
+    The exit code is 0 if it is intact, 3 if it is damaged or missing.
     """
     from .. import data as datasets
 
@@ -73,7 +73,7 @@ def verify(name, image_size, json_file) -> None:
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw sample pictures of each class.")
 @json_option
 def info(name, image_size, sheet, json_file) -> None:
-    """Show what a prepared data set holds and where it lies."""
+    """Show what a prepared data set holds and where it is."""
     from .. import data as datasets
     from ..data.images import contact_sheet
 
@@ -125,7 +125,7 @@ def samples(dataset: Any) -> list[tuple[str, Any]]:
 
 
 def show(values: dict[str, Any], json_file: str | None) -> None:
-    """Print figures one a line, lists and tables one entry a line, or do what --json asks for."""
+    """Print one figure per line, lists and tables one entry per line, or do what --json says."""
     if write_json(json_file, values):
         return
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""What a training run says while it works: a bar on a terminal, one line an epoch elsewhere."""
+"""What a training run says while it works: a bar on a terminal, one line per epoch elsewhere."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-# What is of no interest any more when it is done.
+# What is of no interest once it is done.
 PASSING = ("preparing data", "features", "choosing the penalty", "profiling")
 
 
 class Display:
-    """Give `notify` to the training loop, use as a context manager around it. Writes to stderr."""
+    """A context manager around the training loop, which is given `notify`. Writes to stderr."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -42,9 +42,9 @@ class Display:
             if done >= total and label not in (*PASSING, "training"):
                 self.say(f"{label}: {total:,} done")
             return
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it does not tell
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
         width = 24 if columns >= 100 else 10
-        if columns < len(label) + width + 26:  # for a bar that stays in its line: lines it is
+        if columns < len(label) + width + 26:  # no room for a bar: print lines
             self.close_bar()
             self.terminal = False
             return
@@ -54,7 +54,7 @@ class Display:
                 length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=width
             )
         room = max(0, columns - len(label) - width - 26)
-        while len(item) > room:  # a bar that is wider than its line starts a new one at each step
+        while len(item) > room:  # a bar wider than the terminal takes a new line at each step
             item = item.rpartition("  ")[0]
         self.bar.update(done - self.bar.pos, item)
         if done >= total:

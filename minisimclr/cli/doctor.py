@@ -10,8 +10,8 @@ from .options import json_option, write_json
 def doctor(json_file: str | None) -> int:
     """Tell whether this installation is sound.
 
-    Versions, devices, caches and disk are looked at, gradients and training tried for seconds. The
-    exit code is 3 if something is wrong.
+    Looks at versions, devices, caches and disk, then tries gradients and training for some seconds.
+    The exit code is 3 if something is wrong.
     """
     from ..doctor import examine
 

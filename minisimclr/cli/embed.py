@@ -1,4 +1,4 @@
-"""minisimclr embed and neighbors: use a trained encoder on pictures of one's own."""
+"""minisimclr embed and neighbors: use a trained encoder on your own pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ RUN = click.argument("run", type=FILE)
 @click.command()
 @RUN
 @click.argument("path", required=False)
-@click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="To write.")
+@click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output.")
 @DEVICE
 def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
     """Write the features that RUN's encoder gives to pictures.
@@ -41,7 +41,7 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
 @click.command()
 @RUN
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
-@click.option("--data", help="Search here and not in the run's own data: a name or a folder.")
+@click.option("--data", help="Search here, not in the run's own data: a name or a folder.")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too.")
 @DEVICE

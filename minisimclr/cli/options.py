@@ -11,7 +11,7 @@ import click
 from ..errors import ConfigError
 from ..files import require_writable, write_bytes
 
-# The library says what it cannot read; click would with the code of a wrong option.
+# The library reports what it cannot read; click would use the exit code of a wrong option.
 FILE = click.Path(path_type=Path, readable=False)
 
 VIEW = click.option(
@@ -37,7 +37,7 @@ class Duration(click.ParamType):
 
 
 class Named(click.Path):
-    """A file to write whose name must end so: of `--json PICTURE` the picture is no such thing."""
+    """A file to write whose name must end in `suffix`: `--json PICTURE` must not overwrite one."""
 
     def __init__(self, suffix: str, **options: Any):
         super().__init__(dir_okay=False, **options)
@@ -64,7 +64,7 @@ def json_option(function: Any) -> Any:
 
 
 def write_json(json_file: str | None, values: Any) -> bool:
-    """Do what --json asks for; True if standard output now holds the JSON and nothing else."""
+    """Do what --json asks for; return True if standard output is then for the JSON alone."""
     if json_file is None:
         return False
     text = json.dumps(values, indent=1) + "\n"
@@ -83,5 +83,5 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path}: {error}") from error

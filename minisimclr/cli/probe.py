@@ -17,9 +17,9 @@ from .options import DEVICE, FILE, VIEW, json_option, write_json
 @click.option("--data", help="Name or path.  [default: the RUN's; for WEIGHTS stanford-dogs]")
 @click.option("--labels", type=int, metavar="N", help="Use only N of the labelled images.")
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
-@click.option("--epochs", type=click.IntRange(1), help="Of --finetune.  [default: 60]")
+@click.option("--epochs", type=click.IntRange(1), help="Epochs of --finetune.  [default: 60]")
 @VIEW
-@click.option("--block", help="Of InceptionV3 WEIGHTS: whose output to use, such as mixed8.")
+@click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
 @DEVICE
 @json_option
 def probe(
@@ -29,13 +29,13 @@ def probe(
     """Tell what the features of a RUN or of WEIGHTS are worth.
 
     A linear classifier is fitted to the frozen features of labelled images and tested once, beside
-    the same on random features and on pixels.
+    others on random features and on pixels.
     """
     from .. import embed
 
     if epochs and not finetune:
         raise ConfigError("--epochs goes with --finetune")
-    if isdir(path):  # noqa: PTH112 - False where nobody may look
+    if isdir(path):  # noqa: PTH112 - False without permission
         if block:
             raise ConfigError("--block goes with a file of weights")
         run = embed.open_trained(path, device)

@@ -27,8 +27,8 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
     """Time a training step and each of its operations.
 
-    They are set beside this machine's roofline. An operation may pass the roof where it multiplies
-    less than is counted, as Winograd's does.
+    The times are set beside this machine's roofline. An operation may exceed the roof if it
+    multiplies less than is counted, as Winograd's does.
     """
     from .. import profile as profiling
 

@@ -18,7 +18,7 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
     """Show what a run has learned and what is wrong with it.
 
-    Several runs are compared, on a page that is comparison.html unless --out says otherwise.
+    Several runs are compared on one page: comparison.html, unless --out says otherwise.
     """
     from .. import report as pages
 
@@ -45,12 +45,12 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
 @click.command()
 @click.option("--data", default="toydogs", help="Data set, or folder of pictures.")
 @click.option("--images", default=4, type=click.IntRange(2, 12), help="Pictures in the batch.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of weights and views.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all draws.")
 @click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
 def walkthrough(data: str, images: int, seed: int, out: Path) -> None:
     """Show one step of SimCLR line by line, with its numbers.
 
-    The page has the code beside what each line of it makes of a batch of pictures.
+    The page shows the code, and what each line of it makes of a batch of pictures.
     """
     from ..data import open_dataset
     from ..report import build_walkthrough

@@ -19,7 +19,7 @@ from .probe import show_probe
 PRESETS = Path(__file__).parent.parent / "presets"
 SETTINGS = {f.name: f for f in fields(TrainConfig)}
 ORIGINS = {ParameterSource.COMMANDLINE: "flag", ParameterSource.ENVIRONMENT: "environment"}
-# Of each setting, and two that are not for training.
+# One for each setting, and two that are not for training.
 VARIABLES = {name: f"MINISIMCLR_{name.upper()}" for name in (*SETTINGS, "kernels", "test_data")}
 
 
@@ -48,7 +48,7 @@ def setting_options(function: Any) -> Any:
 
 
 def given(ctx: click.Context) -> dict[str, str]:
-    """Which settings came with the command, and whether as a flag or in the environment."""
+    """Which settings came with the command, and whether as a flag or from the environment."""
     ours = [name for name in os.environ if name.startswith("MINISIMCLR_")]
     check_keys(ours, VARIABLES.values(), "environment")
     return {n: ORIGINS[s] for n in SETTINGS if (s := ctx.get_parameter_source(n)) in ORIGINS}
@@ -72,7 +72,7 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 @click.command(epilog="Settings come from flags, then MINISIMCLR_* variables, --config, --preset.")
 @setting_options
 @click.option("--out", type=FILE, help="Run folder to make.")
-@click.option("--resume", type=FILE, help="Run folder to go on with.")
+@click.option("--resume", type=FILE, help="Run folder to continue.")
 @click.option("--config", type=FILE, help="TOML file of settings.")
 @click.option(
     "--preset", type=click.Choice(sorted(p.stem for p in PRESETS.glob("*.toml"))), help="A recipe."
@@ -83,7 +83,7 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     """Pre-train an encoder without labels and show what it learned.
 
-    The last is a linear probe of its features, beside controls that have learned nothing.
+    To show it, a linear probe scores its features, beside controls that have learned nothing.
     """
     from .. import train as training
     from .display import Display

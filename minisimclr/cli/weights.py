@@ -13,7 +13,7 @@ from .options import FILE, json_option, write_json
 def weights() -> None:
     """Read files of weights, convert them, write a run's.
 
-    PyTorch's, Keras', TensorFlow's and .safetensors are read, .safetensors are written.
+    Reads those of PyTorch, Keras and TensorFlow and .safetensors; writes .safetensors.
     """
 
 
@@ -23,7 +23,7 @@ def weights() -> None:
 def inspect(file: Path, json_file: str | None) -> None:
     """Print the names, shapes and dtypes in FILE.
 
-    Of any of the formats; nothing in it is run.
+    FILE may be in any of the formats; nothing in it is run.
     """
     from ..weights import read
 
@@ -55,7 +55,7 @@ def check_out(out: Path) -> None:
 def import_(file: Path, out: Path, until: str | None) -> None:
     """Write the encoder in FILE with torchvision's names.
 
-    The network is the one that its shapes fit; --until takes a part, as of files that stop early.
+    The network is the one that its shapes fit; --until takes a part, for files that stop early.
     """
     from ..weights import encoder, save
 
@@ -71,7 +71,7 @@ def import_(file: Path, out: Path, until: str | None) -> None:
 def export(run: Path, out: Path) -> None:
     """Write the encoder of RUN with torchvision's names.
 
-    It is that of the newest checkpoint.
+    It comes from the newest checkpoint.
     """
     from ..run import open_run
     from ..weights import Preprocessing, save

@@ -31,7 +31,7 @@ BUILT_IN = "toydogs", "stanford-dogs"  # every other name is a path
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)
 DEFAULTS = Options()
-DECODER = {"filter": FILTER, "pillow": PIL.__version__}  # what made pixels of the files
+DECODER = {"filter": FILTER, "pillow": PIL.__version__}  # what turns files into pixels
 
 
 def open_dataset(
@@ -41,9 +41,9 @@ def open_dataset(
 
     A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*), a folder of
     class folders (perhaps inside train and test), a folder of pictures, or a cache file, which
-    comes in the size it has. The first call builds the cache; later ones reuse it while its source
-    stays as it is, with the options it was last prepared with; a new size takes those of the size
-    made last. Only stanford-dogs must be prepared before. `progress(done, total)` is called while a
+    keeps its own size. The first call builds the cache; later ones reuse it while its source is
+    unchanged. Options are those it was last prepared with; a new size takes those of the size made
+    last. Only stanford-dogs must be prepared beforehand. `progress(done, total)` is called while a
     cache is built. Raises ConfigError, DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
@@ -73,11 +73,11 @@ def prepare(
     progress: Progress | None = None, archives: stanford_dogs.Archives | None = None,
     url: str | None = None, allow_unverified: bool = False,
 ) -> Dataset:  # fmt: skip
-    """Build the cache of a data set with these options, unless the one there is just so; open it.
+    """Build the cache of a data set with these options, unless it is there already; open it.
 
     The last three are for stanford-dogs: `archives` (images, lists, annotation) that need no
-    download, another address to download from, and whether other than the official archives will
-    do. Raises ConfigError, DataError, OSError.
+    download, another address to download from, and whether unofficial archives will do. Raises
+    ConfigError, DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
@@ -107,8 +107,8 @@ def prepare(
 
 
 def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:
-    """The data set as it was prepared (last, for no size); builds nothing. Raises DataError if it
-    is not there.
+    """The data set as it was prepared (last, if no size is given); builds nothing. Raises DataError
+    if it is not there.
     """
     path, _ = cache_path(name_or_path, image_size)
     if str(name_or_path) not in BUILT_IN and not Path(name_or_path).exists():
@@ -119,14 +119,14 @@ def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset
 
 
 def other_sizes(path: Path) -> list[Path]:
-    """Caches of the same data set as that at `path`, of any size, the one made last at the end."""
+    """Caches of the same data set as that at `path`, in any size, the newest last."""
     stem = re.escape(path.name.rpartition("-")[0])
     found = (p for p in cache_folder().glob("*.h5") if re.fullmatch(rf"{stem}-\d+px\.h5", p.name))
     return sorted(found, key=lambda each: each.stat().st_mtime_ns)
 
 
 def load_if_valid(path: Path, recipe: dict | None = None) -> Dataset | None:
-    """The cache at `path`, if it follows `recipe`; a missing or damaged one is none."""
+    """The cache at `path`; None if it is missing or damaged or does not follow `recipe`."""
     try:
         made = cache.load(path)
     except DataError:
@@ -174,7 +174,7 @@ def cache_folder() -> Path:
 
 
 def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple[Path, int]:
-    """Where the cache of a data set belongs, and its side S; a cache file belongs where it is."""
+    """Where the cache of a data set belongs, and its side S; a cache file stays where it is."""
     path, stem = Path(name_or_path), str(name_or_path)
     if not stem:
         raise ConfigError("a data set has a name or a path, and this is empty")
@@ -190,7 +190,7 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
             if path.is_file():
                 return path, size
             place = path.resolve()
-        except (OSError, ValueError) as error:  # a folder that may not be read, an odd name
+        except (OSError, ValueError) as error:  # an unreadable folder, an odd name
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{stem!r} cannot be read: {reason}") from error
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", place.name)[:40]

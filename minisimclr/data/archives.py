@@ -1,8 +1,8 @@
-"""Read tar archives as a stream, member by member: nothing is ever written to the disk.
+"""Read tar archives as a stream, member by member: nothing is ever written to disk.
 
-That leaves no path to escape from and no link to follow. What remains is refused by name: links and
-devices, members too large, too many or there twice, and headers that promise what is not there.
-`tarfile` ends silently at some kinds of damage, so the caller counts what it got.
+That leaves no path to escape by and no link to follow. The rest is refused with an error that names
+it: links and devices; members too large, too many or duplicated; headers that promise too much.
+`tarfile` stops silently at some kinds of damage, so the caller counts what it got.
 """
 
 import bz2
@@ -60,9 +60,9 @@ def check(member: tarfile.TarInfo, name: str) -> None:
     if name.startswith(("/", "../")):
         raise DataError(f"{member.name!r} points out of the archive")
     if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise DataError(f"{member.name!r} is a link, a device or sparse: only plain files may be")
+        raise DataError(f"{member.name!r} is a link, a device or sparse, not a plain file")
     if not 0 <= member.size <= MAX_MEMBER_BYTES:
-        raise DataError(f"{member.name!r} has {member.size:,} bytes, no picture has")
+        raise DataError(f"{member.name!r} has {member.size:,} bytes, more than any picture")
 
 
 class Metered:

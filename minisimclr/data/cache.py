@@ -4,10 +4,10 @@
     byte 4096   HDF5 header and small arrays: labels, splits, duplicate_of, about (JSON)
     ...         `images`, uint8 (N, S, S, 3), contiguous and last
 
-HDF5 only lays the file out, in memory. Every byte on the disk is written by plain file calls, so
-that a full disk is an OSError and not a crash in the library; and NumPy reads the rows with neither
-h5py nor its lock. The first line, in HDF5's user block, covers every other byte of the file: the
-fingerprint is the SHA-256 of the SHA-256 of every picture, which those who make them compute.
+HDF5 only lays the file out, in memory. Every byte on disk is written by plain file calls, so that a
+full disk is an OSError and not a crash in the library; and NumPy reads the rows with neither h5py
+nor its lock. The first line, in HDF5's user block, vouches for every other byte of the file. The
+fingerprint is the SHA-256 of all the pictures' SHA-256s, computed by the workers that make them.
 """
 
 import errno
@@ -35,10 +35,10 @@ from .workers import parallel_map
 FORMAT = "minisimclr cache 2"
 BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
 CHUNK = 128  # pictures in a message to a worker, at most
-CHUNKS = 50  # messages, at least, if there are as many pictures: progress should be seen
+CHUNKS = 50  # messages, at least, if there are that many pictures: progress should show
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
-SAMPLE = 2**32  # the stream that `sample` draws from; those below belong to classes
+SAMPLE = 2**32  # the stream that `sample` draws from; lower ones belong to classes
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -55,7 +55,7 @@ class Dataset:
     fingerprint: str  # of the pixels, in hex
     path: Path
     file_names: tuple[str, ...]
-    duplicate_of: np.ndarray  # int64 (N,), the first row with the same pixels: its own if new
+    duplicate_of: np.ndarray  # int64 (N,), the first row with the same pixels, perhaps its own
     recipe: dict[str, Any]  # all that the pixels and splits depend on
     notes: dict[str, Any]
 
@@ -67,16 +67,16 @@ class Dataset:
 
     @property
     def identity(self) -> str:
-        """What tells it from all others that a network could be trained on: pixels and splits.
+        """What tells it from any other data set to train on: its pixels and splits.
 
-        A run may know only the beginning: those of earlier versions have the pixels alone.
+        A run may know only the beginning: runs of earlier versions have the pixels alone.
         """
         return f"{self.fingerprint} {sha256(self.splits.tobytes())}"
 
     def sample(self, count: int) -> np.ndarray:
-        """`count` pictures (n, S, S, 3) of pretrain, at random but always the same; or all.
+        """Up to `count` pictures (n, S, S, 3) of pretrain, random but always the same.
 
-        Of all splits, where there are none to train on.
+        If pretrain is empty, they come from all splits.
         """
         rows = self.split("pretrain")
         rows = rows if len(rows) else np.arange(len(self.images))
@@ -96,9 +96,9 @@ class Dataset:
 def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | None) -> None:
     """Make every picture of `plan` and publish the cache `path`.
 
-    `recipe` says all that the pixels depend on; its `size` and `options` are followed. Raises
+    `recipe` holds all that the pixels depend on; its `size` and `options` are followed. Raises
     DataError for a picture that cannot be decoded (with skip_bad: for more than 1 % of them) and
-    OutputError where the disk is full or cannot be written.
+    OutputError if the disk is full or cannot be written.
     """
     needed = len(plan.names) * recipe["size"] ** 2 * 3
     try:
@@ -109,7 +109,7 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
                 fill(file, name, plan.without(bad), recipe, progress)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        held = "; Windows replaces none that is open" if os.name == "nt" and path.exists() else ""
+        held = "; Windows cannot replace an open file" if os.name == "nt" and path.exists() else ""
         room = f"the cache needs {needed:,} bytes, {free:,} are free"
         raise OutputError(f"{path}: {error.strerror} ({room}{held})") from error
 
@@ -117,7 +117,7 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
 def fill(
     file: BinaryIO, name: str, plan: Plan, recipe: dict, progress: Progress | None
 ) -> dict[int, str]:
-    """Write the whole cache; or, if pictures may be skipped and are bad, return {row: reason}."""
+    """Write the whole cache; or, if pictures are bad but may be skipped, return {row: reason}."""
     size, total = recipe["size"], len(plan.names)
     if not total:
         raise DataError(f"{name}: no picture is left")
@@ -159,8 +159,8 @@ def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:
 def make(
     path: Path, start: int, jobs: list[Job]
 ) -> tuple[list[tuple[int, bytes]], list[tuple[int, str]]]:
-    """In a worker: write each picture to its row of the cache; rows with digests, bad rows with
-    reasons.
+    """In a worker: write each picture to its row of the cache; return (row, digest) of the good and
+    (row, reason) of the bad.
     """
     made, failed, places = [], [], []
     with path.open("r+b", 1 << 20) as file:
@@ -172,19 +172,19 @@ def make(
                 continue
             places.append(start + row * len(pixels))
             if file.tell() != places[-1]:
-                file.seek(places[-1])  # and what is in the buffer is written
+                file.seek(places[-1])  # this also writes what is in the buffer
             file.write(pixels)
             made.append((row, hashlib.sha256(pixels).digest()))
         file.flush()
         if places and hasattr(os, "posix_fadvise"):
-            # On Linux the disk begins with these pages now; else all would wait for it at the end.
+            # On Linux, start writing these pages to disk now; else all would wait at the end.
             begin, end = min(places), max(places) + len(pixels)
             os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
     return made, failed
 
 
 def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> bytes:
-    """What lies between first line and pixels; as long for any other `duplicate_of`."""
+    """What lies between first line and pixels; its length is the same for any `duplicate_of`."""
     about = {
         "name": name,
         "recipe": recipe,
@@ -201,7 +201,7 @@ def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> by
         tree["splits"] = plan.splits
         tree["duplicate_of"] = duplicate_of
         tree["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        # The pixels get their place at once and are never written: they end up behind `memory`.
+        # The pixels get their place at once but are never written: it lies after `memory`.
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -215,7 +215,7 @@ def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> by
 
 
 def first_line(start: int, header: bytes, fingerprint: str) -> bytes:
-    """The first BLOCK bytes; their `header` vouches for the fingerprint, too."""
+    """The first BLOCK bytes; their `header` hash vouches for the fingerprint, too."""
     header_hash = sha256(header + fingerprint.encode())
     line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": fingerprint}
     return json.dumps(line).encode().ljust(BLOCK - 1) + b"\n"
@@ -263,7 +263,7 @@ def load(path: Path) -> Dataset:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over
         raise DataError(
-            f"{path}: no minisimclr cache can be read there ({error}); of pictures, name the folder"
+            f"{path}: no minisimclr cache can be read ({error}); for pictures, name the folder"
         ) from error
 
 
@@ -280,7 +280,7 @@ def fits(dataset: Dataset) -> bool:
 
 
 def plain(tree: h5py.File, name: str, limit: int) -> h5py.Dataset:
-    """An array of integers that lies in this file, in one piece of at most `limit` bytes."""
+    """An array of integers stored in this file, in one piece of at most `limit` bytes."""
     data = tree[name] if isinstance(tree.get(name, getlink=True), h5py.HardLink) else None
     if (
         not isinstance(data, h5py.Dataset)

@@ -1,7 +1,7 @@
-"""Download a file into place only when it is whole and right, resuming where an attempt broke off.
+"""Download a file, resuming broken attempts; put it in place only when it is whole and right.
 
 What has arrived waits in a hidden file beside the final one, along with the server's mark for this
-version of the file (ETag or date), so that the next attempt or the next run asks for the rest only.
+version of the file (ETag or date), so that the next attempt or run asks only for the rest.
 """
 
 import http.client
@@ -28,8 +28,8 @@ def download(
 ) -> None:
     """Fetch `url` to `path`: `size` bytes with this SHA-256; if that is None, at most `size` bytes.
 
-    A right file that is there already stays. Raises DataError if the server does not deliver it,
-    OSError where the disk cannot take it.
+    A right file that is already there is kept. Raises DataError if the server does not deliver it,
+    OSError if the disk cannot take it.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise DataError(f"{url}: is not an http or https address")
@@ -64,7 +64,7 @@ def download(
 
 
 def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None) -> None:
-    """Add to `part` what it lacks. Raises one of BROKEN where another attempt may get further."""
+    """Add to `part` what it lacks. Raises one of BROKEN if another attempt may get further."""
     have = part.stat().st_size if part.exists() and mark.exists() else 0
     headers = {"User-Agent": "minisimclr", "Accept-Encoding": "identity"}
     if have:
@@ -72,13 +72,13 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
     try:
         response = build_opener(Redirects).open(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        error.close()  # it is the response as well
-        if error.code == 416:  # the file there does not go on where ours ends
+        error.close()  # the error is the response, too
+        if error.code == 416:  # the server's file does not continue ours
             part.unlink()
         raise
     with response, part.open("ab") as file:
         resumed = (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-        if response.status != 206 or not resumed:  # all of it comes: new, or not to be resumed
+        if response.status != 206 or not resumed:  # the whole file comes: new, or not resumable
             have = 0
             file.truncate(0)
             mark.unlink(missing_ok=True)

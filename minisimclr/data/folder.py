@@ -1,10 +1,10 @@
-"""A folder of pictures: one folder per class (of any depth inside), or pictures without labels.
+"""A folder of pictures: one folder per class (nested to any depth), or pictures without labels.
 
 Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `labelled`, the rest
 `pretrain`. Classes of fewer than three pictures and pictures without labels are all `pretrain`.
-Such folders inside `train` and `test` (or `val`) are split already: test pictures are those there,
-all others are shared out as above without a fifth for testing, and those of `unlabeled` beside them
-have no label.
+Class folders inside `train` and `test` (or `val`) are split already: the pictures in `test` are for
+testing, all others are shared out as above without a fifth for testing, and those in `unlabeled`
+beside them have no label.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from .images import SUFFIXES, decode_file
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
 
 TRAINS, TESTS, LOOSE = ("train", "training"), ("test", "testing"), ("unlabeled", "unlabelled")
-CHECKS = ("val", "valid", "validation", "dev")  # are for testing where nothing else is
+CHECKS = ("val", "valid", "validation", "dev")  # for testing if nothing else is
 
 
 def source(root: Path, options: Options) -> Source:
-    """The pictures below `root`, but for hidden ones. Raises DataError if there are none."""
+    """The pictures below `root`, except hidden ones. Raises DataError if there are none."""
     if options.crop == "boxes":
         raise ConfigError(f"{root} has no annotation to crop by: only Stanford Dogs has boxes")
     found = {path.relative_to(root): stat for path, stat in files(root)}
-    # By parts: Windows would sort paths without regard to case.
+    # By parts, because Windows would ignore case when sorting paths.
     pictures = sorted((p for p in found if p.suffix.lower() in SUFFIXES), key=lambda p: p.parts)
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
@@ -48,7 +48,7 @@ def source(root: Path, options: Options) -> Source:
 
     def plan() -> Plan:
         if len(classes) == 1 and not tests and all(len(parts) > 2 for parts in inner):
-            said = f"{root} has one class, {classes[0]!r}: if the folders in that are the classes"
+            said = f"{root} has one class, {classes[0]!r}: if the folders in it are the classes"
             warnings.warn(f"{said}, name {root / classes[0]}", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
@@ -68,14 +68,14 @@ def source(root: Path, options: Options) -> Source:
 
 
 def split_name(path: Path) -> str:
-    """The folder that a picture lies in, as a split would be called: Train_Set as train."""
+    """The top folder of a picture, spelt as a split would be: Train_Set as train."""
     return re.sub("(?<=.)[ _-]?set$", "", path.parts[0].lower()) if len(path.parts) > 1 else ""
 
 
 def for_testing(root: Path, pictures: list[Path]) -> set[str]:
     """Which splits in `root` hold pictures to test with; none if its folders are classes.
 
-    Raises DataError where they are splits that do not suffice, or some are and some are not.
+    Raises DataError if they are splits that do not suffice, or if only some of them are splits.
     """
     names = {split_name(path) for path in pictures}
     trains, tests = names & {*TRAINS}, names & {*TESTS} or names & {*CHECKS}
@@ -83,7 +83,7 @@ def for_testing(root: Path, pictures: list[Path]) -> set[str]:
     said = " and ".join(sorted({path.parts[0] for path in pictures}))
     if trains and tests and others - {""}:
         raise DataError(
-            f"{root} holds {said}: name one of its folders, or move away what is no split"
+            f"{root} holds {said}: name one of its folders, or move away what is not a split"
         )
     if not others and not (trains and tests):
         raise DataError(f"{root} holds {said}, not train and test: name one of its folders")
@@ -91,7 +91,7 @@ def for_testing(root: Path, pictures: list[Path]) -> set[str]:
 
 
 def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files below `root` that are not hidden; links to folders count at the top level only."""
+    """Files below `root` that are not hidden; links to folders are followed only at the top."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -109,7 +109,7 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def regular(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """`path` and its stat, if it is a file. Raises OSError for a picture that links to nothing."""
+    """`path` and its stat, if it is a file. Raises OSError for a picture that is a broken link."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def split_classes(
 ) -> np.ndarray:
     """Split codes (N,) uint8 by the rule above; `labels_per_class` replaces the labelled fifth.
 
-    testing (N,): the pictures that are for testing already.
+    testing (N,): which pictures are already for testing.
     """
     splits = np.where(testing, TEST, PRETRAIN).astype(np.uint8)
     for number, name in enumerate(class_names):

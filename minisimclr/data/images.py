@@ -1,9 +1,9 @@
 """From the bytes of a JPEG, PNG or WebP file to one square of RGB pixels, or a reason why not.
 
-The picture is turned upright (EXIF), cropped to a square, resized with Pillow's antialiased bicubic
-filter. Transparency is laid on white, 16-bit grey keeps its high byte, CMYK and palettes become
-RGB, and of an animation the first frame counts. Damage inside a JPEG's scan usually decodes without
-an error, so only an archive's checksum proves that the pixels are the original ones.
+The picture is turned upright (EXIF), cropped to a square and resized with Pillow's antialiased
+bicubic filter. Transparency is laid on white, 16-bit grey keeps its high byte, CMYK and palettes
+become RGB, and only the first frame of an animation counts. Damage inside a JPEG's scan usually
+decodes without an error, so only an archive's checksum proves that the pixels are the originals.
 """
 
 import io
@@ -23,7 +23,7 @@ MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
 
-#: x0, y0, x1, y1 in pixels of a picture of the width and height that follow.
+#: x0, y0, x1, y1 in pixels, then the width and height of the picture they belong to.
 Box = tuple[int, int, int, int, int, int]
 
 
@@ -44,7 +44,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             x, y, side = (v * image.width / full_width for v in (x, y, side))
             bounds = (x, y, min(x + side, image.width), min(y + side, image.height))
             small = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, bounds)
-            small.info = image.info  # boxes are given in the picture as stored, so turning is last
+            small.info = image.info  # boxes refer to the picture as stored, so turning is last
             ImageOps.exif_transpose(small, in_place=True)
             return np.frombuffer(small.tobytes(), np.uint8).reshape(size, size, 3)
     except DataError:
@@ -56,7 +56,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
 
 
 def decode_file(path: Path, size: int) -> np.ndarray:
-    """`decode` of what a file holds. Raises DataError also if that cannot be read."""
+    """`decode` what a file holds. Raises DataError also if it cannot be read."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -90,7 +90,7 @@ def square(width: int, height: int, box: Box | None) -> tuple[float, float, floa
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that FORMATS can hold as RGB."""
+    """Convert any mode that FORMATS can hold to RGB."""
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

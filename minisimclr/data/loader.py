@@ -26,9 +26,9 @@ def batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """Endless batches of images[indices] from step `start_step` on; each epoch is shuffled anew.
 
-    `batch_size` counts all processes; this one gets the n = batch_size / world_size pictures of its
-    rank. An epoch is len(indices) // batch_size steps: the rest, which is too small for a batch,
-    sits out. The time that next() takes is the time waited for data. Raises ConfigError.
+    `batch_size` is that of all processes; this one gets the n = batch_size / world_size pictures of
+    its rank. An epoch is len(indices) // batch_size steps; the rest, too few for a batch, sit out.
+    The time that next() takes is the time spent waiting for data. Raises ConfigError.
     """
     if indices.dtype.kind not in "iu":
         raise ConfigError(f"indices are the numbers of images, and not {indices.dtype}")
@@ -66,6 +66,6 @@ def prefetch(fetch, step: int) -> Iterator[Batch]:
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """A random order of range(n) that depends on nothing but the arguments."""
-    # Drawing counts up the first word, so the epoch goes where it cannot be reached.
+    # Drawing counts up from the first word, so the epoch goes into one that it cannot reach.
     keys = np.random.Philox(key=[seed, 0], counter=[0, 0, epoch, 0]).random_raw(n)
     return np.argsort(keys, kind="stable")

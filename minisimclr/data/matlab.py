@@ -1,7 +1,7 @@
-"""Read text, numbers and cell arrays of them from MATLAB v5 files, which the official lists are.
+"""Read text, numbers and cell arrays of them from MATLAB v5 files, such as the official lists.
 
 Format: MathWorks, "MAT-File Format", version 5. A file is a 128-byte header and elements: a tag
-(type, bytes), data, padding to 8 bytes; an array is an element of elements, often deflated.
+(type, bytes), data, padding to 8 bytes. An array is an element made of elements, often deflated.
 """
 
 import math
@@ -23,10 +23,10 @@ CELL, CHAR = 1, 4  # classes of arrays
 
 
 def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
-    """Variables by name: a cell array as a flat list, numbers as an array, text as str; and None
-    for those not in `names`, which takes no time.
+    """Variables by name: a cell array as a flat list, numbers as an array, text as str; those not
+    in `names` are None and take no time.
 
-    Raises DataError for anything else, damaged or larger than a list can be.
+    Raises DataError for anything else, for damage, and for more than a list can hold.
     """
     if content[126:128] != b"IM":
         raise DataError("is no little-endian MATLAB v5 file")
@@ -36,7 +36,7 @@ def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
             if kind == MATRIX:
                 name, value = array(data, names)
                 variables[name] = value
-    except Exception as error:  # damage leads anywhere
+    except Exception as error:  # damage can lead anywhere
         raise DataError(f"is a damaged MATLAB file ({error or type(error).__name__})") from error
     return variables
 
@@ -65,8 +65,8 @@ def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def array(data: bytes, names: tuple[str, ...] = ()) -> tuple[str, Any]:
-    """Name and value of an array element: flags, dimensions, name, then cells, text or numbers. If
-    there are `names`, None for the value of another.
+    """Name and value of an array element: flags, dimensions, name, then cells, text or numbers. The
+    value is None if there are `names` and this is not one of them.
     """
     parts = elements(data)
     flags, shape, label = (body for _, body in (next(parts), next(parts), next(parts)))
@@ -81,5 +81,5 @@ def array(data: bytes, names: tuple[str, ...] = ()) -> tuple[str, Any]:
             return name, body.decode(TEXT[kind])
         value = np.frombuffer(body, NUMBERS[kind])
     if len(value) != math.prod(n for (n,) in struct.iter_unpack("<i", shape)):
-        raise ValueError(f"{name} has {len(value)} values, which is not what it says")
+        raise ValueError(f"{name} has {len(value)} values, but claims another number")
     return name, value

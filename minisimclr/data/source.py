@@ -1,8 +1,8 @@
 """What a data set is before it is cached: names, labels, splits, and how to make each picture.
 
 Every data set has three disjoint splits: `pretrain` (labels unused), `labelled` (trains probes) and
-`test` (scores them). Who falls where depends on seed 0 and the order of the pictures alone, through
-raw numbers of a Philox generator, which NumPy promises never to change.
+`test` (scores them). Which picture goes where depends only on seed 0 and their order, through raw
+numbers of a Philox generator, which NumPy promises never to change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +44,10 @@ class Plan:
     class_names: Sequence[str]
     splits: np.ndarray  # (N,) uint8, indices into SPLITS
     jobs: Callable[[int], Iterator[Job]]
-    notes: dict[str, Any] = field(default_factory=dict)  # what `data info` should tell
+    notes: dict[str, Any] = field(default_factory=dict)  # what `data info` should show
 
     def without(self, bad: dict[int, str]) -> "Plan":
-        """The plan less the rows `bad` (row: reason), which its notes list."""
+        """The plan without the rows `bad` (row: reason), which its notes list."""
         kept = [row for row in range(len(self.names)) if row not in bad]
         new_rows = {old: new for new, old in enumerate(kept)}
 
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from. `identity` (JSON, cheap) changes whenever the pictures may have."""
+    """Where pictures come from. `identity` (JSON, cheap) changes whenever they may have changed."""
 
     name: str
     identity: Any
@@ -71,6 +71,6 @@ class Source:
 
 
 def choose(rows: np.ndarray, count: int, stream: int) -> np.ndarray:
-    """`count` of `rows`, drawn with seed 0; a smaller count draws a part of the same."""
+    """`count` of `rows`, drawn with seed 0; a smaller count draws a subset of these."""
     keys = np.random.Philox(key=[0, 2], counter=[0, 0, stream, 0]).random_raw(len(rows))
     return rows[np.argsort(keys, kind="stable")[:count]]

@@ -4,8 +4,8 @@
     lists.tar        train_list.mat (12,000 files) and test_list.mat (8,580) with labels from 1
     annotation.tar   Annotation/n02085620-Chihuahua/n02085620_10074: boxes, needed for --crop boxes
 
-Splits: the official train list is `pretrain`. Of the test list a fifth is `labelled`, shared among
-the breeds by largest remainder and drawn with seed 0 (1,716), the rest is `test` (6,864).
+Splits: the official train list is `pretrain`. A fifth of the test list (1,716) is `labelled`,
+shared among the breeds by largest remainder and drawn with seed 0; the rest (6,864) is `test`.
 Source: Khosla et al., "Novel dataset for fine-grained image categorization", 2011.
 """
 
@@ -72,7 +72,7 @@ def official(
 
     Raises DataError for an archive that is not the official one, unless `allow_unverified`.
     """
-    from .download import download  # seldom needed, and with it all of http and ssl
+    from .download import download  # seldom needed, and it loads all of http and ssl
 
     archives, hashes = dict(given), {}
     for name in ("images", "lists", "annotation")[: 3 if options.crop == "boxes" else 2]:
@@ -95,9 +95,9 @@ def official(
 
 
 def in_folder(root: Path) -> Archives:
-    """The archives that a folder holds, such as images.tar.gz; empty if it is no such folder.
+    """The archives that a folder holds, such as images.tar.gz; empty if it holds none.
 
-    Raises DataError if one of the needed two is missing or a choice would be a guess.
+    Raises DataError if one of the two needed is missing or the choice would be a guess.
     """
     archives = {}
     for name in OFFICIAL:
@@ -114,7 +114,7 @@ def in_folder(root: Path) -> Archives:
 def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
     """Files ("breed/picture", sorted), labels from 0, class names, and which files are for testing.
 
-    Raises DataError unless the lists are readable, disjoint and agree with the names of folders.
+    Raises DataError unless the lists are readable and disjoint and agree with the folders' names.
     """
     lists = {name.rpartition("/")[2]: content for name, content in members(path)}
     parts = []
@@ -163,7 +163,7 @@ def read_list(content: bytes) -> dict[str, int]:
 def split(
     labels: np.ndarray, is_test: np.ndarray, class_names: list[str], labels_per_class: int | None
 ) -> np.ndarray:
-    """Split codes (N,) uint8 as told above, or with `labels_per_class` labelled in each breed."""
+    """Split codes (N,) uint8 as described above, or with `labels_per_class` labelled per breed."""
     splits = np.where(is_test, TEST, PRETRAIN).astype(np.uint8)
     counts = np.bincount(labels[is_test], minlength=len(class_names))
     if labels_per_class is None:
@@ -183,7 +183,7 @@ def split(
 
 
 def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
-    """("breed/picture", content) of all `files`. Raises DataError if the archive holds others."""
+    """("breed/picture", content) of all `files`. Raises DataError unless it holds just these."""
     missing, extra = set(files), []
     for name, content in members(path):
         file = "/".join(name.split("/")[-2:])
@@ -202,7 +202,7 @@ def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def read_boxes(path: Path, files: list[str]) -> dict[str, Box]:
     """The largest annotated box in each of `files`. Raises DataError if one has none."""
-    # A pattern and not an XML parser, as entities in hostile XML can blow up.
+    # A pattern and not an XML parser: entities in hostile XML can blow up.
     number = re.compile(rb"<(width|height|xmin|ymin|xmax|ymax)>\s*(\d{1,6})\s*<")
     wanted = {file.rpartition(".")[0]: file for file in files}
     boxes: dict[str, Box] = {}

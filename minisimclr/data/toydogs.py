@@ -1,8 +1,8 @@
 """Toydogs: cartoon portraits of twelve dog breeds, each drawn from its number; no download.
 
 A breed fixes coat colours, ear shape, markings, snout and proportions. Pose, scale, expression,
-light and background vary from image to image. Four breeds have colours of coat, trim and ears of
-their own, the other eight share theirs in pairs, which only shape and markings tell apart.
+light and background vary from image to image. Four breeds have their own colours of coat, trim and
+ears; the other eight share theirs in pairs, which only shape and markings tell apart.
 Backgrounds are muted on purpose: with vivid ones, the background is an easier cue than the dog for
 matching two crops of one picture.
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 VERSION = 2  # of the drawing: raise it whenever a pixel of any image changes
 IMAGE_SIZE = 40  # px stored per side, a little more than the 32 px that training crops to
 SPLIT_SIZES = {"pretrain": 4000, "labelled": 400, "test": 1200}  # numbered in this order
-SUPERSAMPLING = 4  # drawn so much larger, then averaged, for smooth edges
+SUPERSAMPLING = 4  # drawn this much larger, then averaged, for smooth edges
 
 COLOURS = {
     "black": (62, 58, 64),
@@ -39,7 +39,7 @@ EARS = {
     "long": ((0.45, -0.85), (1.15, -0.85), (1.55, 0.70), (1.25, 1.65), (0.80, 0.80)),
 }
 HANGING = {"button", "drop", "long"}  # ears in front of the head; the others stand behind it
-# Ovals on the head: centre x, y, half width, half height; one off the centre line is a pair.
+# Ovals on the head: centre x, y, half width, half height; one off the centre line makes a pair.
 MARKS = {
     "blaze": ((0.00, -0.45, 0.18, 0.60), (0.00, 0.45, 0.62, 0.42)),
     "mask": ((0.50, 0.45, 0.46, 0.42), (0.36, -0.38, 0.17, 0.11)),

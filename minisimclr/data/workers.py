@@ -21,14 +21,14 @@ from typing import Any
 
 from ..errors import DataError
 
-ANSWER = 1 << 20  # bytes of room, so that a worker need not wait until its answer is read
+ANSWER = 1 << 20  # bytes of buffer, so that a worker need not wait for its answer to be read
 
 
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
     """function(item) for each item, in order; `function` and the items must be picklable.
 
     Reads only a few items ahead. What `function` raises is raised here, and DataError if a worker
-    dies. With one worker or less it all happens in this process.
+    dies. With fewer than two workers it all happens in this process.
     """
     if workers < 2:
         yield from map(function, items)
@@ -45,10 +45,10 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
     with ExitStack() as stack:
         for _ in range(workers):
             process = start()
-            stack.callback(process.communicate)  # ends its input and waits for it
+            stack.callback(process.communicate)  # closes its input and waits for it to end
             idle.put(process)
         pool = ThreadPoolExecutor(workers)
-        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C nobody waits for them
+        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C nobody waits for the rest
         pending: deque = deque()
         for item in items:
             pending.append(pool.submit(run, item))
@@ -60,8 +60,8 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
 
 def start() -> Popen:
     """A new worker, with this process's import path and no threads of its own."""
-    # Not from the current folder, where anything may be called random.py; what a module prints on
-    # import must not get between the answers.
+    # -P: import nothing from the current folder, which may hold, say, a random.py. And what a
+    # module prints on import must not get between the answers.
     code = f"import os; out = os.dup(1); os.dup2(2, 1); from {__name__} import serve; serve(out)"
     command = [sys.executable, "-P", "-c", code]
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
@@ -77,9 +77,9 @@ def ask(process: Popen, function: Callable, item: Any) -> Any:
         pickle.dump((function, item), process.stdin, pickle.HIGHEST_PROTOCOL)  # type: ignore
         process.stdin.flush()  # type: ignore
         answer = pickle.load(process.stdout)  # type: ignore
-    except Exception as error:  # what a worker raises is an answer; this is the end of it
+    except Exception as error:  # what `function` raises is an answer; this is the worker's end
         with suppress(TimeoutExpired):
-            process.wait(1)  # else it answers in no language of ours
+            process.wait(1)  # else its answer makes no sense
         process.kill()
         status = process.wait()
         advice = "see above" if status > 0 else "free some memory, then try again"
@@ -104,4 +104,4 @@ def serve(out: int) -> None:
                 answer = error
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
-    os._exit(0)  # without tidying up, for which the other side would wait
+    os._exit(0)  # without tidying up, which would keep the other side waiting

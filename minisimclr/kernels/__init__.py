@@ -1,7 +1,7 @@
 """Faster versions of the passes in `ops`, `optim` and `augment`, registered for an array type.
 
-Importing this package registers those for NumPy; those for CuPy follow as soon as a GPU is used
-(cuda.py). No pass refers to it, and everything works without.
+Importing this package registers the versions for NumPy; those for CuPy follow as soon as a GPU is
+used (cuda.py). No pass refers to this package, and everything works without it.
 MINISIMCLR_KERNELS=reference in the environment leaves the readable versions in place.
 """
 
@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 _choice = os.environ.get("MINISIMCLR_KERNELS", "fast")
-if _choice not in ("fast", "reference"):  # no command is there yet to explain an error
+if _choice not in ("fast", "reference"):  # no command is running yet that could report it
     print(f"error: MINISIMCLR_KERNELS is {_choice!r}: use fast or reference", file=sys.stderr)
     raise SystemExit(2)
 if _choice == "fast":

@@ -1,12 +1,12 @@
-// Both views of every image in one launch, a block a view: crop, colours, grey. A thread keeps to
-// pixels of its own, so only the mean that the contrast needs has barriers.
+// Both views of every image in one launch, one block per view: crop, colours, grey. Each thread has
+// its own pixels, so only the mean that contrast needs has barriers.
 struct View { float left, top, width, height, factors[4]; int orders[4], flip, grey; };
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY };
 #define OWN(p) for (int p = threadIdx.x; p < size * size; p += 256)
 #define CHANNEL for (int k = 0; k < 3; k++)
 __device__ float cut(float v) { return v < 0 ? 0 : v > 1 ? 1 : v; }
 
-struct Triangle {  // the n input pixels under output pixel i along one axis, and their weights
+struct Triangle {  // of n input pixels on one axis, those under output pixel i, and their weights
     float centre, reach;
     int first, last;
     __device__ Triangle(float start, float length, int i, int size, int n) {

@@ -1,14 +1,14 @@
 """Augmentation on the CPU: as few passes over as few numbers, in as few calls, as NumPy allows.
 
 Channels lie in planes (3, n, S, S), so every operation runs over long contiguous rows, mostly in
-place. Resizing and blur are matrix products, of blocks of output pixels and no more than the
-input pixels under them: a product with all of them is three to six times as large. The hue comes
-from a formula without cases, because choosing elementwise costs NumPy more than arithmetic. And
-views are sorted, for the crops by their size, so that small ones gather few pixels, then by the
-order of their colour operations, so that each is one call for many: two threads that make many
-short calls spend their time waiting for the interpreter's lock.
-Views do not depend on each other, so from 8 px on results do not depend on grouping or threads, to
-the bit.
+place. Resizing and blur are matrix products, block by block of output pixels, with only the input
+pixels under each block: products with all of them would be three to six times as large. The hue
+comes from a formula without cases, because choosing elementwise costs NumPy more than arithmetic.
+Views are sorted: for the crops by size, so that small ones gather few pixels; then by the order of
+their colour operations, so that one call does many: two threads that make many short calls spend
+their time waiting for the interpreter's lock.
+Views do not depend on each other, so from 8 px on the results are the same, to the bit, for any
+grouping and any number of threads.
 """
 
 from itertools import pairwise
@@ -19,8 +19,8 @@ from ..augment import LUMA, SMALL, Views, apply_views, batch_shape, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks, in_blocks
 
-SHARE = 1 << 23  # numbers in the views of a share, which is cropped as a whole
-GROUP = 1_200_000  # numbers in a block of views; with those of their pictures, in one of crops
+SHARE = 1 << 23  # numbers in one share of views, which is cropped as a whole
+GROUP = 1_200_000  # numbers in a block of views; for crops, those of their pictures count too
 BAND = 16  # output pixels in a block, at most: a cache line of weights
 
 
@@ -33,8 +33,8 @@ def apply_views_sorted(
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
     )
     jittered = (factors != (1, 1, 1, 0)).any(axis=1)  # (2N,)
-    places = np.argsort(orders, axis=1)  # of each operation; that of the dearest, hue, sorts first
-    rows = np.lexsort((*places.T, jittered))  # after those that stay as they are
+    places = np.argsort(orders, axis=1)  # of each operation; hue, the costliest, is sorted by first
+    rows = np.lexsort((*places.T, jittered))  # unchanged views come first
     still, rest = np.split(rows, [2 * n - np.count_nonzero(jittered)])
     count = threads() * (1 + 2 * n * 3 * size**2 // (threads() * SHARE))
     halves = [np.array_split(part, count) for part in (still, rest)]
@@ -85,7 +85,7 @@ def _crops(
 ) -> np.ndarray:
     """crop_resize of the images `which` (n,), as planes (3, n, S, S).
 
-    Crops of like size go together: the largest of a block says how many pixels each is made of.
+    Crops of similar size go together: the largest in a block sets how many pixels each gathers.
     """
     _, height, width, _ = images.shape
     planes = np.empty((3, len(which), size, size), np.float32)
@@ -114,7 +114,7 @@ def _crop(
 
 
 def _side_by_side(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x @ weight, (..., b, M, T) @ (..., b, T, B), each product beside the last: (..., M, b B)."""
+    """x @ weight, (..., b, M, T) @ (..., b, T, B), products side by side: (..., M, b B)."""
     *outer, count, m, _ = x.shape
     y = np.empty((*outer, m, count, weight.shape[-1]), np.float32)
     np.matmul(x, weight, out=y.swapaxes(-3, -2))
@@ -124,12 +124,12 @@ def _side_by_side(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _bands(
     start: np.ndarray, length: np.ndarray, flips: np.ndarray, size: int, n_in: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`resampling` in blocks of B output pixels, which lie over T neighbouring input pixels: those
-    (n, b, T), and their weights (n, b, T, B). Past the end the last output pixel is repeated, and
-    input pixels there weigh nothing.
+    """`resampling` in blocks of B output pixels, each over T neighbouring input pixels: those input
+    pixels (n, b, T) and their weights (n, b, T, B). Past the end the last output pixel is repeated,
+    and input pixels there weigh nothing.
 
-    T depends on the largest crop of the block, and zeros added to a sum change nothing; but some
-    BLAS add what T has beyond a multiple of 8 in another order. So T is such a multiple.
+    T depends on the largest crop of the block. Zeros added to a sum change nothing, but some BLAS
+    libraries add the terms beyond a multiple of 8 in another order, so T is such a multiple.
     """
     count = -(-size // BAND)
     place = np.minimum(np.arange(count * -(-size // count)), size - 1)
@@ -141,7 +141,7 @@ def _bands(
     first = np.floor(centre.min(axis=2, keepdims=True) - reach + np.float32(0.5))
     first = first.clip(0, max(0, n_in - most))  # (n, b, 1)
     tap = np.arange(most, dtype=np.float32)
-    # With the T outermost every operation goes over long rows.
+    # With T outermost, every operation runs over long rows.
     weight = tap[:, None, None, None] - (centre - first - np.float32(0.5))  # (T, n, b, B)
     np.abs(weight, out=weight)
     np.subtract(reach, weight, out=weight)
@@ -152,7 +152,7 @@ def _bands(
 
 
 def _jitter(x: np.ndarray, factors: np.ndarray, orders: np.ndarray) -> None:
-    """colour_jitter of planes in place; where neighbours are due the same operation, at once."""
+    """colour_jitter of planes, in place; neighbours due the same operation share one call."""
     for kinds in orders.T:  # (n,), at each place
         for i, k in pairwise((0, *np.flatnonzero(np.diff(kinds)) + 1, len(kinds))):
             _JITTER[kinds[i]](x[:, i:k], factors[i:k, kinds[i], None, None])
@@ -189,9 +189,9 @@ def _saturation(x: np.ndarray, factor: np.ndarray) -> None:
 
 def _hue(x: np.ndarray, turns: np.ndarray) -> None:
     """With channels as shares of the spread above the lowest, H = +-(1 - R + G + B) sixths of a
-    turn, its sign that of G - B. Then red is lowest + spread clip(|H - 3| - 1, 0, 1), and green and
-    blue are highest - spread clip(|H - 2 or 4| - 1, 0, 1). Clipped from 1 to 2 they need no
-    subtraction of 1 but for one in the other term.
+    turn, with the sign of G - B. Then red is lowest + spread clip(|H - 3| - 1, 0, 1), and green and
+    blue are highest - spread clip(|H - 2 or 4| - 1, 0, 1). Clipping from 1 to 2 instead saves the
+    subtraction of 1: lowest and highest take it over, one spread each.
     """
     red, green, blue = x
     value, lowest = _extremes(x)
@@ -203,7 +203,7 @@ def _hue(x: np.ndarray, turns: np.ndarray) -> None:
     sign = (green - blue).view(np.uint32)
     sign &= np.uint32(1 << 31)
     sixths /= spread.clip(1e-12, 1)
-    # What copysign does where nothing is negative, in less than half its time.
+    # The same as copysign, since nothing here is negative, in less than half the time.
     np.bitwise_xor(sixths.view(np.uint32), sign, out=sixths.view(np.uint32))
     sixths += 6 * turns
     whole = np.divide(sixths, 6, out=sign.view(np.float32))

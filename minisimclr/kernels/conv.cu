@@ -1,12 +1,12 @@
 #include "real.cuh"
-// Patches of images (n, h, w, c) as rows (n oh ow, kh kw c), and back: a block is 32 numbers wide
-// and has 8 rows of patches, or pixels, so a warp reads and writes one piece of memory.
+// Patches of images (n, h, w, c) as rows (n oh ow, kh kw c), and back. A block is 32 numbers wide
+// and covers 8 patches, or pixels, so a warp reads and writes memory in one piece.
 extern "C" __global__ void unfold(const REAL* x, REAL* patches, int rows,
         int h, int w, int c, int kh, int kw, int sh, int sw, int ph, int pw, int oh, int ow) {
     const int row = blockIdx.x * 8 + threadIdx.y;
     if (row >= rows) return;
-    int a = row / ow % oh * sh - ph, b = row % ow * sw - pw;  // a pixel of the image, counted on:
-    const int right = b + kw, numbers = kh * kw * c;          // divisions take longer than memory
+    int a = row / ow % oh * sh - ph, b = row % ow * sw - pw;  // a pixel of the image, by counting:
+    const int right = b + kw, numbers = kh * kw * c;          // dividing takes longer than memory
     const REAL zero = {}, *image = x + (long long)(row / ow / oh) * h * w * c;
     patches += (long long)row * numbers;
     for (int i = threadIdx.x, k = i; i < numbers; i += 32, k += 32) {
@@ -17,8 +17,8 @@ extern "C" __global__ void unfold(const REAL* x, REAL* patches, int rows,
     }
 }
 
-// Each pixel sums what its patches hold of it, in one order whatever the launch: as number (a, b)
-// of patch (i, j), where i sh + a and j sw + b are its place.
+// Each pixel sums its own copies in the patches, in the same order for every launch: it is number
+// (a, b) of patch (i, j) where i sh + a and j sw + b are its row and column.
 extern "C" __global__ void fold(const REAL* patches, REAL* x, int pixels,
         int h, int w, int c, int kh, int kw, int sh, int sw, int ph, int pw, int oh, int ow) {
     const int pixel = blockIdx.x * 8 + threadIdx.y;

@@ -1,12 +1,12 @@
 """The passes of a convolution for NumPy, each by the method that costs least for its shape.
 
     1x1                       a matrix product on the pixels as they lie in memory
-    3x3, stride 1             Winograd, where its tiles leave less to multiply (winograd.py); there
-                              the two gradients are made together
+    3x3, stride 1             Winograd, where its tiles save multiplications (winograd.py); it makes
+                              the two gradients together
     anything else             im2col in blocks that stay in cache
 
-Threads work on images of their own, each with single-threaded BLAS. That is faster than one thread
-with threaded BLAS, since copies and small products then run side by side as well.
+Each thread works on its own images with single-threaded BLAS. That is faster than one thread with
+threaded BLAS, since copies and small products then run side by side as well.
 """
 
 import numpy as np
@@ -104,8 +104,8 @@ def gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tup
 def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -> Array:
     """Patches of x (n, H, W, C) as rows (n*OH*OW, KH*KW*C).
 
-    One row of a patch lies in one piece in the padded image, so one copy of overlapping views does
-    it all. As bytes without a type, pieces of few numbers are copied twice as fast.
+    One row of a patch is contiguous in the padded image, so one copy of overlapping views does it
+    all. As untyped bytes, pieces of few numbers are copied twice as fast.
     """
     n, h, w, c = x.shape
     (kh, kw), (sh, sw), (ph, pw), (oh, ow) = w_shape[:2], stride, padding, size
@@ -116,7 +116,7 @@ def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -
         padded[:, ph : ph + h, pw : pw + w] = x
         x = padded
     x = np.ascontiguousarray(x)
-    # Bytes from one to the next; not x.strides: those of an axis of length 1 may be anything.
+    # Bytes from one to the next; not x.strides, which may be anything for an axis of length 1.
     pixel, row = (np.prod(x.shape[k:]) * x.itemsize for k in (3, 2))
     piece = np.dtype((np.void, kw * pixel))
     views = np.ndarray((n, oh, ow, kh), piece, x, 0, (x.shape[1] * row, sh * row, sw * pixel, row))

@@ -1,18 +1,18 @@
-"""CUDA kernels for what a GPU would do in many passes from Python.
+"""CUDA kernels for what would take a GPU many passes from Python.
 
-    norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and cut;
-                 two for the gradients; running statistics
+    norm.cu      batch norm: moments of tiles of rows, merged; one pass to normalise, add and apply
+                 ReLU; two for the gradients; running statistics
     optim.cu     SGD and LARS for all parameters: norms in one launch, the step in another
-    conv.cu      patches of images and back, which makes a convolution one matrix product
+    conv.cu      patches of images and back, so that a convolution is one matrix product
     winograd.cu  tiles of images and back, for 3x3 convolutions in float32
     pool.cu      maxima of windows, and the way back
-    augment.cu   both views of a batch in one launch; the blur of large ones is a matrix product
+    augment.cu   both views of a batch in one launch; the blur of large views is a matrix product
 
 CuPy compiles them with NVRTC on first use and keeps the binaries on disk. All sums run in a fixed
-order, so a run repeats to the bit. Matrix products are cuBLAS's; the loss, made of them, stays as
-it can be read. CuPy has no product of bfloat16 matrices that stays float32, so cuBLAS is asked for
-those directly. Where activations are bfloat16, so are the images that a kernel reads and writes;
-the same text is compiled again, its REAL being that type (real.cuh).
+order, so a run repeats bit for bit. Matrix products are cuBLAS's; the loss, made of them, keeps its
+readable version. CuPy cannot multiply bfloat16 matrices into float32, so cuBLAS is called directly
+for that. Where activations are bfloat16, so are the images that a kernel reads and writes; the same
+source is compiled again, with REAL as that type (real.cuh).
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from . import cuda_conv
 from .cuda_launch import CHANNELS, LANES, THREADS, for_each_row, launch
 from .registry import for_float32
 
-BLOCKS = 768  # in a launch over tiles: no more than run at once on 132 multiprocessors, 6 on each
+BLOCKS = 768  # in a launch over tiles: few enough to run at once on 132 multiprocessors, 6 on each
 SHARES = 64  # blocks that share the numbers of one parameter
 # The structures of optim.cu and augment.cu.
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
@@ -51,7 +51,7 @@ def register(library: Any) -> None:
 
 
 def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
-    """Grid of tiles for x (..., C), and the rows, channels and rows of a tile that go with it."""
+    """Grid of tiles for x (..., C); then the rows, the channels and the rows in a tile."""
     rows, c = x.size // x.shape[-1], x.shape[-1]
     wide = -(-c // CHANNELS)
     tile = max(LANES**2, -(-rows * wide // BLOCKS))

@@ -1,8 +1,8 @@
 """Convolution on a GPU: matrix products of patches, or of Winograd's tiles where these cost less.
 
-In float32 a 3x3 convolution of stride 1 is worth its tiles: a quarter of the multiplications, and
-half of what patches are to write and to read (winograd.py explains the method, winograd.cu has its
-maps). They round more than bfloat16 could bear; float32 they stay whatever `precision` says.
+In float32, tiles pay for a 3x3 convolution of stride 1: a quarter of the multiplications, and half
+as much to write and to read as with patches (winograd.py explains the method, winograd.cu has its
+maps). Rounding hurts them too much for bfloat16; they stay float32 whatever `precision` says.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..ops.conv import (
 )
 from .cuda_launch import THREADS, for_each_row, is_bfloat16, launch
 
-FF = 36  # numbers of a transformed tile, and so matrix products of a convolution
+FF = 36  # numbers in a transformed tile, and so matrix products in a convolution
 
 
 def cuda_unfold(x, kernel, stride, padding, size):
@@ -27,7 +27,7 @@ def cuda_unfold(x, kernel, stride, padding, size):
         return unfold.dispatch(object)(x, kernel, stride, padding, size)
     (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
     given = cupy().ascontiguousarray(x), cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
-    if (c * x.itemsize | given[0].data.ptr) % 8 == 0:  # only copied: so two or four at once
+    if (c * x.itemsize | given[0].data.ptr) % 8 == 0:  # they are only copied: two or four at once
         given = tuple(a.view(np.float64) for a in given)
     geometry = given[0].shape[1:], kernel, stride, padding, size
     return for_each_row("conv", "unfold", *given, geometry=geometry).view(x.dtype)
@@ -47,8 +47,8 @@ def cuda_conv_input_gradient(gy, w, x_shape, stride, padding):
 
 
 def tile_grid(x: Array, w_shape: tuple, size: Pair, stride: Pair) -> Pair | None:
-    """Rows and columns of tiles in an image of `size` outputs; None where they do not pay: they are
-    to halve the multiplications, FF a tile for 9 a pixel, and to be fewer numbers than patches.
+    """Rows and columns of tiles in an image of `size` outputs; None where they do not pay. They
+    must halve the multiplications, FF a tile for 9 a pixel, and hold fewer numbers than patches.
     """
     (kh, kw, c, o), grid = w_shape, (-(-size[0] // 4), -(-size[1] // 4))
     pays = 2 * FF * grid[0] * grid[1] <= 9 * size[0] * size[1] and o < 3 * c
@@ -66,7 +66,7 @@ def take(x: Array, side: int, grid: Pair, padding: Pair = (0, 0)) -> Array:
 
 
 def put(tiles: Array, side: int, grid: Pair, out: Array) -> Array:
-    """The way back, which fills images `out` (n, H, W, C)."""
+    """The way back: fill images `out` (n, H, W, C)."""
     numbers = tiles.size // FF
     given = tiles, out, side, numbers, *out.shape[1:], *grid
     launch("winograd", "put", (-(-numbers // THREADS),), (THREADS,), *given)
@@ -74,8 +74,8 @@ def put(tiles: Array, side: int, grid: Pair, out: Array) -> Array:
 
 
 def products(a: Array, b: Array, out: Array, turned: bool = False, beta: float = 0) -> Array:
-    """out <- a @ b + beta out: (FF, n, k) @ (FF, k, m), a being (FF, k, n) if it is to be turned;
-    CuPy's own product would copy it for that.
+    """out <- a @ b + beta out: (FF, n, k) @ (FF, k, m). If `turned`, a is (FF, k, n) and is
+    transposed first, for which CuPy's own product would copy it.
     """
     xp, (_, n, m), k = cupy(), out.shape, b.shape[1]
     one, of_out = np.ones(1, np.float32), np.full(1, beta, np.float32)
@@ -114,7 +114,7 @@ def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
 
 
 def by_rows(a: Array) -> tuple[Array, bool]:
-    """A matrix in one piece, and whether it was turned for that."""
+    """A matrix as contiguous rows, and whether it was transposed for that."""
     turned = not a.flags.c_contiguous and a.flags.f_contiguous
     return cupy().ascontiguousarray(a.T if turned else a), turned
 
@@ -127,7 +127,7 @@ def cuda_matmul(a, b, out=None):
     (a, a_turned), (b, b_turned) = by_rows(a), by_rows(b.astype(a.dtype, copy=False))
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     blas, bf16, f32 = xp.cuda.cublas, xp.cuda.runtime.CUDA_R_16BF, xp.cuda.runtime.CUDA_R_32F
-    # cuBLAS counts down columns: what is a matrix here is its transpose there, and C' = B' A'.
+    # cuBLAS stores matrices by columns: a matrix here is its transpose there, and C' = B' A'.
     blas.gemmEx(
         xp.cuda.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k,
         one.ctypes.data, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],

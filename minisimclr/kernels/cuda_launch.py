@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import Array, cupy
 
-CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: of kernels that work by rows, of the others
+CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: 32 x 8 in kernels that work by rows, else 256
 REALS = {2: "bfloat16", 8: "double"}  # what REAL is, by the bytes of a number; else float
 
 
@@ -16,7 +16,7 @@ REALS = {2: "bfloat16", 8: "double"}  # what REAL is, by the bytes of a number; 
 def module(library: Any, file: str, real: str) -> Any:
     code = Path(__file__).with_name(f"{file}.cu").read_text()
     include, header = '#include "real.cuh"', Path(__file__).with_name("real.cuh").read_text()
-    if code.startswith(include):  # here, as the compiler at run time sees no files
+    if code.startswith(include):  # put in here, as the run-time compiler sees no files
         code = f"#define REAL {real}\n{header}#line 2\n" + code.removeprefix(f"{include}\n")
     return library.RawModule(code=code)
 
@@ -28,19 +28,19 @@ def function(library: Any, file: str, kernel: str, real: str) -> Any:
 
 @cache
 def conversions(library: Any) -> dict[type, Any]:
-    """What a kernel is given for a value of another type."""
+    """How to turn a value of each of these types into what a kernel takes."""
     convert = {int: np.int32, float: np.float32, library.ndarray: library.ascontiguousarray}
     convert |= {bool: library.asarray, np.bool_: library.asarray, np.float64: np.float32}
     return convert | {type(None): lambda _: np.intp(0)}
 
 
 def is_bfloat16(x: Array) -> bool:
-    return x.itemsize == 2  # float16 does not come this far; names of types take their time
+    return x.itemsize == 2  # float16 does not come this far; comparing type names is slow
 
 
 def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> None:
-    """Run a kernel, of the type of its first array; numbers become what C calls int and float, None
-    a null pointer.
+    """Run a kernel, compiled for the type of its first array; numbers become C's int and float,
+    None a null pointer.
     """
     xp, real = cupy(), REALS.get(args[0].itemsize, "float")
     convert = conversions(xp)

@@ -20,7 +20,7 @@ __device__ Moments merge(Moments a, Moments b) {  // Chan, Golub & LeVeque 1979
 }
 
 // Per tile and channel, part (tiles, 2, channels): mean and M2 of x if gy is null, else the sums of
-// g and g (x - mean). g is gy or, with y, gy where y > 0, which is written down.
+// g and g (x - mean). g is gy; with y, it is gy where y > 0, and is written to g_out.
 extern "C" __global__ void tile_sums(const REAL* __restrict__ x, const REAL* __restrict__ gy,
                                      const REAL* __restrict__ y, REAL* __restrict__ g_out,
                                      const float* mean, float* part,
@@ -49,8 +49,8 @@ extern "C" __global__ void tile_sums(const REAL* __restrict__ x, const REAL* __r
     for (int k = 0; k < 2; k++) part[(2LL * blockIdx.y + k) * channels + w.c] = sums[k];
 }
 
-// Of all tiles: mean and variance; or, where that is given, the sums of g and g x^. Few blocks have
-// all the work, so they are 32 rows high: each thread waits for few of the numbers it merges.
+// Over all tiles: mean and variance; or, given the variance, the sums of g and g x^. Few blocks do
+// all the work, so they are 32 rows high: each thread then waits for few numbers to merge.
 extern "C" __global__ void merge_tiles(const float* part, const float* variance, float eps,
                                        float* first, float* second,
                                        long long rows, int channels, int tile) {
@@ -82,8 +82,8 @@ extern "C" __global__ void follow(float* mean, float* variance, const float* bat
     variance[c] += momentum * (batch_variance[c] * unbiased - variance[c]);
 }
 
-// out = scale (x - near) + shift + of_g g; g may be absent. Four rows are asked for before the
-// first is written: out may be g, so the compiler must not do that by itself.
+// out = scale (x - near) + shift + of_g g; g may be absent. Four rows are read before the first is
+// written; as out may be g, the compiler must not do that by itself.
 __device__ void apply(Walk w, const REAL* x, float near, float scale, float shift,
                       const REAL* g, float of_g, int relu, REAL* out) {
     for (; w.i < w.end; w.i += 4 * w.step) {

@@ -1,14 +1,14 @@
-"""The passes of batch normalisation and ReLU for NumPy: once over memory each, in blocks that stay
+"""Batch normalisation and ReLU for NumPy: each pass goes through memory once, in blocks that stay
 in cache.
 
-Three things cost more than the arithmetic. Arrays made in between: every block reuses the same
-small buffer. Short rows: NumPy walks (M, C) row by row, so several rows, `WIDE` numbers, are taken
-as one long row, with the vectors of C numbers repeated to match. Sums over rows: a matrix product
-with ones reads 40 GB/s where `sum(axis=0)` reads 16 to 25.
+Three things cost more than the arithmetic. Intermediate arrays: every block reuses the same small
+buffer. Short rows: NumPy walks (M, C) row by row, so several rows, `WIDE` numbers, are treated as
+one long row, with the vectors of C numbers repeated to match. Sums over rows: a matrix product with
+ones reads 40 GB/s where `sum(axis=0)` reads 16 to 25.
 
 A fourth comes with a second thread: after each call into NumPy a thread needs the interpreter lock
-back, and the more and shorter the calls, the more often it finds it taken and is put to sleep.
-Hence large blocks and few calls.
+back. The more calls and the shorter they are, the more often it finds the lock taken and is put to
+sleep. Hence large blocks and few calls.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ BLOCK = 1 << 18  # numbers in a block: 1 MiB
 
 
 def long_rows(x: Array, *others: Array | None) -> tuple[int, list]:
-    """k, and x (..., C) and arrays like it, or None, as contiguous long rows (M / k, k*C)."""
+    """k; then x (..., C) and arrays like it (or None) as contiguous long rows (M / k, k*C)."""
     m, c = x.size // x.shape[-1], x.shape[-1]
     k = 1
     while m % (2 * k) == 0 and 2 * k * c <= WIDE:
@@ -39,8 +39,8 @@ def long_rows(x: Array, *others: Array | None) -> tuple[int, list]:
 def over_blocks(work: Callable, c: int, first: Array, *others: Array | None) -> Array:
     """Call work(buffer, sums, *blocks) on every block of the arrays of long rows, on all threads.
 
-    It may use `buffer`, like a block, and leaves two rows in sums (2, 1, k*C): all of them added up
-    and per channel, (2, C), are returned.
+    `work` may use `buffer`, which is shaped like a block, and leaves two rows in sums (2, 1, k*C).
+    Returns their totals over all blocks, per channel: (2, C).
     """
     rows, width = first.shape
     step = max(1, BLOCK // width)
@@ -80,8 +80,8 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
     total, squares = sums_about(None)
     m2 = squares - total * (total / m)
-    # Where the mean is far larger than the spread, next to nothing is left of the squares: take
-    # them of deviations from that mean, which rounding has left near enough to the true one.
+    # Where the mean is far larger than the spread, m2 has lost nearly all its digits. Then sum the
+    # squares of deviations from this mean, which despite rounding is near enough to the true one.
     if (m2 < 1e-2 * squares).any():
         near = total / m
         total, squares = sums_about(np.tile(near, k))
@@ -119,7 +119,7 @@ def _gradient_sums(
 ) -> tuple[Array, Array, Array]:
     k, (gs, xs, ys) = long_rows(gy, x, y)
     out, inv_std = gs if ys is None else np.empty_like(gs), inverse_std(variance, eps)
-    # Sums of g x lose no more than a digit or two to the mean's part of them; else take it off.
+    # Unless the mean is far from 0, it costs sums of g x a digit or two at most; else take it off.
     far = (np.abs(mean) * inv_std > 8).any()
     near = np.tile(mean, k)
 
@@ -145,7 +145,7 @@ def _input_gradient(
     k, (gs, xs, gx) = long_rows(g, x, out)
     scale = gamma * (inv_std := inverse_std(variance, eps))
     a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
-    # gx = scale g + a + b (x - mean): two rows of constants fewer to go through
+    # gx = scale g + a + b (x - mean), arranged so that two rows of constants fewer are read
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs) if gx is None else gx
 

@@ -24,7 +24,7 @@ extern "C" __global__ void squares(const Row* rows, float* part) {
         part[2 * (blockIdx.y * gridDim.x + blockIdx.x) + threadIdx.x] = sums[threadIdx.x][0];
 }
 
-// LARS, or SGD where eeta is 0; nothing if ok points to a 0.
+// LARS, or SGD where eeta is 0; does nothing if ok points to a 0.
 extern "C" __global__ void update(const Row* rows, const float* part, const bool* ok, float* trust,
                                   float lr, float momentum) {
     if (ok && !*ok) return;

@@ -1,6 +1,6 @@
 #include "real.cuh"
-// Maxima over windows of images (n, h, w, c), and the way back: a block is 32 channels wide and has
-// 8 windows, or pixels. kh ... ow as in conv.cu; t and l pad at the top and on the left.
+// Maxima over windows of images (n, h, w, c), and the way back. A block is 32 channels wide and
+// covers 8 windows, or pixels. kh ... ow as in conv.cu; t and l: padding at the top and the left.
 extern "C" __global__ void max_pool(const REAL* x, unsigned char* argmax, REAL* y,
         int windows, int h, int w, int c, int kh, int kw, int sh, int sw, int t, int l,
         int oh, int ow) {
@@ -21,7 +21,7 @@ extern "C" __global__ void max_pool(const REAL* x, unsigned char* argmax, REAL* 
     }
 }
 
-// Each pixel takes the gradients of the windows that it was the maximum of, as fold does in conv.cu.
+// Each pixel sums the gradients of the windows whose maximum it was, as fold does in conv.cu.
 extern "C" __global__ void max_pool_gradient(const REAL* gy, const unsigned char* argmax,
         REAL* gx, int pixels, int h, int w, int c, int kh, int kw, int sh, int sw,
         int t, int l, int oh, int ow) {

@@ -1,5 +1,5 @@
-"""Max pooling for NumPy: no boolean masks, which NumPy applies twenty times slower than it
-multiplies.
+"""Max pooling for NumPy, without boolean masks: applying one takes NumPy twenty times as long as
+multiplying.
 """
 
 import numpy as np
@@ -26,8 +26,8 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
         np.copyto(best, views[0])
         for view in views[1:]:
             np.maximum(best, view, out=best)
-        # The first window pixel that equals the maximum is the one of highest rank; where none
-        # does, as the maximum is no number, it is the last.
+        # The first window pixel that equals the maximum has the highest rank; where none does,
+        # because the maximum is NaN, it is the last.
         rank, equal = np.ones(best.shape, np.uint8), np.empty(best.shape, bool)
         for k, view in enumerate(views):
             np.equal(view, best, out=equal)

@@ -1,5 +1,5 @@
-// REAL is what activations are made of: float, or bfloat16, the first half of one; for a kernel that
-// only copies also double, two or four of them at once.
+// REAL is the type of activations: float, or bfloat16, the upper half of a float. In a kernel that
+// only copies it may also be double, two or four of them at once.
 struct bfloat16 {
     unsigned short bits;
     __device__ operator float() const { return __uint_as_float((unsigned)bits << 16); }

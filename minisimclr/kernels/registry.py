@@ -1,4 +1,4 @@
-"""How a version of a pass for one type of array is registered, and how its work is cut up."""
+"""How the version of a pass for one array type is registered, and how its work is divided."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -10,12 +10,11 @@ from ..cores import parallel
 
 
 def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], Callable]:
-    """Register the decorated function for arrays of a `kind`, of float32 alone; CuPy's also of
-    bfloat16.
+    """Register the decorated function for float32 arrays of a `kind`; for CuPy's, also bfloat16.
 
-    Where any array of another floating type comes in, the pass runs as it is written in `ops`.
+    If any argument is an array of another floating type, the pass runs as it is written in `ops`.
     """
-    floating = "fV" if kind is np.ndarray else "f"  # of bfloat16 NumPy's own `kind` is "V"
+    floating = "fV" if kind is np.ndarray else "f"  # bfloat16 has the `kind` "V" in NumPy
 
     def register(version: Callable) -> Callable:
         @wraps(version)
@@ -30,7 +29,7 @@ def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], 
 
 
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Slices of `size`, and at least of 1, that lead from start to stop."""
+    """Slices of length `size`, at least 1, from start to stop."""
     size = max(1, size)
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 

@@ -1,6 +1,6 @@
-// The maps of Winograd's method (winograd.py has it) for tiles of 4 x 4 outputs: X of x, Y of y and
-// its gradient, W of the weight and its. Polynomials are evaluated at 0, P, -P, Q, -Q and infinity.
-// A thread has one channel of one tile in registers, and numbers of a warp lie side by side.
+// The maps of Winograd's method (see winograd.py) for tiles of 4 x 4 outputs: X for x, Y for y and
+// gy, W for w and gw. Polynomials are evaluated at 0, P, -P, Q, -Q and infinity.
+// A thread holds one channel of one tile in registers; the numbers of a warp lie side by side.
 #define UNROLLED _Pragma("unroll")
 constexpr double P = 0.625, Q = 1.625, PP = P * P, QQ = Q * Q;
 constexpr double R = 1 / (PP * QQ), S = 1 / (2 * PP * (PP - QQ)), T = 1 / (2 * QQ * (QQ - PP));
@@ -37,7 +37,7 @@ __device__ void take_tile(const float (*map)[a], const float* x, float* out, int
         }
 }
 
-// map' t map of tiles t (6 6, tiles, c), which makes m x m pixels of each, those outside left out
+// map' t map of tiles t (6 6, tiles, c): m x m pixels from each, without those outside the image
 template <int m>
 __device__ void put_tile(const float (*map)[m], const float* tiles, float* y, int numbers,
                          int h, int w, int c, int rows, int columns) {
@@ -59,7 +59,7 @@ __device__ void put_tile(const float (*map)[m], const float* tiles, float* y, in
         }
 }
 
-// side: of the tiles; 6 of x, 4 of gy or y, 3 of w or gw
+// side of the tiles: 6 for x, 4 for gy or y, 3 for w or gw
 extern "C" __global__ void take(const float* x, float* out, int side, int numbers,
                                 int h, int w, int c, int rows, int columns, int ph, int pw) {
     if (side == 6) take_tile<6>(X, x, out, numbers, h, w, c, rows, columns, ph, pw);

@@ -1,22 +1,22 @@
 """Winograd's minimal filtering for 3x3 convolutions of stride 1 (Lavin & Gray 2015,
 arXiv:1509.09308).
 
-m outputs of a 3-tap filter need not 3m products but only f = m + 2: evaluate signal and filter as
-polynomials at f points, multiply there, interpolate. Along both axes that makes, of a tile of x,
+m outputs of a 3-tap filter need only f = m + 2 products, not 3m: evaluate signal and filter as
+polynomials at f points, multiply there, interpolate. Along both axes, a tile of x then gives
 
     y = A' [ (G w G') * (B' x B) ] A        f f instead of 9 m m products a tile
 
 and the elementwise product, summed over channels, is f f matrix products (tiles, C) @ (C, O). For
-m = 4 that is a quarter of the arithmetic. The gradient of the input is such a convolution, too, of
-gy with the kernel turned round; that of the weight slides x, as if it were the filter, over gy. So
-both want the same tiles of gy:
+m = 4 that is a quarter of the arithmetic. The gradient of the input is such a convolution, too: gy
+with the kernel turned round. That of the weight slides x over gy as if x were the filter. So both
+need the same tiles of gy:
 
     output     y  = A'(V @ U)      V = B'x,  U = G w                (tiles, C) @ (C, O)
     gradients  gx = A'(V @ U)      V = B'gy, U = G w turned         (tiles, O) @ (O, C)
                gw = G'(M' @ V) turned,       M = A x                (C, tiles) @ (tiles, O)
 
-Maps along one axis are matrix products as well: (f, a) @ (a, row), on rows that lie in memory one
-after the other, so tiles are gathered along the width only.
+Maps along one axis are matrix products as well: (f, a) @ (a, row). Rows follow one another in
+memory, so tiles are gathered along the width only.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ from ..ops.conv import Pair
 from .registry import blocks, in_blocks
 
 # Where polynomials are evaluated, besides at infinity, for tiles of m = 2, 3, 4. All are exact in
-# binary; found by trying: the usual 0, 1, -1, 2, -2 round twice as much (1.3e-6 of the result's
-# norm at 64 channels; these 0.6e-6, a plain sum of products 0.2e-6).
+# binary and were found by trial: the usual 0, 1, -1, 2, -2 make twice the rounding error (1.3e-6 of
+# the result's norm at 64 channels; these make 0.6e-6, a plain sum of products 0.2e-6).
 POINTS: dict[int, tuple[float, ...]] = {
     2: (0, 1, -1),
     3: (0, 0.75, -0.75, 2),
@@ -90,7 +90,7 @@ def take_tiles(x: Array, grid: Grid, out: Array | None = None) -> Array:
         padded = np.zeros(frame, x.dtype)
         padded[:, grid.pad : grid.pad + h, grid.pad : grid.pad + w] = x
     image, line, pixel, _ = padded.strides
-    piece = np.dtype((np.void, pixel))  # a pixel is copied faster than its numbers are
+    piece = np.dtype((np.void, pixel))  # copying a pixel is faster than copying its numbers
     strides = image, pixel, line, grid.step * pixel
     tiles = np.ndarray((n, a, height, grid.columns), piece, padded, 0, strides)
     tiles = np.ascontiguousarray(tiles).view(x.dtype)
@@ -120,7 +120,7 @@ def put_tiles(tiles: Array, grid: Grid, out: Array) -> None:
 
 
 def tile(n: int, w_shape: tuple, size: Pair, stride: Pair, padding: Pair) -> int:
-    """Side m of the tiles of outputs that cost least for n images, 0 if no tile pays."""
+    """Side m of the output tiles that cost least for n images; 0 if no tile pays."""
     if w_shape[:2] != (3, 3) or stride != (1, 1) or padding not in ((0, 0), (1, 1), (2, 2)):
         return 0
     c, o = w_shape[2:]
@@ -133,17 +133,17 @@ def tile(n: int, w_shape: tuple, size: Pair, stride: Pair, padding: Pair) -> int
     return best
 
 
-# What making one number costs, in multiply-adds of a matrix product: of a patch, of a transformed
-# tile, of U.
+# The cost of making one number of a patch, of a transformed tile and of U, in multiply-adds of a
+# matrix product.
 COPY, TRANSFORM, SPECTRUM = 20, 25, 20
 SMALL = 128 * 128  # channels in times channels out up to which U stays in a core's cache
-BLOCK = 600_000  # numbers in one block of transformed tiles, in and out: they stay there as well
-SPECTRUM_BLOCK = 1 << 19  # numbers of U made at a time where it is large
-IMAGES = 8  # in one block where tiles of the whole batch are kept
+BLOCK = 600_000  # numbers in one block of transformed tiles, in and out: they stay in cache, too
+SPECTRUM_BLOCK = 1 << 19  # numbers of U made at a time if U is large
+IMAGES = 8  # in one block, where the tiles of the whole batch are kept
 
 
 def grids(m: int, padding: int, size: Pair) -> tuple[Grid, Grid]:
-    """Where the tiles that make m x m outputs lie: in the input, in the output."""
+    """Where the tiles for m x m outputs lie: in the input, and in the output."""
     b, _, a = matrices(m)
     grid = -(-size[0] // m), -(-size[1] // m)
     return Grid(b, *grid, m, padding), Grid(a.T, *grid, m, 0)
@@ -164,8 +164,8 @@ def spectrum(w: Array, m: int, some: slice = slice(None)) -> Array:
 def output(x: Array, w: Array, padding: int, size: Pair, m: int) -> Array:
     """y (N, OH, OW, O) of x (N, H, W, C) and w (3, 3, C, O), in tiles of m x m outputs.
 
-    With few channels threads take images, a block at a time. With many, U is too large to be read
-    by each: then threads share the transforms of all images, and after that the f f products.
+    With few channels, each thread takes a block of images at a time. With many, U is too large for
+    every thread to read: they share out the transforms of all images, then the f f products.
     """
     source, target = grids(m, padding, size)
     c, o = w.shape[2:]

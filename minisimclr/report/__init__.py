@@ -4,7 +4,7 @@
     build_report(a), build_comparison([a, b]), build_walkthrough(open_dataset("toydogs"))
     headline(judge(a))                                    # the verdict in one sentence
 
-A page is the bytes of one HTML file without script that asks the network for nothing.
+A page is the bytes of one HTML file that has no script and asks the network for nothing.
 """
 
 from functools import partial

@@ -21,7 +21,7 @@ INK, MUTED, GRID, OUTLINE = "#000001", "#000002", "#000003", "#ff5a36"
 SERIES = tuple(f"#0000{k}" for k in range(11, 17))  # CSS variables --k11 ... --k16
 MARKERS = "osD^vP"  # a series is told by its marker as well as its colour
 DASHES = ("-", "--", "-.", ":")
-MOST = 16  # letters of a name in a legend of three columns
+MOST = 16  # letters, at most, of a name in a legend of three columns
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "minisimclr", "font.family": "sans-serif",
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold",
@@ -36,13 +36,13 @@ Draw = Callable[[Any], None]
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib draws it: it leaves out those that begin with _, $ begins a formula."""
+    """A name that matplotlib draws as it is: it would skip one with a leading _, read $ as math."""
     name = name.encode(errors="replace").decode().replace("$", r"\$")
     return "\u200b" * name.startswith("_") + name
 
 
 def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2.7) -> str:
-    """What `draw(axes)` draws, inches wide and high, with its description and the HTML behind it.
+    """What `draw(axes)` draws, size in inches, with its description and the HTML `data` behind it.
 
     Raises ConfigError where matplotlib is not installed.
     """
@@ -61,7 +61,7 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     svg = buffer.getvalue().partition("<svg ")[2].partition(">")[2]  # what is inside its first tag
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"#0000(0[123]|1[1-6])\b", r"var(--k\1)", svg)
-    own = f"c{zlib.crc32(svg.encode()):x}-"  # ids must not meet those of another chart
+    own = f"c{zlib.crc32(svg.encode()):x}-"  # ids must not clash with those of another chart
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
     size = f'viewBox="0 0 {72 * width:g} {72 * height:g}"'
@@ -73,7 +73,7 @@ def lines(
     title: str, x: str, series: Series, *, y: str = "", level: tuple[str, float] | None = None,
     fill: bool = False, width: float = 4.8, height: float = 2.7, **axis: Any,
 ) -> str:  # fmt: skip
-    """Named curves. level: name, height of a dashed line; fill: as histograms; axis: its looks."""
+    """Named curves. level: name, height of a dashed line; fill: histograms; axis: its looks."""
 
     def draw(axes: Any) -> None:
         for k, (name, (xs, ys)) in enumerate(series.items()):

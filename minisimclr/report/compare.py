@@ -13,11 +13,11 @@ NAMES = ("loss", "contrastive accuracy", "alignment", "uniformity", "effective r
 
 
 def build_comparison(facts: list[Facts]) -> bytes:
-    """The page about several runs. Raises ConfigError unless there are two, each named once."""
+    """The page about several runs. Raises ConfigError for fewer than two or one named twice."""
     parts = [each.path.resolve().parts for each in facts]
     if len(set(parts)) < max(2, len(parts)):
         raise ConfigError("a comparison needs two runs or more, each named once")
-    depth = 1  # the shortest ends of the paths that tell all of them apart
+    depth = 1  # parts at the end of the paths, as few as tell all of them apart
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
     runs = {"/".join(part[-depth:]): each for part, each in zip(parts, facts, strict=True)}
@@ -28,7 +28,7 @@ def build_comparison(facts: list[Facts]) -> bytes:
 def results(runs: dict[str, Facts]) -> str:
     """Results
 
-    Losses of different batch sizes or temperatures are not comparable; what the probe finds is.
+    Losses at different batch sizes or temperatures are not comparable; the probe's results are.
     """
     found, figures = [], []
     for name, facts in runs.items():
@@ -55,7 +55,7 @@ def differences(runs: dict[str, Facts]) -> str:
 def curves(runs: dict[str, Facts]) -> str:
     """Curves
 
-    All runs in one chart each; loss and accuracy are means of an epoch. For the same uniformity a
+    Each chart shows all runs; loss and accuracy are means of an epoch. At the same uniformity, a
     lower alignment is better.
     """
     ended = {name: facts.epochs for name, facts in runs.items() if facts.epochs}

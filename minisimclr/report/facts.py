@@ -1,7 +1,7 @@
 """What a run can tell: the files in its folder, and what its newest checkpoint makes of the data.
 
-A run may be going on, killed or stripped of parts. What is not there is None or empty, and
-`missing` says it in a sentence.
+A run may be in progress, killed or stripped of parts. What is not there is None or empty, and
+`missing` says so in a sentence.
 """
 
 import json
@@ -31,7 +31,7 @@ from .page import Missing
 MOST = 1200  # test pictures that are looked at
 Rows = list[dict[str, Any]]
 
-# How files are made that somebody may have changed.
+# What files must look like, since somebody may have changed them.
 LOGS = {
     "metrics": dict.fromkeys(
         ("step", "epoch", "loss", "accuracy", "chance", "lr", "gradient_norm"), float
@@ -59,7 +59,7 @@ class Facts:
 
     path: Path
     config: TrainConfig
-    # config, env, probe: what the .json holds; metrics, timings: rows; diverged: one, if it did
+    # config, env, probe: what the .json holds; metrics, timings: rows; diverged: a row, if it did
     files: dict[str, Any]
     going: bool  # another process is training it
     missing: list[str] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Facts:
 
     @cached_property
     def epochs(self) -> Rows:
-        """The lines of steps that end an epoch, with its mean loss, accuracy and speed."""
+        """The rows of steps that end an epoch, with the epoch's mean loss, accuracy and speed."""
         speed = {row["step"]: row["views_per_second"] for row in self.files["timings"]}
         ends, since = [], []
         for row in self.files["metrics"]:
@@ -123,7 +123,7 @@ class Facts:
 
     @cached_property
     def movement(self) -> float:
-        """How far training has moved the weights, as a part of their own length."""
+        """How far training has moved the weights, as a fraction of their own length."""
         after = dict(self.need("run").model.named_parameters())
         pairs = [(p.data, after[name].data) for name, p in self.fresh.named_parameters()]
         moved = sum(float(((b - a) ** 2).sum()) for a, b in pairs)
@@ -131,8 +131,8 @@ class Facts:
 
     @cached_property
     def test_rows(self) -> np.ndarray:
-        """Rows of the data set whose features are shown: test pictures, labelled if any are; where
-        there are none, pictures it was trained on.
+        """Rows of the data set whose features are shown: test pictures or, if there are none, those
+        it was trained on; only labelled ones if any are.
         """
         data = self.need("dataset")
         rows = data.split("test")
@@ -151,12 +151,12 @@ class Facts:
 
     @cached_property
     def profile(self) -> dict[str, Any]:
-        """profile.json; if there is none a step is profiled now, and the result kept there."""
+        """profile.json; if there is none, a step is profiled now and the result kept there."""
         path, config = self.path / "profile.json", self.config
         if kept := read_json(path, PROFILE):
             return kept
         if self.going or not self.run:
-            raise Missing("no profile.json, and nothing is timed beside a run that is going on")
+            raise Missing("no profile.json, and nothing is timed while the run is going on")
         stem, size = self.run.model.encoder.stem, min(config.batch_size, 32)
         result = profile(config.encoder, stem, config.width, config.image_size, size, steps=2,
                          device="cpu", thread_count=config.threads, notify=self.notify)  # fmt: skip
@@ -167,7 +167,7 @@ class Facts:
 
 
 def read_lines(path: Path, like: Any) -> Rows:
-    """Rows of a JSON Lines file, up to the first that is not whole or not made as `like` is."""
+    """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`."""
     rows: Rows = []
     # A run that is killed may leave half a line.
     with suppress(OSError, ValueError, RecursionError):
@@ -189,7 +189,7 @@ def is_going(path: Path) -> bool:
 
 
 def read(path: Path, notify: Notify = quiet) -> Facts:
-    """The run at `path`. Raises DataError where there is none."""
+    """The run at `path`. Raises DataError if there is none."""
     likes = {"config": {None: {"value": object, "origin": object}}, "env": {}, "probe": PROBE}
     files = {name: read_json(path / f"{name}.json", like) for name, like in likes.items()}
     files |= {name: read_lines(path / f"{name}.jsonl", like) for name, like in LOGS.items()}
@@ -198,9 +198,7 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
     facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
-    facts.missing += [
-        f"There is no whole {name} of this run." for name, v in files.items() if not v
-    ]
+    facts.missing += [f"This run has no complete {name}." for name, v in files.items() if not v]
     try:
         facts.dataset = open_training_data(facts.config, notify)
         facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total

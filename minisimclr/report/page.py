@@ -1,7 +1,7 @@
-"""The page: one HTML file that asks for nothing else, without script, for screen, phone and paper.
+"""The page: one self-contained HTML file without script, for screen, phone and paper.
 
 A section is made by a function; the first line of its docstring is the section's title and the rest
-its explanation, so whoever reads the code and whoever reads the page read the same words.
+its explanation, so readers of the code and readers of the page see the same words.
 """
 
 import base64
@@ -47,7 +47,7 @@ def told(function: Callable) -> tuple[str, str]:
 
 
 def text(value: Any) -> str:
-    """A value for people: four digits, thousands apart, a dash for nothing."""
+    """A value for people: four digits, thousands separated, a dash for nothing."""
     if isinstance(value, float | np.floating):
         value = float(value)
         return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
@@ -86,7 +86,7 @@ def row(*content: str, title: str = "") -> str:
 
 
 def code(lines: str, where: str) -> str:
-    """Lines of a program, named."""
+    """Lines of a program, with a caption."""
     return (
         f'<figure><figcaption>{escape(where)}</figcaption><pre tabindex="0" '
         f'aria-label="{escape(where)}"><code>{escape(lines)}</code></pre></figure>'
@@ -96,7 +96,7 @@ def code(lines: str, where: str) -> str:
 def card(pixels: np.ndarray, alt: str, *words: str, mark: str = "") -> str:
     """An image (S, S, 3), uint8 or float in [0, 1], with lines beneath; `mark` is a CSS class.
 
-    The file holds at most 96 px a side of it.
+    It is stored with at most 96 px per side.
     """
     if pixels.dtype != np.uint8:
         pixels = (pixels * 255).round().astype(np.uint8)

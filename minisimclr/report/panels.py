@@ -63,9 +63,9 @@ def similarities(facts: Facts) -> str:
 def sphere(facts: Facts) -> str:
     """Alignment and uniformity
 
-    Alignment is the mean squared distance of two views of one picture; uniformity tells how evenly
-    embeddings fill the sphere, 0 when all are equal, about -4 when well spread. The loss wants both
-    to be low (Wang and Isola 2020). Effective rank counts the directions that features use.
+    Alignment is the mean squared distance between two views of a picture; uniformity tells how
+    evenly embeddings fill the sphere: 0 when all are equal, about -4 when well spread. The loss
+    wants both low (Wang and Isola 2020). Effective rank counts the directions that features use.
     """
     keys = ("epoch", "uniformity", "alignment", "effective_rank")
     number, x, y, rank = ([e[key] for e in facts.need("epochs")] for key in keys)
@@ -79,8 +79,8 @@ def sphere(facts: Facts) -> str:
 def spectrum(facts: Facts) -> str:
     """Spectrum of the features
 
-    Singular values of the test pictures' features, as parts of the largest. A curve that drops at
-    once uses few directions: dimensional collapse.
+    Singular values of the test pictures' features, as fractions of the largest. A curve that drops
+    at once means that few directions are used: dimensional collapse.
     """
     series = {}
     for name, h in zip(("trained", "random encoder"), facts.test_h, strict=True):
@@ -250,9 +250,9 @@ def trust(facts: Facts) -> str:
 def hot_spots(facts: Facts) -> str:
     """Hot spots
 
-    Where one training step spends its time; a larger mark took more of it. The dashed line is what
-    this machine can do at most. What multiplies less than is counted, as Winograd's convolution
-    does, may lie above it.
+    Where one training step spends its time; a larger mark took more of it. The dashed line is the
+    most that this machine can do. Operations that multiply less than is counted, such as Winograd's
+    convolution, may lie above it.
     """
     found = facts.profile
     ops, (peak, band) = found["ops"], found["roofline"].values()

@@ -2,8 +2,8 @@
 
 Most mistakes leave a mark in the logs. Those in the loss are found by doing step 1 again: its
 weights, batch and views follow from the settings, and the loss is written out here anew, once as
-Algorithm 1 has it and once with each usual mistake. The one that gives the logged number is the one
-that was trained with. Each rule's docstring says on the page what is the matter and what to do.
+Algorithm 1 has it and once with each usual mistake. Training used the version that gives the logged
+number. On the page, each rule's docstring says what is wrong and what to do.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from .page import Missing, told
 FAULT, WARNING, GOOD = LEVELS = ("fault", "warning", "good")
 HEADLINES = {FAULT: "Broken", WARNING: "Look here", GOOD: "Healthy"}
 ENOUGH = 200  # test pictures that tell a probe without any skill from a weak one
-SAME = 2e-3  # relative difference of two losses that rounding on another machine may make
-CLEARLY = 50  # times nearer to a mistake than to what is right: no rounding
+SAME = 2e-3  # relative difference between two losses that rounding on another machine may cause
+CLEARLY = 50  # times nearer to a mistake than to the right loss: not rounding
 
 
 class Finding(NamedTuple):
@@ -77,7 +77,7 @@ def identical_views(facts: Facts) -> Finding | None:
 
 
 def written_out(z1: np.ndarray, z2: np.ndarray, temperature: float) -> dict[str, float]:
-    """The loss of embeddings (N, D) of two views: "right", and as each usual mistake has it."""
+    """The loss of embeddings (N, D) of two views: "right", and as each usual mistake makes it."""
     z, n = np.concatenate([z1, z2]), len(z1)  # (2N, D)
     u = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
 
@@ -108,7 +108,7 @@ def another_loss(facts: Facts) -> Finding | None:
     values = written_out(*facts.first_z, facts.config.temperature)
     far = {mistake: abs(logged - v) / max(1, abs(v)) for mistake, v in values.items()}
     best = min(far, key=lambda mistake: far[mistake])
-    # In a large batch a mistake may change the loss by less than rounding may.
+    # In a large batch a mistake may change the loss by less than rounding does.
     if far["right"] <= SAME and (best == "right" or far[best] > far["right"] / CLEARLY):
         return None
     said = f"Step 1, done again, has the loss {values['right']:.4f}; the log says {logged:.4f}"
@@ -133,10 +133,10 @@ def temperature(facts: Facts) -> Finding | None:
 def negatives(facts: Facts) -> Finding | None:
     """The batch is too small.
 
-    Use --batch-size 64 or more, for which as many pictures are needed; memory grows with it.
+    Use --batch-size 64 or more; it needs at least that many pictures, and memory grows with it.
     """
     n = facts.config.batch_size
-    said = f"With {n} pictures each view is told apart from {2 * n - 2} others only."
+    said = f"With {n} pictures each view is told apart from only {2 * n - 2} others."
     return Finding(FAULT if n <= 8 else WARNING, said) if n < 32 else None
 
 
@@ -171,7 +171,7 @@ def labels(facts: Facts) -> Finding | None:
 def diverged(facts: Facts) -> Finding | None:
     """Training diverged.
 
-    Train anew with a lower --lr, a longer --warmup-epochs or a higher --temperature.
+    Train again with a lower --lr, a longer --warmup-epochs or a higher --temperature.
     """
     return Finding(FAULT, "It ended at step {step}: {diverged}.".format(**facts.need("diverged")))
 
@@ -183,7 +183,7 @@ def unfinished(facts: Facts) -> Finding | None:
     """
     if not facts.going and (facts.done >= facts.total or "diverged" in facts.files):
         return None
-    said = f"It stands at step {facts.done:,} of {facts.total:,}."
+    said = f"It is at step {facts.done:,} of {facts.total:,}."
     return Finding(WARNING, said, "Still training" if facts.going else "")
 
 

@@ -30,7 +30,7 @@ SIZE, TEMPERATURE, RATE = 32, 0.5, 0.1
 
 @dataclass
 class Walk:
-    """Every number of one training step on N pictures, V = 2N views, as the library had them."""
+    """Every number of one training step on N pictures, V = 2N views, as the library made it."""
 
     images: np.ndarray  # uint8 (N, S, S, 3)
     drawn: augment.Views
@@ -143,7 +143,7 @@ def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
 def views(w: Walk) -> str:
     """1. Draw t and t′, look at each picture twice
 
-    What was drawn stands below each view. Views a and b of a picture are partners; nobody tells
+    What was drawn is written below each view. Views a and b of a picture are partners; nobody tells
     the network what they show.
     """
     cards = view_cards(w.images, w.drawn, w.views, len(w.images))
@@ -182,7 +182,7 @@ def similarity(w: Walk) -> str:
     view is not compared with itself.
     """
     lengths = zip(w.names, w.seen["length"][:, 0], *w.seen["u"].T, strict=True)
-    units = table("u, z made 1 long", ("view", "|z|", "u[0]", "u[1]"), lengths)
+    units = table("u: z scaled to length 1", ("view", "|z|", "u[0]", "u[1]"), lengths)
     lines = excerpt(similarities)
     return excerpt(normalize) + units + lines + matrix("s", w.s, w.names, w.partner)
 
@@ -206,10 +206,10 @@ def terms(w: Walk) -> str:
 def forces(w: Walk) -> str:
     """6. The gradient: who is pulled, who is pushed
 
-    A colour and marker is a picture. Arrows show the way downhill: to the partner and away from the
-    others, most of all from those that are near. They lie along the circle, as length does not
-    matter to the loss. Outlined: where the view stands after the update below. That moves weights,
-    which all views share, so a view may end up elsewhere than its own arrow says.
+    Each picture has its own colour and marker. Arrows show the way downhill: to the partner and
+    away from the others, most of all from those that are near. They lie along the circle, as length
+    does not matter to the loss. Outlined: where the view is after the update below. That moves
+    weights, which all views share, so a view may not end up where its own arrow points.
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle

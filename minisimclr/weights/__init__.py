@@ -5,7 +5,7 @@
     encoder, preprocessing = weights.encoder("model.ckpt-250228")
     h = encoder.eval()(Tensor(preprocessing(images)))
 
-Files are told apart by what is in them, not by their names, and none can run code here. A module
+Files are told apart by their content, not by their names, and none can run code here. A module
 takes over all of the arrays it needs or none: names, shapes and dtypes are checked first.
 """
 
@@ -27,8 +27,8 @@ CONVOLUTIONS = {9: "resnet_small", 12: "resnet10", 20: "resnet18", 36: "resnet34
 def read(path: str | Path) -> Stored:
     """Open a file of weights: its format, names, shapes and dtypes; arrays can be fetched from it.
 
-    A TensorFlow checkpoint goes by its .index file or by the name without that suffix. Raises
-    DataError for anything that is not whole, or not of a known format.
+    A TensorFlow checkpoint is given as its .index file or as the name without that suffix. Raises
+    DataError for anything that is incomplete or not of a known format.
     """
     path = Path(path)
     with damage_reported(path):
@@ -72,7 +72,7 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     """Take over the weights in a file; returns what the module's input must look like.
 
     The module is an encoder or a ProjectionHead; `until` names the last of its parts to load
-    ("mixed8", "layer3"), later ones stay as they are. All or nothing, in the module's own dtype.
+    ("mixed8", "layer3"); later ones stay as they are. All or nothing, in the module's own dtype.
     Raises DataError for a file that is damaged, does not fit or holds numbers that are not finite.
     """
     stored = path if isinstance(path, Stored) else read(path)
@@ -95,7 +95,7 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
 
 
 def fetch(stored: Stored, source: str) -> np.ndarray:
-    """One array as torchvision has it; floating-point numbers as float32."""
+    """One array in torchvision's layout; floating-point numbers as float32."""
     with damage_reported(stored.path), np.errstate(over="ignore"):
         array = stored.fetch(source).transpose(names.axes(stored, source))
         array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype)
@@ -107,7 +107,7 @@ def fetch(stored: Stored, source: str) -> np.ndarray:
 def encoder(path: str | Path, until: str | None = None) -> tuple[Module, Preprocessing]:
     """The network that the shapes in a file belong to, with its weights; and its preprocessing.
 
-    Raises DataError where no network of ours has such shapes.
+    Raises DataError if no network of ours has such shapes.
     """
     stored = read(path)
     return (module := network(stored)), load(module, stored, until)
@@ -132,7 +132,7 @@ def save(
 ) -> None:
     """Publish an encoder, up to its part `until`, as .safetensors with torchvision's names.
 
-    Its preprocessing and stem join the metadata. Raises OSError.
+    Its preprocessing and stem go into the metadata. Raises OSError.
     """
     stem = getattr(module, "stem", "")
     metadata |= {"size": str(prep.size), "pixels": prep.pixels, "stem": stem}

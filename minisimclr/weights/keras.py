@@ -1,6 +1,6 @@
 """Keras' .h5 files of weights, whole models (`model.save("x.h5")`) included.
 
-Arrays lie at `layer/.../kernel:0`. Only what is in the file itself, as it is, gets read: no links,
+Arrays are at `layer/.../kernel:0`. Only what the file itself holds as plain data is read: no links,
 no other files, no filters that unpack. The configuration, which may hold code, is never looked at.
 """
 
@@ -17,7 +17,7 @@ def read(path: Path) -> Stored:
     """Arrays as "layer/kernel". Raises ValueError and what h5py raises."""
     specs, places = {}, {}
 
-    def visit(place: str, item: Any) -> None:  # h5py comes here by hard links alone
+    def visit(place: str, item: Any) -> None:  # h5py gets here by hard links alone
         if isinstance(item, h5py.Dataset) and not place.startswith("optimizer_weights/"):
             name = "/".join(place.split(":")[0].split("/")[-2:])
             plain = item.chunks is None and not item.external and not item.is_virtual

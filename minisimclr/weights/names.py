@@ -46,7 +46,7 @@ def kernels(stored: Stored) -> list[Shape]:
 def match(module: Module, stored: Stored, until: str | None = None) -> dict[str, str]:
     """The file's name for every parameter and buffer of the module, up to its part `until`.
 
-    Names, shapes and dtypes are those the module needs, or DataError tells the first differences.
+    Names, shapes and dtypes are those the module needs; else DataError names the first differences.
     Raises ConfigError for an `until` that the module does not have.
     """
     own = module.shapes()
@@ -74,7 +74,7 @@ def part(module: Module, until: str | None) -> list[str]:
 
 
 def prefixed(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str, str]:
-    """Torchvision's names behind the one prefix that most of them are found with."""
+    """Torchvision's names after the prefix with which most of them are found."""
     first = next(iter(own))
     found = [name.removesuffix(first) for name in stored.specs if name.endswith(first)]
     hits = {p: sum(p + name in stored.specs for name in own) for p in [*found, ""]}
@@ -86,7 +86,7 @@ def prefixed(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str,
 
 
 def numbered(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str, str]:
-    """Layers in the order of their numbers, which is not that of their names as text."""
+    """Layers in the order of their numbers, which differs from that of their names as text."""
     head = isinstance(module, ProjectionHead)
     made = [m for name in stored.specs if (m := re.fullmatch(HEAD if head else ENCODER, name))]
     layers = [layer for _, layer in sorted({(int(m["i"] or 0), m["layer"]) for m in made})]
@@ -108,7 +108,7 @@ def numbered(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str,
 
 
 def as_made(names: list[str]) -> list[str]:
-    """Torchvision's names, but the shortcut first in its block."""
+    """Torchvision's names, but with the shortcut first in its block."""
     blocks = [".".join(name.split(".")[:2]) for name in names]
     place = {name: blocks.index(block) for name, block in zip(names, blocks, strict=True)}
     return sorted(names, key=lambda name: (place[name], ".downsample." not in name))

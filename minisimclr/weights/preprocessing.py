@@ -19,7 +19,7 @@ PIXELS = {
 class Preprocessing:
     """Resize to size x size px (bilinear, antialiased), then standardise as PIXELS says.
 
-    SimCLR's networks ("unit") get the centre view that they are evaluated by. Raises ValueError for
+    SimCLR's networks ("unit") get the centre view that they are evaluated on. Raises ValueError for
     an impossible size or an unknown name.
     """
 

@@ -1,8 +1,8 @@
 """The .safetensors format: eight bytes of length, a JSON header, then plain little-endian arrays.
 
 Reader and writer keep the format's own rules (github.com/huggingface/safetensors): the arrays fill
-the rest of the file without hole or overlap. The format has no checksum, so the writer puts a
-SHA-256 of the arrays into the metadata, and the reader checks it where there is one.
+the rest of the file without holes or overlaps. The format has no checksum, so the writer puts a
+SHA-256 of the arrays into the metadata, and the reader checks it if there is one.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ DTYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 
 
 def read(path: Path) -> Stored:
-    """Raises ValueError, LookupError, TypeError or RecursionError where a rule is broken."""
+    """Raises ValueError, LookupError, TypeError or RecursionError if a rule is broken."""
     with path.open("rb") as f:
         end = 8 + int.from_bytes(f.read(8), "little")
         if end > (size := path.stat().st_size):
             raise ValueError(f"a header of {end - 8} bytes in a file of {size}")
-        # Given NaN, int raises.
+        # int raises on NaN.
         header = json.loads(f.read(end - 8).decode(), object_pairs_hook=unique, parse_constant=int)
         metadata = {"sha256": "", **(header.pop("__metadata__", None) or {})}
         digest = metadata["sha256"] and hashlib.file_digest(f, "sha256").hexdigest()
@@ -50,14 +50,14 @@ def read(path: Path) -> Stored:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dictionary; Python alone would keep the last of equal names."""
+    """A JSON object as a dictionary; of equal names, Python alone would keep only the last."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name stands in the header twice")
     return dict(pairs)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Publish arrays as `path`, the SHA-256 of their bytes in the metadata. Raises OSError."""
+    """Publish arrays as `path`, with the SHA-256 of their bytes in the metadata. Raises OSError."""
     header: dict[str, Any] = {}
     data, end = [], 0
     for name, array in arrays.items():
@@ -67,5 +67,5 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
         header[name] = {"dtype": code, "shape": array.shape, "data_offsets": place}
     header["__metadata__"] = {**metadata, "sha256": hashlib.sha256(b"".join(data)).hexdigest()}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # arrays are to start at a multiple of eight
+    text += b" " * (-len(text) % 8)  # arrays must start at a multiple of eight
     write_bytes(path, b"".join([len(text).to_bytes(8, "little"), text, *data]))

@@ -1,7 +1,7 @@
 """What every reader returns: names, shapes and dtypes in a file, and a way to read one array.
 
-Readers look at headers alone; the bytes of an array are read when it is asked for, which happens
-once its shape has proved to be the one that is needed.
+Readers look only at headers; the bytes of an array are read when it is asked for, which happens
+once its shape has proved to be the right one.
 """
 
 import warnings
@@ -56,7 +56,7 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 
 def decode(raw: bytes | np.ndarray, spec: Spec) -> np.ndarray:
-    """Little-endian bytes as an array; bfloat16, the upper half of a float32, becomes that."""
+    """Little-endian bytes as an array; bfloat16, the upper half of a float32, becomes float32."""
     if spec.dtype == "bfloat16":
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(spec.shape)
     return np.frombuffer(raw, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape)

@@ -1,8 +1,8 @@
 """TensorFlow's checkpoints, read without TensorFlow: NAME.index and NAME.data-00000-of-00001.
 
 The index is a LevelDB table (github.com/google/leveldb, doc/table_format.md): blocks of sorted
-names that share their beginnings, a CRC-32C behind each block, and 48 bytes at the end that say
-where the block is that lists the blocks. A name's value is a small protocol buffer,
+names that share their beginnings, a CRC-32C after each block, and 48 bytes at the end that say
+where to find the block that lists the others. A name's value is a small protocol buffer,
 BundleEntryProto in TensorFlow's tensor_bundle.proto: dtype, shape, and place in a data file.
 """
 
@@ -45,7 +45,7 @@ def read(path: Path) -> Stored:
 
 
 def spec(entry: dict[int, Any]) -> Spec:
-    """Fields 1, dtype, and 2, shape: a TensorShapeProto whose fields 2 hold an axis' size each."""
+    """Field 1 is the dtype, field 2 the shape: a TensorShapeProto with a field 2 for each axis."""
     axes = [dict(fields(axis)) for key, axis in fields(entry.get(2, b"")) if key == 2]
     return Spec(checked([axis.get(1, 0) for axis in axes]), DTYPES.get(entry[1], "other"))
 
@@ -62,7 +62,7 @@ def block(index: bytes, place: BytesIO) -> Iterator[tuple[bytes, bytes]]:
     data, crc = index[offset : offset + size + 1], index[offset + size + 1 :][:4]
     if masked_crc32c(data) != int.from_bytes(crc, "little") or data[-1]:
         raise ValueError(f"the block at byte {offset} is compressed or its CRC-32C differs")
-    # Every few entries a key stands in full; the block ends with a list of these, and its length.
+    # Every few entries a key is stored whole; the block ends with a list of these, and its length.
     restarts = int.from_bytes(data[-5:-1], "little")
     f, key = BytesIO(data), b""
     while f.tell() < size - 4 * (restarts + 1):
@@ -85,7 +85,7 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32 with Castagnoli's polynomial, then turned: CRCs of data that holds CRCs are weak."""
+    """CRC-32 with Castagnoli's polynomial, then masked: CRCs of data that holds CRCs are weak."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8

@@ -1,9 +1,9 @@
 """PyTorch's .pth files, read without PyTorch and without running anything in them.
 
 Such a file is a zip archive (since PyTorch 1.6): `data.pkl` says which tensor is which part of
-which storage, `data/0`, `data/1`, ... are the storages' bytes. A pickle is a program, and Python's
-own machine for it can be made to import and call anything. This one knows the few instructions that
-state dicts are made of, and functions only as names: three have a meaning, others end the reading.
+which storage; `data/0`, `data/1`, ... are the storages' bytes. A pickle is a program, and Python's
+own interpreter for it can be made to import and call anything. This one knows the few instructions
+that make state dicts, and functions only as names: three have a meaning, others end the reading.
 """
 
 import pickletools
@@ -82,7 +82,7 @@ def unpickle(program: bytes) -> Any:
         taken, stack[start:] = stack[start:], []
         match name:
             case "PROTO" | "APPEND" | "APPENDS" | "BUILD":
-                pass  # neither what lists hold nor what attributes objects have is needed
+                pass  # the content of lists and the attributes of objects are not needed
             case "MARK":
                 marks.append(len(stack))
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
