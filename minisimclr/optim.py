@@ -60,6 +60,8 @@ class SGD:
     ):  # fmt: skip
         self.parameters: dict[str, Parameter] = {}
         for name, p in named_parameters:
+            if not (isinstance(name, str) and isinstance(p, Parameter)):  # a Tensor's rows unpack
+                raise TypeError("an optimizer takes what named_parameters() gives: name, Parameter")
             if name in self.parameters:
                 raise ValueError(f"two parameters are called {name!r}: put a prefix before names")
             self.parameters[name] = p
@@ -95,6 +97,9 @@ class SGD:
         return {name: to_host(v).copy() for name, v in self.velocity.items()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Raises ValueError unless the state is of parameters of the same names and shapes."""
+        if {n: v.shape for n, v in self.velocity.items()} != {n: v.shape for n, v in state.items()}:
+            raise ValueError("this state is of parameters of other names or shapes")
         for name, v in self.velocity.items():
             v[...] = xp_of(v).asarray(state[name])
 

@@ -40,16 +40,14 @@ class Model(Module):
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
         if x.dtype.kind != "f" or x.ndim != 4:
             raise TypeError(f"encode takes what center_view makes, not {x.shape} {x.dtype}")
-        self.encoder.eval()
-        with no_grad():
+        with self.encoder.evaluating():
             starts = range(0, max(1, len(x)), batch_size)
             h = [self.encoder(Tensor(x[i : i + batch_size])).data for i in starts]
         return xp_of(x).concatenate(h)  # (N, D)
 
     def project(self, h: Array) -> Array:
         """z = g(h), likewise."""
-        self.head.eval()
-        with no_grad():
+        with self.head.evaluating():
             return self.head(Tensor(h)).data  # (N, d_out)
 
 

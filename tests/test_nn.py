@@ -192,6 +192,8 @@ def test_loading_is_strict_and_all_or_nothing():
         net.load_state_dict(good | {"extra": np.zeros(1)})
     with pytest.raises(DataError, match=r"layer4.0.bn2.bias: shape \(7,\).*\(32,\)"):
         net.load_state_dict(good | {"layer4.0.bn2.bias": np.zeros(7)})
+    with pytest.raises(ValueError, match="could not convert"):
+        net.load_state_dict(good | {"layer4.0.bn2.bias": np.array(["no"] * 32)})
     for name, value in net.state_dict().items():
         np.testing.assert_array_equal(value, before[name])
     net.load_state_dict(before)
@@ -340,6 +342,23 @@ def test_a_model_never_sees_more_at_once_than_it_is_told_to():
     assert max(seen) == 4
     for net in (model, Model.build("resnet10", "imagenet", 4, seed=0)):
         assert len(net.encode(np.zeros((0, 16, 16, 3), np.float32))) == 0
+
+
+def test_encoding_leaves_every_layer_in_its_mode():
+    model = Model.build("resnet_small", "small", 2, seed=0).train()
+    model.encoder.bn1.eval()  # a part that is not to be trained
+    modes = [m.training for _, m in model.named_modules()]
+    statistics = model.state_dict()
+    h = model.encode(rand(3, 8, 8, 3, dtype=np.float32))
+    model.project(h)
+    with pytest.raises(TypeError):
+        model.encode(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="does not fit"):  # in the middle of it
+        model.encode(np.zeros((1, 8, 8, 4), np.float32))
+    assert [m.training for _, m in model.named_modules()] == modes and len(set(modes)) == 2
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, statistics[name])
+    assert model.head(Tensor(h)).requires_grad
 
 
 def test_a_step_trains_whatever_was_done_before():

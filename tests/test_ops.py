@@ -310,10 +310,21 @@ def test_nt_xent_is_stable_in_float32(temperature):
     assert np.isfinite(a.grad).all()
 
 
-@pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2, 3), (2, 4)), ((2, 3, 1), (2, 3, 1))])
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 3), (3, 3)), ((2, 3), (2, 4)), ((2, 3, 1), (2, 3, 1)), ((0, 3), (0, 3))],
+    ids=str,
+)
 def test_nt_xent_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match=r"needs two \(N, D\) embeddings, not"):
         nt_xent(*(Tensor(randn(*shape)) for shape in shapes))
+
+
+def test_nt_xent_keeps_the_type_of_its_input():
+    z = Tensor(randn(2, 3).astype(np.float32), requires_grad=True)
+    loss = nt_xent(z, z, np.float64(0.5))
+    loss.backward()
+    assert loss.dtype == z.grad.dtype == np.float32
 
 
 def test_nt_xent_of_zero_vectors_is_finite():

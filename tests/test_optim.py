@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minisimclr.optim import LARS, SGD
 from minisimclr.schedule import scaled_rate, warmup_cosine
-from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter
+from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter, Tensor
 
 W = [0.5, -1.0, 2.0]
 CASES = [  # kind, start, gradients of successive steps
@@ -73,6 +73,13 @@ def test_parameters_of_one_name_are_refused():
         SGD([("w", p), ("w", q)], lr=0.1)
 
 
+def test_what_is_no_named_parameter_is_refused():
+    weight, bias = Parameter(np.ones((2, 5))), Parameter(np.ones(2))
+    for named in ([weight, bias], [("w", weight.data)], [("w", Tensor(np.ones(2), True))]):
+        with pytest.raises(TypeError, match=r"named_parameters\(\)"):  # two rows would unpack
+            SGD(named, lr=0.1)
+
+
 def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
     p = Parameter(np.array(W))
     optimizer = SGD([("p", p)], 0.1)
@@ -98,6 +105,10 @@ def test_state_restores_exactly(kind):
     c.load_state_dict(b.state_dict())
     advance(c, q, range(3, 6))
     np.testing.assert_array_equal(p.data, q.data)
+    for state in ({}, {"p": np.ones(1)}, {"q": np.ones(3)}, {"p": np.ones(3), "q": np.ones(3)}):
+        with pytest.raises(ValueError, match="other names or shapes"):
+            c.load_state_dict(state)
+    np.testing.assert_array_equal(c.state_dict()["p"], a.state_dict()["p"])
 
 
 def test_schedule_corners():

@@ -23,6 +23,7 @@ from minisimclr.probe import (
     majority_share,
     measure,
     probe,
+    scores,
     select_c,
     standardize,
     stratified,
@@ -230,8 +231,16 @@ def test_other_bad_input():
     X, y = clusters()
     with pytest.raises(DataError, match="1 class"):
         tight().fit(X, np.zeros(len(y)))
-    with pytest.raises(DataError, match="149 labels"):
-        tight().fit(X, y[1:])
+    for calls in (
+        lambda y: tight().fit(X, y),
+        lambda y: tight().fit(X, np.arange(len(X)) % 3).score(X, y),
+        lambda y: knn_score(X, y, X, np.arange(len(X))),
+        lambda y: knn_score(X, np.arange(len(X)), X, y),
+        lambda y: scores(np.tile(np.arange(5), (len(X), 1)), y),
+    ):
+        for other in (y[1:], y[:, None], y[:1]):  # some would broadcast
+            with pytest.raises(DataError, match=r"a label for each .* not \(.* for \("):
+                calls(other)
     with pytest.raises(DataError, match="empty"):
         tight().fit(X[:0], y[:0])
     with pytest.raises(ConfigError, match="-1"):

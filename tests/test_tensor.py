@@ -87,6 +87,33 @@ def test_index_arrays_are_refused(key):
         Tensor(randn(3, 4))[key]
 
 
+def test_shapes_may_be_given_as_numpy_takes_them():
+    x = Tensor(randn(2, 3))
+    assert x.reshape(3, 2).shape == x.reshape((3, 2)).shape == x.reshape([3, 2]).shape == (3, 2)
+    assert x.transpose().shape == x.transpose(1, 0).shape == x.transpose((1, 0)).shape == (3, 2)
+    assert x.transpose([-1, 0]).shape == (3, 2) and x.reshape(6).shape == x.reshape((6,)).shape
+
+
+def test_the_mean_of_nothing_is_no_number():
+    x = Tensor(np.zeros((0, 3)), requires_grad=True)
+    assert x.mean(axis=1).shape == (0,) and np.isnan(x.mean().data)
+    x.mean(axis=1).sum().backward()
+    assert x.grad.shape == (0, 3)
+
+
+def test_a_power_is_a_number_and_keeps_the_type():
+    x = Tensor(np.ones(2, np.float32))
+    assert (x ** np.float64(2)).dtype == np.float32
+    with pytest.raises(TypeError):
+        x ** np.array([2.0, 3.0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 3), (2, 4)])
+def test_linear_takes_rows_of_its_width(shape):
+    with pytest.raises(ValueError, match=r"linear: x \(N, C\) and weight \(O, C\), not"):
+        linear(Tensor(np.ones(shape)), Tensor(np.ones((5, 3))))
+
+
 def test_the_gradient_of_a_leaf_is_its_own():
     given = np.ones((2, 3))
     a, b = (Tensor(randn(2, 3), requires_grad=True) for _ in range(2))

@@ -152,5 +152,4 @@ class InceptionV3(Module):
         return global_average_pool(self.features(x, "mixed10"))  # (N, 2048)
 
 
-def inception_v3(seed: int = 0) -> InceptionV3:
-    return InceptionV3(seed)
+inception_v3 = InceptionV3

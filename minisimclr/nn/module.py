@@ -3,19 +3,20 @@
 A module's parameters, buffers and children are its plain attributes, in the order they were
 assigned; the path of attribute names is the parameter's name (`layer1.0.conv1.weight`). Weights are
 kept as the operations want them, HWIO for convolutions; state dicts use torchvision's layouts,
-OIHW.
+OIHW (every array of four axes counts as a kernel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
 
 from ..backend import Array, to_device, to_host, xp_of
 from ..errors import DataError
-from ..tensor import Parameter, Tensor
+from ..tensor import Parameter, Tensor, no_grad
 
 
 class Module:
@@ -65,32 +66,49 @@ class Module:
     def eval(self) -> Self:
         return self.train(False)
 
-    def _convert(self, change: Any) -> Self:
-        for _, owner, name, value in self._members():
-            if isinstance(value, Parameter):
-                value.data, value.grad = change(value.data), None
-            else:
-                setattr(owner, name, change(value))
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block: running statistics, no dropout, no graph. Then as before."""
+        modes = [(module, module.training) for _, module in self.named_modules()]
+        self.eval()
+        try:
+            with no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _arrays(self) -> dict[str, Array]:
+        return {n: v.data if isinstance(v, Parameter) else v for n, _, _, v in self._members()}
+
+    def _replace(self, arrays: dict[str, Array]) -> Self:
+        """Put arrays in the place of those of the same names."""
+        for name, owner, attribute, value in self._members():
+            if isinstance(value, Parameter) and name in arrays:
+                value.data, value.grad = arrays[name], None
+            elif name in arrays:
+                setattr(owner, attribute, arrays[name])
         return self
+
+    def _convert(self, change: Callable[[Array], Array]) -> Self:
+        old = self._arrays().items()
+        return self._replace({name: change(a) for name, a in old if a.dtype.kind == "f"})
 
     def astype(self, dtype: Any) -> Self:
         """Parameters and statistics in another floating-point type; gradients are dropped."""
-        return self._convert(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a)
+        return self._convert(lambda a: a.astype(dtype))
 
     def to(self, device: str) -> Self:
         """Parameters and statistics on "cpu" or "cuda:N"; gradients are dropped, counters stay."""
-        return self._convert(lambda a: to_device(to_host(a), device) if a.dtype.kind == "f" else a)
+        return self._convert(lambda a: to_device(to_host(a), device))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Host copies of all parameters and buffers, torchvision's names and layouts."""
-        return {
-            name: _to_torch_layout(to_host(_array(value))).copy()
-            for name, _, _, value in self._members()
-        }
+        return {name: _to_torch_layout(to_host(a)).copy() for name, a in self._arrays().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what `state_dict` holds."""
-        return {name: _to_torch_layout(_array(v)).shape for name, _, _, v in self._members()}
+        return {name: _to_torch_layout(array).shape for name, array in self._arrays().items()}
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]], origin: Any = "this state") -> None:
         """Raise DataError naming the first differences unless a state dict of `shapes` fits.
@@ -115,24 +133,18 @@ class Module:
             raise DataError(f"{origin} does not fit this model: {' and '.join(what)}")
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Load arrays in state_dict's form, cast to this module's dtype; all or nothing.
+        """Load arrays in state_dict's form, cast to this module's dtype; all or nothing. Gradients
+        are dropped.
 
         Strict: raises DataError as `check_shapes` does.
         """
         self.check_shapes({name: np.shape(array) for name, array in state.items()})
-        for name, owner, attribute, value in self._members():
+        arrays = {}  # all of them, before the first takes its place
+        for name, like in self._arrays().items():
             if name in state:
-                xp, old = xp_of(_array(value)), _array(value)
-                array = _from_torch_layout(np.asarray(state[name]))
-                array = xp.asarray(array.astype(old.dtype, order="C"))
-                if isinstance(value, Parameter):
-                    value.data = array
-                else:
-                    setattr(owner, attribute, array)
-
-
-def _array(value: Any) -> Array:
-    return value.data if isinstance(value, Parameter) else value
+                array = _from_torch_layout(np.asarray(state[name])).astype(like.dtype, order="C")
+                arrays[name] = xp_of(like).asarray(array)
+        self._replace(arrays)
 
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:

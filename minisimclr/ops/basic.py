@@ -4,8 +4,6 @@ Each operation is a Function with forward and backward side by side; arguments b
 NumPy, and a gradient is summed back over the axes that were stretched.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..backend import Array, xp_of
@@ -73,7 +71,7 @@ class Power(Function):
     """x ** p for a constant p"""
 
     def __init__(self, p: float):
-        self.p = p
+        self.p = float(p)  # an array has no constant; NumPy's number would make x float64
 
     def forward(self, x):
         self.x = x
@@ -251,7 +249,9 @@ def relu(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O)"""
+    """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O). ValueError for other shapes."""
+    if x.ndim != 2 or x.shape[1:] != weight.shape[1:]:
+        raise ValueError(f"linear: x (N, C) and weight (O, C), not {x.shape} and {weight.shape}")
     return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)
 
 
@@ -266,11 +266,12 @@ def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], axis: int = 0) -> Te
 
 def _mean(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
     total = Sum(axis, keepdims)(self)
-    return total * (total.data.size / self.data.size)
+    return total * (total.data.size / (self.data.size or float("nan")))  # as NumPy
 
 
-def _reshape(self: Tensor, *shape: Any) -> Tensor:
-    return Reshape(shape[0] if isinstance(shape[0], tuple) else shape)(self)
+def _listed(numbers: tuple) -> tuple:
+    """Numbers given one by one, or as one tuple or list."""
+    return tuple(numbers[0]) if numbers and isinstance(numbers[0], (tuple, list)) else numbers
 
 
 # Operators. `other` may be a Tensor, an array or a number.
@@ -290,8 +291,8 @@ for _name, _method in {
     "__getitem__": lambda self, key: GetItem(key)(self),
     "sum": lambda self, axis=None, keepdims=False: Sum(axis, keepdims)(self),
     "mean": _mean,
-    "reshape": _reshape,
-    "transpose": lambda self, *axes: Transpose(axes or None)(self),
+    "reshape": lambda self, *shape: Reshape(_listed(shape))(self),
+    "transpose": lambda self, *axes: Transpose(_listed(axes) or None)(self),
     "exp": lambda self: Exp()(self),
     "log": lambda self: Log()(self),
     "relu": relu,

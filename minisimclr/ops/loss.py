@@ -59,7 +59,7 @@ class NTXent(Function):
     """Mean loss of the views z (V, D), where view i is the partner of view i + V/2."""
 
     def __init__(self, temperature: float):
-        self.temperature = temperature
+        self.temperature = float(temperature)  # NumPy's number would make z float64
 
     def forward(self, z):
         self.u, self.length = normalize(z)
@@ -91,7 +91,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if z1.shape != z2.shape or z1.ndim != 2:
+    if z1.shape != z2.shape or z1.ndim != 2 or not len(z1):
         raise ValueError(f"nt_xent needs two (N, D) embeddings, not {z1.shape} and {z2.shape}")
     return NTXent(temperature)(concatenate([z1, z2]))
 

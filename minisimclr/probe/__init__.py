@@ -17,7 +17,7 @@ from ..augment import center_view
 from ..backend import Array, to_host, xp_of
 from ..errors import ConfigError, DataError
 from ..ops.loss import normalize
-from .logistic import LogisticRegression, Problem, finite
+from .logistic import LogisticRegression, Problem, finite, labels_of
 
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
 Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
@@ -113,7 +113,7 @@ def measure(
 
 def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """top1, top5 and ci95 of classes ranked (N, K), the likeliest first; y (N,) is right."""
-    right = ranked[:, :5] == y[:, None]  # (N, 5)
+    right = ranked[:, :5] == labels_of(ranked, y)[:, None]  # (N, 5)
     top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
     return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
 
@@ -136,7 +136,7 @@ def knn_score(
         raise ConfigError(f"k must be at least 1, not {k}")
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
-    classes, rows = np.unique(y, return_inverse=True)
+    classes, rows = np.unique(labels_of(X, y), return_inverse=True)
     rows, K, right = xp.asarray(rows), len(classes), 0
     for start in range(0, len(test_X), 512):  # similarities of 512 images at a time
         part = slice(start, start + 512)
@@ -145,7 +145,7 @@ def knn_score(
         weights = xp.exp((xp.take_along_axis(similarity, near, 1) - 1) / temperature)
         cells = rows[near] + K * xp.arange(len(near))[:, None]  # (B, k), places in votes
         votes = xp.bincount(cells.ravel(), weights.ravel(), len(near) * K).reshape(-1, K)  # (B, K)
-        right += (classes[to_host(votes.argmax(1))] == test_y[part]).sum()
+        right += (classes[to_host(votes.argmax(1))] == labels_of(near, test_y[part])).sum()
     return float(right / len(test_X))
 
 

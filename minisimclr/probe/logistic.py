@@ -51,7 +51,7 @@ class LogisticRegression:
 
     def score(self, X: Array, y: Any) -> float:
         """The fraction of X (N, D) whose class is predicted correctly."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        return float((self.predict(X) == labels_of(X, y)).mean())
 
 
 class Problem:
@@ -66,10 +66,9 @@ class Problem:
 
     def __init__(self, X: Array, y: Any):
         X, xp = finite(X), xp_of(X)
-        self.classes, rows = np.unique(y, return_inverse=True)
-        if len(rows) != len(X) or len(self.classes) < 2:
-            found = f"{len(X)} images, {len(rows)} labels, {len(self.classes)} class(es)"
-            raise DataError(f"a label for each image and two classes are needed, not {found}")
+        self.classes, rows = np.unique(labels_of(X, y), return_inverse=True)
+        if len(self.classes) < 2:
+            raise DataError(f"labels of two classes are needed, not {len(self.classes)} class(es)")
         self.mean = X.mean(0)
         X = X - self.mean
         self.axes = xp.linalg.eigh(X.T @ X)[1]  # (D, N) (N, D) -> (D, D)
@@ -167,6 +166,13 @@ def cubic_minimum(low: tuple[float, ...], high: tuple[float, ...]) -> float:
     root = max(z * z - ga * gb, 0.0) ** 0.5
     part = 1 - (gb + root - z) / (gb - ga + 2 * root or 1.0)
     return a + (b - a) * min(0.9, max(0.1, part))  # near a where f is not finite
+
+
+def labels_of(X: Array, y: Any) -> np.ndarray:
+    """y as an array. Raises DataError unless it is (N,), a label for each row of X (N, D)."""
+    if (labels := np.asarray(y)).shape != X.shape[:1]:
+        raise DataError(f"a label for each image is needed, not {labels.shape} for {X.shape}")
+    return labels
 
 
 def finite(X: Array) -> Array:
