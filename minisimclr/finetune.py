@@ -165,6 +165,5 @@ def finetune(
     }
     chance = majority_share(dataset.labels[split[1]])
     counts = {"labels": len(split[0]), "test": len(split[1]), "classes": len(dataset.class_names)}
-    counts["step"] = run.step
     controls = {"chance": chance, "scratch": rows[SCRATCH]["top1"]}
-    return {**rows[TUNED], **counts, "controls": controls, "rows": rows}
+    return {**rows[TUNED], **counts, "step": run.step, "controls": controls, "rows": rows}

@@ -67,7 +67,7 @@ def pretrain(
     if config.data not in BUILT_IN:  # the run will be used from other folders too
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
-    if not out and path.exists():  # another run began in the same second
+    while not out and path.exists():  # other runs began in the same second
         path = path.with_name(f"{path.name}-{os.getpid()}")
     make_run_folder(path, config, origins or {})
     return resume(path, time_limit=time_limit, notify=notify, dataset=dataset)
@@ -113,7 +113,8 @@ def resume(
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
             if not log.exists():
                 raise DataError(f"{log} is gone: restore it, or begin anew")
-            if not state and b"alignment" in log.read_bytes():  # an epoch has ended, and was saved
+            before = log.read_bytes().rstrip().rpartition(b"\n")[0]  # all but its last line
+            if not state and b"alignment" in before:  # an epoch has ended, and was saved
                 raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
             run.check_log(logged)
             os.truncate(log, logged)  # lines after the checkpoint will be written again

@@ -1,6 +1,7 @@
 """The comparison: rows with their controls, made once, never lost; the curve; fine-tuning."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -311,6 +312,20 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(
     assert len(cheap) == count and other["rows"][-1]["status"] == "not run"  # no system, no control
 
 
+def test_the_command_of_each_row_can_be_typed(run, dataset, cheap, tmp_path):
+    from minisimclr.cli import group
+
+    odd = replace(dataset, name=str(tmp_path / "my photos"))
+    file = weights_file(tmp_path / "the weights.h5", 1)
+    made = Comparison(run, odd, file, view=24)
+    parts = made.on_inception(), made.on_simclrv2(), made.probed(), made.on_random_inception()
+    for row in [row for part in parts for row in part.rows]:
+        _, name, *words = shlex.split(row["command"])
+        given = group.get_command(None, name).make_context(name, [*words]).params
+        assert given["data"] == "my photos" and given["view" if "RUN" in words else "image_size"]
+        assert {"the weights.h5", "FILE", "RUN", "--random"} & {*words}
+
+
 def test_two_comparisons_may_write_to_one_file(run, dataset, cheap, tmp_path, monkeypatch):
     real, options = embed.probe_run, {"trials": 1, "epochs": 1}
 
@@ -434,6 +449,11 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     for block in ("layer1", "mixed8"):  # it would be read, and the rest be left random
         code, _, err = call("probe", file, "--data", pictures, "--block", block)
         assert code == 2 and f"block '{block}': InceptionV3 has mixed0, mixed1" in err
+    assert call("data", "info", pictures, "--image-size", 24)[0] == 3
+    assert call("probe", file, "--data", pictures, "--image-size", 24)[0] == 0
+    assert call("data", "info", pictures, "--image-size", 24)[0] == 0
+    code, _, err = call("probe", run.path, "--image-size", 24)
+    assert code == 2 and "--block and --image-size go with a file of weights" in err
     code, _, err = call("probe", file, "--finetune")
     assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")

@@ -193,12 +193,12 @@ def test_what_does_not_count(tmp_path, capsys):
     [
         ([], "holds no pictures"),
         (["a/x.gif", "notes.txt"], "holds no pictures"),
-        (["a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+        (["a/x.png", "y.png"], r"has class folders, but 'y\.png'"),
         (["Train/a/x.png"], "holds Train, not train and test: name one of its folders"),
         (["test/a/x.png", "val/a/x.png"], "holds test and val, not train and test: name one"),
-        (["train/a/x.png", "test/x.png"], r"holds folders, but 'test[/\\\\]+x\.png'"),
-        (["train/a/x.png", "test/a/x.png", "y.png"], r"holds folders, but 'y\.png'"),
-        (["train/x.png", "test/x.png", "y.png"], r"holds folders, but 'y\.png'"),
+        (["train/a/x.png", "test/x.png"], r"has class folders, but 'test[/\\\\]+x\.png'"),
+        (["train/a/x.png", "test/a/x.png", "y.png"], r"has class folders, but 'y\.png'"),
+        (["train/x.png", "test/x.png", "y.png"], r"has class folders, but 'y\.png'"),
         (["train/a/x.png", "test/a/x.png", "sunset/x.png"], "sunset and test and train: name one"),
     ],
 )

@@ -287,6 +287,9 @@ def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path)
     telling = verdict.chance_line(edited(sound, tmp_path / "telling", loss=chance, accuracy=0.9))
     assert telling.level == WARNING and "90.0% of the views found" in telling.evidence
     assert verdict.chance_line(edited(sound, tmp_path / "low", loss=chance - 1)).level == GOOD
+    above = verdict.chance_line(edited(sound, tmp_path / "above", loss=chance + 1, accuracy=0.9))
+    assert (above.level, above.title) == (WARNING, "The loss is above its chance line")
+    assert not verdict.chance_line(on).title
     for row in on.files["metrics"]:
         row["epoch"] = 1
     early = replace(on)

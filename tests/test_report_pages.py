@@ -8,6 +8,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -182,6 +183,30 @@ def test_panels_show_what_they_say(run, monkeypatch):
     panels.confusions(facts)
     most = [(names[0], names[1], 1), (names[1], names[2], count)][::-1]
     assert tables[1] == [(f"{a} taken for {b}", times, count) for a, b, times in most]
+
+
+def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
+    facts, said = report.read(run), []
+    data = facts.dataset
+    none = replace(data, labels=np.full_like(data.labels, -1))
+    facts.__dict__ |= {"dataset": none, "test_h": (np.eye(len(facts.test_rows), 8),) * 2}
+    monkeypatch.setattr(panels, "card", lambda pixels, alt, *words, mark="": said.append(words))
+    monkeypatch.setattr(panels, "row", lambda *_, **named: "")
+    assert "same class" not in panels.neighbours(facts)
+    assert set(said) == {("no label",)}
+
+
+def test_legends_cover_no_data_and_ticks_leave_room():
+    series = {name: ([-2.775 + i / 1e3 for i in range(9)], range(9)) for name in ("a", "run" * 12)}
+    for chart in (charts.lines("t", "x", series), charts.scatter("t", "x", "y", series)):
+        svg = re.search("<svg.*</svg>", chart, re.S)[0].replace("xlink:href", "href")
+        root = ElementTree.fromstring(svg)
+        (axes,) = (g for g in root.iter("g") if g.get("id", "").endswith("axes_1"))
+        ids = [g.get("id", "") for g in axes.iter("g")]
+        assert not any("legend" in name for name in ids)
+        assert any("legend" in g.get("id", "") for g in root.iter("g"))
+    ids = re.findall(r"xtick_\d+", charts.lines("t", "x", series))
+    assert 3 <= len(set(ids)) <= 8
 
 
 def test_histograms_have_whole_bins_and_long_names_are_cut(monkeypatch):

@@ -261,9 +261,10 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minisimclr.run.datetime", Now)
-    first, second = (pretrain(config, time_limit=0, notify=quiet).path for _ in range(2))
-    assert first == Path("runs/20260504-030201-resnet_small")
-    assert second.parent == first.parent and second.name.startswith(f"{first.name}-")
+    first, *more = (pretrain(config, time_limit=0, notify=quiet).path for _ in range(4))
+    assert first == Path("runs/20260504-030201-resnet_small") and len(set(more)) == 3
+    for second in more:
+        assert second.parent == first.parent and second.name.startswith(f"{first.name}-")
     with pytest.raises(ConfigError, match="exists already"):
         pretrain(config, second, notify=quiet)
 
@@ -309,6 +310,15 @@ def test_a_log_is_not_begun_anew_where_its_checkpoints_are_gone(finished, config
     with pytest.raises(DataError, match="checkpoints are gone: restore them, or begin anew"):
         resume(run.path)
     assert (run.path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_whose_first_checkpoint_found_no_room_begins_again(finished, config, tmp_path):
+    full = patch("minisimclr.run.checkpoint.save", side_effect=OSError(28, "No space left"))
+    with full, pytest.raises(OSError, match="No space"):
+        pretrain(config, tmp_path / "run")
+    assert b"alignment" in (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    resume(tmp_path / "run")
+    assert content(tmp_path / "run") == content(finished.path)
 
 
 def test_a_torn_line_of_timings_tears_no_other(finished, config, tmp_path):

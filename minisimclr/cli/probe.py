@@ -19,12 +19,14 @@ from .options import DEVICE, FILE, VIEW, json_option, write_json
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of --finetune.  [default: 60]")
 @VIEW
+@click.option("--image-size", type=int, metavar="S", help="Stored side, in px, for WEIGHTS.")
 @click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
 @DEVICE
 @json_option
 def probe(
     path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int | None,
-    view: int | None, block: str | None, device: str | None, json_file: str | None,
+    view: int | None, image_size: int | None, block: str | None, device: str | None,
+    json_file: str | None,
 ) -> None:  # fmt: skip
     """Tell what the features of a RUN or of WEIGHTS are worth.
 
@@ -36,8 +38,8 @@ def probe(
     if epochs and not finetune:
         raise ConfigError("--epochs goes with --finetune")
     if isdir(path):  # noqa: PTH112 - False without permission
-        if block:
-            raise ConfigError("--block goes with a file of weights")
+        if block or image_size:
+            raise ConfigError("--block and --image-size go with a file of weights")
         run = embed.open_trained(path, device)
         return show_probe(run, data, labels, (epochs or 60) if finetune else None, view, json_file)
     if finetune or view:
@@ -48,7 +50,7 @@ def probe(
 
     read(path)  # before the data: it may be the misspelt name of a run
     with Display() as display:
-        dataset = open_dataset(data or "stanford-dogs", progress=display.on_prepare)
+        dataset = open_dataset(data or "stanford-dogs", image_size, display.on_prepare)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
         seen = "\nWeights trained on ImageNet have seen the test photos of Stanford Dogs."

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,8 @@ class Comparison:
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
-        self.probing = f"probe RUN --data {self.name}" + f" --view {self.view}" * bool(self.view)
+        self.given = f"--data {quote(self.name)}"
+        self.probing = f"probe RUN {self.given}" + f" --view {self.view}" * bool(self.view)
         data = hashlib.sha256(self.dataset.fingerprint.encode())
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
             data.update(part.tobytes())
@@ -130,8 +132,8 @@ class Comparison:
     ) -> dict[str, Any]:
         """The content of results.json so far."""
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
-        results["chance"] = majority_share(self.dataset.labels[self.test])
-        results |= {"rows": [], "curve": []}
+        chance = majority_share(self.dataset.labels[self.test])
+        results |= {"chance": chance, "rows": [], "curve": []}
         for part in parts:
             state = {"status": "not run", "warning": reasons.get(part.key, "")}
             results[part.table] += done.get(part.key, [about | state for about in part.rows])
@@ -150,8 +152,7 @@ class Comparison:
 
     def linear(self, extract: Extract) -> Row:
         X, test_X, y = extract(self.train), extract(self.test), self.dataset.labels
-        made = measure(X, y[self.train], test_X, y[self.test], notify=self.notify)
-        return self.figures(made)
+        return self.figures(measure(X, y[self.train], test_X, y[self.test], notify=self.notify))
 
     def dense(self, extract: Extract) -> Row:
         found = baseline.baseline(self.dataset, extract, self.trials, 100, 0, self.notify)
@@ -163,8 +164,8 @@ class Comparison:
     def on_inception(self) -> Part:
         """Dense and linear layers on frozen InceptionV3 features; DataError for other weights."""
         file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
-        options = f"{file.name if file else 'FILE'} --data {self.name}"
-        dense = f"baseline --weights {options} --image-size {self.side} --trials {self.trials}"
+        options = f"{quote(file.name) if file else 'FILE'} {self.given} --image-size {self.side}"
+        dense = f"baseline --weights {options} --trials {self.trials}"
         rows = [
             row(name, "dense", self.imagenet, pixels, dense),
             row(name, "linear", self.imagenet, pixels, f"probe {options} --block {BLOCK}"),
@@ -178,7 +179,7 @@ class Comparison:
     def on_random_inception(self) -> Part:
         """The control of InceptionV3, if that takes part: the same layers on a random one."""
         name, pixels = f"InceptionV3 {BLOCK}, random weights", f"{self.side} px as 299"
-        options = f"--data {self.name} --image-size {self.side} --trials {self.trials}"
+        options = f"{self.given} --image-size {self.side} --trials {self.trials}"
         rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
         depends = [self.data, "random", self.trials] if self.inception else []
         return Part(depends, rows, lambda: [self.dense(self.features(None))])
@@ -188,8 +189,8 @@ class Comparison:
 
         Raises DataError for weights that are not a TensorFlow checkpoint.
         """
-        file = self.simclrv2
-        command = f"probe {file.name if file else 'model.ckpt-250228'} --data {self.name}"
+        file, given = self.simclrv2, f"{self.given} --image-size {self.side}"
+        command = f"probe {quote(file.name) if file else 'FILE'} {given}"
         pixels = f"{self.side} px as 224"
         rows = [row("SimCLRv2 ResNet-50", "linear", self.imagenet, pixels, command)]
         if file and weights.read(file).format != TENSORFLOW:

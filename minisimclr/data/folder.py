@@ -43,7 +43,7 @@ def source(root: Path, options: Options) -> Source:
     loose = [path for path, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
         raise DataError(
-            f"{root} holds folders, but {str(loose[0])!r} and maybe others are in none: move them"
+            f"{root} has class folders, but {str(loose[0])!r} and maybe more are in none: move them"
         )
 
     def plan() -> Plan:

@@ -121,7 +121,7 @@ def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
 def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
     """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [float((centre + side) / (1 + z * z / n)) for side in (-half, half)]
+    return [min(1.0, float((centre + side) / (1 + z * z / n))) for side in (-half, half)]
 
 
 def knn_score(
@@ -219,7 +219,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'system':{width}}{'top-1':>8}{'95 % interval':>17}{'top-5':>9}{'kNN':>9}"]
     for name, row in rows.items():
         cells = (row["top1"], *row["ci95"], row["top5"])
-        line = f"{name:{width}}" + "{:8.1%}{:9.1%} -{:6.1%}{:9.1%}".format(*cells)
+        line = f"{name:{width}}" + "{:8.1%}{:9.1%} - {:<6.1%}{:8.1%}".format(*cells)
         lines.append(line + (f"{row['knn']:9.1%}" if "knn" in row else f"{'-':>9}"))
     lines.append(f"{'chance':{width}}{result['controls']['chance']:8.1%}")
     lines.append("{labels:,} labelled images, {test:,} to test, {classes} classes".format(**result))

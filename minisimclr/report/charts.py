@@ -69,6 +69,12 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     return f'<div class="chart" style="width:{width:g}in">{svg}{details("The numbers", data)}</div>'
 
 
+def legend(axes: Any, **look: Any) -> None:
+    """What the marks mean, below the chart, where it covers none."""
+    columns = max(1, min(3, 60 // max(map(len, axes.get_legend_handles_labels()[1]))))
+    axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, **look)
+
+
 def lines(
     title: str, x: str, series: Series, *, y: str = "", level: tuple[str, float] | None = None,
     fill: bool = False, width: float = 4.8, height: float = 2.7, **axis: Any,
@@ -90,12 +96,12 @@ def lines(
             axes.axhline(level[1], color=MUTED, ls=(0, (5, 3)), lw=1.4, label=level[0])
         if isinstance(xs[0], str):
             axes.tick_params(axis="x", rotation=90)
-        elif isinstance(xs[0], int):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=isinstance(xs[0], int), nbins=6)
         axes.set(title=title, xlabel=x, ylabel=y, **axis)
         axes.margins(x=0.02)
         if len(series) > 1 or level:
-            axes.legend()
+            legend(axes)
 
     ends = (f"{name} from {text(ys[0])} to {text(ys[-1])}" for name, (_, ys) in series.items())
     said = ", ".join(series) if fill else "; ".join(ends)
@@ -143,10 +149,7 @@ def scatter(
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)
-        if len(groups) > 3:
-            axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, markerscale=1.3)
-        else:
-            axes.legend(markerscale=0.7 if sizes else 1.3)
+        legend(axes, markerscale=0.7 if sizes else 1.3)
 
     alt = f"Points of {', '.join(groups)}: {title}, {x} and {y}"
     return chart(alt, points(title, x, y, groups), draw, height=height)

@@ -85,7 +85,7 @@ def spectrum(facts: Facts) -> str:
     series = {}
     for name, h in zip(("trained", "random encoder"), facts.test_h, strict=True):
         s = np.linalg.svd(h, compute_uv=False)
-        series[name] = range(1, len(s) + 1), (s / s[0]).clip(1e-6).tolist()
+        series[name] = range(1, len(s) + 1), (s / (s[0] or 1)).clip(1e-6).tolist()
     return lines("singular values", "number", series, yscale="log")
 
 
@@ -128,8 +128,8 @@ def augmentation(facts: Facts) -> str:
 def one_batch(facts: Facts) -> str:
     """Similarities of one batch
 
-    Cosines of the embeddings of 16 pictures in two views. Partners are outlined: they should be
-    bright, all others dark. The diagonal is each view with itself, which the loss leaves out.
+    Cosines of the embeddings of up to 16 pictures in two views. Partners are outlined: they should
+    be bright, all others dark. The diagonal is each view with itself, which the loss leaves out.
     """
     model, x = facts.need("run").model, np.concatenate([x[:16] for x in facts.first_views[2:]])
     z = unit(model.project(model.encode(x)))  # (V, d_out)
@@ -150,7 +150,7 @@ def neighbours(facts: Facts) -> str:
     for system, h in systems.items():
         near, _ = nearest(h, h, 6)  # perhaps the query itself among them
         found[system] = np.array([some[some != i][:5] for i, some in enumerate(near)])
-    firsts = np.unique(labels, return_index=True)[1]
+    firsts, labelled = np.unique(labels, return_index=True)[1], bool((labels >= 0).any())
     drawn = ""
     for q in firsts[:: -(-len(firsts) // 6)] if len(firsts) > 1 else range(min(6, len(rows))):
         name = names[labels[q]]
@@ -158,14 +158,15 @@ def neighbours(facts: Facts) -> str:
         for system, near in found.items():
             cards = []
             for i in near[q]:
-                same = labels[i] == labels[q] >= 0
-                words = f"{'✓ same' if same else '✗ other'}", names[labels[i]]
-                cards.append(card(data.images[rows[i]], f"{system}: {words[1]}", *words,
-                                  mark="yes" if same else ""))  # fmt: skip
+                same = labels[i] == labels[q]
+                words = ["✓ same" if same else "✗ other"] * labelled + [names[labels[i]]]
+                cards.append(card(data.images[rows[i]], f"{system}: {words[-1]}", *words,
+                                  mark="yes" if same and labelled else ""))  # fmt: skip
             groups.append(row(*cards, title=system))
         drawn += row(*groups)
     shares = (f"{s} {(labels[n] == labels[:, None]).mean():.0%}" for s, n in found.items())
-    return drawn + paragraph(f"Of the same class, over all these pictures: {', '.join(shares)}.")
+    said = f"Of the same class, over all these pictures: {', '.join(shares)}."
+    return drawn + paragraph(said * labelled)
 
 
 def feature_map(facts: Facts) -> str:
@@ -282,7 +283,7 @@ def repeat(facts: Facts) -> str:
     for f in fields(TrainConfig):
         if (value := getattr(facts.config, f.name)) != f.default:
             words += [f"--{f.name.replace('_', '-')}", str(value)]
-    settings = [(n, e["value"], e["origin"]) for n, e in facts.files["config"].items()]
+    settings = [(n, str(e["value"]), e["origin"]) for n, e in facts.files["config"].items()]
     return (
         code(shlex.join(words), "command")
         + table("Settings", ("setting", "value", "origin"), settings)

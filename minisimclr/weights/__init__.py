@@ -136,7 +136,5 @@ def save(
     """
     stem = getattr(module, "stem", "")
     metadata |= {"size": str(prep.size), "pixels": prep.pixels, "stem": stem}
-    state = module.state_dict()
-    safetensors.write(
-        Path(path), {name: state[name] for name in names.part(module, until)}, metadata
-    )
+    kept, state = names.part(module, until), module.state_dict()
+    safetensors.write(Path(path), {name: state[name] for name in kept}, metadata)

@@ -68,7 +68,9 @@ def part(module: Module, until: str | None) -> list[str]:
     children = [name for name, _ in module.children()]
     last = BLOCKS.get(until, (until,))[0] if until else children[-1]
     if last not in children:
-        raise ConfigError(f"until is {until!r}: this model has {', '.join(children)}")
+        shown = {attribute: name for name, (attribute, _) in BLOCKS.items()}
+        named = ", ".join(shown.get(name, name) for name in children)
+        raise ConfigError(f"no part {until!r}: this model has {named}")
     kept = children[: children.index(last) + 1]
     return [name for name in module.shapes() if name.split(".")[0] in kept]
 
