@@ -17,7 +17,7 @@ from .options import FILE, json_option, write_json
 @click.option("--block", default="mixed8", help="Block whose output is classified.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")
 @click.option("--epochs", type=click.IntRange(1), default=100, help="Epochs of a trial, at most.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all draws.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of the search.")
 @click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
 @json_option
 def baseline(

@@ -80,7 +80,7 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
     total, squares = sums_about(None)
     m2 = squares - total * (total / m)
-    # Where the mean is far larger than the spread, m2 has lost nearly all its digits. Then sum the
+    # Where the mean is far larger than the spread, m2 is a small difference of large sums. Then sum
     # squares of deviations from this mean, which despite rounding is near enough to the true one.
     if (m2 < 1e-2 * squares).any():
         near = total / m

@@ -1,8 +1,8 @@
 """Batch normalisation (Ioffe & Szegedy 2015), with the addition and ReLU that follow it in a
 ResNet.
 
-Forward and backward each take two passes over memory. All that goes from one pass to the next is a
-few numbers per channel, in arrays (C,):
+Forward and backward each take two passes over memory. The first gives the second a few numbers per
+channel, in arrays (C,); in the backward pass also g, an array like x:
 
     moments -> scale_shift                gradient_sums -> input_gradient
 

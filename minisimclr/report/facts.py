@@ -156,7 +156,7 @@ class Facts:
         if kept := read_json(path, PROFILE):
             return kept
         if self.going or not self.run:
-            raise Missing("no profile.json, and nothing is timed while the run is going on")
+            raise Missing("no profile.json; a step is timed only if a run has ended and is whole")
         stem, size = self.run.model.encoder.stem, min(config.batch_size, 32)
         result = profile(config.encoder, stem, config.width, config.image_size, size, steps=2,
                          device="cpu", thread_count=config.threads, notify=self.notify)  # fmt: skip
