@@ -19,7 +19,7 @@ def momentum_update(w: Array, g: Array, v: Array, lr: float, momentum: float, de
     """v <- momentum v + lr (g + decay w);  w <- w - v, both in place"""
     v *= momentum
     v += lr * (g + decay * w)
-    w -= v
+    w[...] -= v
 
 
 @singledispatch

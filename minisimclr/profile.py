@@ -25,9 +25,9 @@ from .config import first_layers
 from .cores import set_threads, threaded_blas, threads
 from .errors import ConfigError
 from .files import write_bytes
-from .ops.basic import Linear
 from .ops.conv import Conv2d
 from .ops.loss import NTXent, nt_xent
+from .ops.product import Linear
 from .optim import SGD
 from .simclr import Model
 from .tensor import Function, Tensor

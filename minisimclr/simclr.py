@@ -81,8 +81,8 @@ def training_step(
 ) -> Step:
     """One step of Algorithm 1 on images (N, H, W, 3) uint8, `views` being the draws of t and t'.
 
-    If the loss or a gradient is not finite, the weights stay as they were. Nothing here waits for
-    a GPU.
+    If the loss or a gradient is not finite, the weights stay as they were (not so batch norm's
+    running statistics). Nothing here waits for a GPU.
     """
     n = len(images)
     model.train()

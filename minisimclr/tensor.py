@@ -90,6 +90,19 @@ class Tensor:
         """The same values without their history."""
         return Tensor(self.data)
 
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
+
+    def __isub__(self, other: Any) -> Any:
+        """Raises TypeError for a leaf, whose place another Tensor would take. Else Python goes on
+        with `-`.
+        """
+        if self.requires_grad and self.creator is None:
+            raise TypeError("a leaf is not changed in place: change its .data")
+        return NotImplemented
+
+    __iadd__ = __imul__ = __itruediv__ = __isub__
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -190,10 +203,11 @@ def _backpropagate(root: Function, gradient: Array) -> None:
     while ready:
         function = ready.pop()
         gy = gradients.pop(function)
-        run, lent = function.backward, {memory_of(gy)}
+        run = function.backward
+        lent = {memory_of(a) for a in (gy, *vars(function).values()) if hasattr(a, "base")}
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference, unless an operation saved it
-        gxs = gxs if isinstance(gxs, tuple) else (gxs,)
+        gxs = tuple(gxs) if isinstance(gxs, (tuple, list)) else (gxs,)
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue

@@ -24,7 +24,7 @@ from minisimclr.embed import embed, probe_run, published
 from minisimclr.errors import ConfigError, DivergedError
 from minisimclr.finetune import SCRATCH, TUNED, finetune
 from minisimclr.nn import BatchNorm, inception_v3, resnet10
-from minisimclr.ops import basic, loss, norm, pool
+from minisimclr.ops import basic, loss, norm, pool, product
 from minisimclr.probe import alignment, effective_rank, knn_score, measure, standardize, uniformity
 from minisimclr.run import new_run, open_run
 from minisimclr.simclr import Model, calibrate, training_step
@@ -159,7 +159,7 @@ OPERATIONS = {
     "Log": (lambda x: (x * x + 1).log(), [(3, 4)]),
     "ReLU": (basic.relu, [(3, 4)]),
     "MatMul": (lambda a, b: a @ b, [(5, 3, 4), (4, 2)]),
-    "Linear": (basic.linear, [(5, 3), (4, 3), (4,)]),
+    "Linear": (product.linear, [(5, 3), (4, 3), (4,)]),
     "Cast": (lambda x: basic.cast(basic.cast(x, np.float64), np.float32), [(3, 4)]),
     "Sum": (lambda x: x.sum(axis=(0, 2)) + x.mean(), [(5, 3, 4)]),
     "Reshape": (lambda x: x.reshape(4, 3), [(3, 4)]),
@@ -174,7 +174,7 @@ OPERATIONS = {
     "BatchNorm without ReLU and two": (norm_and_conv(relu=False), NORM_AND_CONV),
     "MaxPool": (lambda x: pool.max_pool(x, 3, 2, 1), [IMAGES]),
     "AveragePool": (lambda x: pool.average_pool(x, 3, 2, 1), [IMAGES]),
-    "GlobalAveragePool": (pool.global_average_pool, [IMAGES]),
+    "Sum as a mean over pixels": (pool.global_average_pool, [IMAGES]),
     "NTXent": (loss.nt_xent, [(5, 3), (5, 3)]),
     "CrossEntropy": (lambda x: loss.cross_entropy(x, np.arange(5) % 3), [(5, 3)]),
 }

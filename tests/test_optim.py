@@ -80,6 +80,15 @@ def test_what_is_no_named_parameter_is_refused():
             SGD(named, lr=0.1)
 
 
+@pytest.mark.parametrize("kind", [SGD, LARS])
+def test_a_number_in_place_of_an_array_is_not_left_behind(kind):
+    p = Parameter(np.array(2.0, np.float32), BIAS)
+    p.data = 0.5 * p.data  # NumPy makes a number of it
+    p.grad = np.ones((), np.float32)
+    with pytest.raises(TypeError, match="item assignment"):
+        kind([("p", p)], 0.1).step()
+
+
 def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
     p = Parameter(np.array(W))
     optimizer = SGD([("p", p)], 0.1)

@@ -243,10 +243,28 @@ def test_other_bad_input():
                 calls(other)
     with pytest.raises(DataError, match="empty"):
         tight().fit(X[:0], y[:0])
-    with pytest.raises(ConfigError, match="-1"):
-        LogisticRegression(C=-1)
+    for C in (-1, np.inf, np.nan):
+        with pytest.raises(ConfigError, match=f"greater than 0 and finite, not {C}"):
+            LogisticRegression(C=C)
     with pytest.raises(ConfigError, match="k must be at least 1, not 0"):
         knn_score(X, y, X, y, k=0)
+
+
+def test_features_of_half_precision_are_as_good():
+    X, y = clusters(spread=4)
+    X[0] = 0
+    half = (300 * X).astype(np.float16)  # lengths beyond what squares of its type can hold
+    assert knn_score(half, y, half, y, k=5) == knn_score(half.astype("f4"), y, half, y, k=5) > 0.9
+    assert uniformity(half) == uniformity(half.astype("f4")) < -1
+    assert alignment(half, half[::-1]) == alignment(half.astype("f4"), half[::-1].astype("f4")) > 0
+    assert tight().fit(half, y).score(half.astype("f4"), y) > 0.9
+
+
+def test_features_far_from_zero_are_standardized():
+    X = np.stack([1.7e9 + 7 * np.arange(100.0), np.full(100, 1.7e9)], axis=1)
+    (scaled,) = standardize(X)
+    np.testing.assert_allclose(scaled.std(0), [1, 0], atol=1e-6)
+    assert (standardize(np.full((9, 1), 0.1, np.float32))[0] == 0).all()
 
 
 # The protocol

@@ -494,7 +494,7 @@ def test_the_walkthrough_page(dataset):
         "z = model.head(h)",
         "s[row, row + start] = -xp.inf",
         "du += g.T @ u[i]",
-        "w -= v",
+        "w[...] -= v",
     ):
         assert lines in page
 

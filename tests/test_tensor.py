@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from operator import matmul, mul, truediv
+from operator import iadd, imul, isub, itruediv, matmul, mul, truediv
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minisimclr as ms
-from minisimclr.ops.basic import concatenate, linear
+from minisimclr.ops.basic import concatenate
+from minisimclr.ops.product import linear
 from minisimclr.tensor import Function, Tensor, gradcheck, no_grad
 
 
@@ -104,8 +105,43 @@ def test_the_mean_of_nothing_is_no_number():
 def test_a_power_is_a_number_and_keeps_the_type():
     x = Tensor(np.ones(2, np.float32))
     assert (x ** np.float64(2)).dtype == np.float32
-    with pytest.raises(TypeError):
-        x ** np.array([2.0, 3.0])
+    for p in (np.array([2.0, 3.0]), Tensor(np.array(3.0), requires_grad=True)):
+        with pytest.raises(TypeError):
+            x**p
+
+
+@pytest.mark.parametrize("change", [iadd, isub, imul, itruediv])
+def test_a_leaf_is_not_replaced_by_what_looks_like_a_change(change):
+    leaf, number = Tensor(np.ones(2), requires_grad=True), Tensor(np.ones(2))
+    with pytest.raises(TypeError, match=r"a leaf is not changed in place: change its \.data"):
+        change(leaf, number)
+    total = change(leaf * 2, leaf)  # as sums of losses are made
+    assert (total.data == change(np.full(2, 2.0), np.ones(2))).all() and total.creator
+    assert change(number, 2.0).shape == (2,)
+
+
+def test_numpy_s_functions_take_no_tensor(tmp_path):
+    x = Tensor(np.ones(2), requires_grad=True)
+    for call in (np.asarray, np.linalg.norm, lambda x: np.save(tmp_path / "x.npy", x)):
+        with pytest.raises(TypeError, match=r"give them a Tensor's \.data"):
+            call(x)
+
+
+def test_a_gradient_that_was_saved_is_copied_for_a_leaf():
+    kept = np.ones(3)
+
+    class Scaled(Function):
+        def forward(self, x):
+            self.m = kept
+            return (x * self.m).sum()
+
+        def backward(self, gy):
+            return [self.m]  # a list will do
+
+    x = Tensor(np.ones(3), requires_grad=True)
+    Scaled()(x).backward()
+    x.grad *= 0.5
+    assert (kept == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 3), (2, 4)])

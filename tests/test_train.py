@@ -164,7 +164,7 @@ def test_times_are_kept_for_every_step(finished, config):
 def test_a_step_tells_what_it_saw(config):
     run = new_run(None, replace(config, temperature=0.3))
     images = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
-    views, twin = draw(config, 0, images), deepcopy(run.model)
+    views, twin = draw(config, 0, images), deepcopy(run.model).train()
     seen = training_step(run.model, run.optimizer, images, views, 16, 0.3).figures
     x = np.concatenate(ms.augment.apply_views(images, views, 16))
     z = twin.head(twin.encoder(ms.Tensor(x)))
@@ -286,6 +286,12 @@ def test_a_time_limit_that_ends_with_the_last_step_stops_nothing(finished, confi
     with patch("minisimclr.train.time.monotonic", lambda: clock.now):
         run = pretrain(config, tmp_path / "run", time_limit=50, notify=clock)
     assert (run.step, run.stopped) == (finished.step, "")
+
+
+def test_a_run_is_ready_for_use_however_it_was_opened(finished, config, tmp_path):
+    runs = finished, resume(finished.path), open_run(finished.path)[0]
+    for run in (*runs, new_run(tmp_path, config)):
+        assert not run.model.encoder.training and not run.model.head.bn1.training
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ..ops.basic import linear
 from ..ops.conv import Pair, conv2d, pair
 from ..ops.norm import batch_norm
+from ..ops.product import linear
 from ..tensor import BIAS, NORM, Parameter, Tensor
 from .module import Module
 

@@ -35,7 +35,7 @@ class Module:
         return ((name, m) for name, m in vars(self).items() if isinstance(m, Module))
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """(path, module) for this module and everything below it, in definition order."""
+        """(what their names begin with, module): this one and all below, in definition order."""
         yield prefix, self
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}{name}.")

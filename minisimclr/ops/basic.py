@@ -6,9 +6,10 @@ NumPy, and a gradient is summed back over the axes that were stretched.
 
 from typing import Any
 
+import numpy as np
+
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
-from .product import matmul
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Power(Function):
     """x ** p for a constant p"""
 
     def __init__(self, p: float):
-        self.p = float(p)  # an array has no constant; NumPy's number would make x float64
+        self.p = float(np.asarray(p))  # no Tensor, no array; NumPy's number would make x float64
 
     def forward(self, x):
         self.x = x
@@ -133,22 +134,6 @@ class MatMul(Function):
         ga = unbroadcast(gy @ b, self.a.shape) if self.needs[0] else None  # (n, m) @ (m, k)
         gb = unbroadcast(a @ gy, self.b.shape) if self.needs[1] else None  # (k, n) @ (n, m)
         return ga, gb
-
-
-class Linear(Function):
-    """x W' + b for x (N, C), W (O, C), b (O,) or absent"""
-
-    def forward(self, x, w, b=None):
-        self.x, self.w = x, w
-        y = matmul(x, w.T)  # (N, C) @ (C, O)
-        if b is not None:
-            y += b
-        return y
-
-    def backward(self, gy):
-        gx = matmul(gy, self.w) if self.needs[0] else None  # (N, O) @ (O, C)
-        gw = matmul(gy.T, self.x) if self.needs[1] else None  # (O, N) @ (N, C)
-        return (gx, gw, gy.sum(axis=0)) if len(self.needs) == 3 else (gx, gw)
 
 
 class Sum(Function):
@@ -246,13 +231,6 @@ class Cast(Function):
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)"""
     return ReLU()(x)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O). ValueError for other shapes."""
-    if x.ndim != 2 or x.shape[1:] != weight.shape[1:]:
-        raise ValueError(f"linear: x (N, C) and weight (O, C), not {x.shape} and {weight.shape}")
-    return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)
 
 
 def cast(x: Tensor, dtype: Any) -> Tensor:

@@ -31,7 +31,7 @@ FOLDS = 5
 def standardize(X: Array, *others: Array) -> list[Array]:
     """X and others, with the mean and deviation of each feature of X made 0 and 1 (constants 0)."""
     mean, deviation = X.mean(0), X.std(0)
-    deviation[deviation <= 1e-6 * abs(mean)] = 1
+    deviation[deviation <= 8 * np.finfo(X.dtype).eps * abs(mean)] = 1
     return [(each - mean) / deviation for each in (X, *others)]
 
 
@@ -228,8 +228,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def unit(z: Array) -> Array:
-    """Rows of z (N, D) scaled to length 1 (rows of zeros stay)."""
-    return normalize(z)[0]
+    """Rows of z (N, D) scaled to length 1 (rows of zeros stay); float16 becomes float32."""
+    return normalize(z.astype(np.promote_types(z.dtype, np.float32), copy=False))[0]
 
 
 def alignment(z1: Array, z2: Array) -> float:

@@ -26,8 +26,8 @@ class LogisticRegression:
     """
 
     def __init__(self, C: float = 1.0, max_iter: int = 1000, tol: float = 1e-6):
-        if not C > 0:
-            raise ConfigError(f"C must be greater than 0, not {C}")
+        if not 0 < C < np.inf:
+            raise ConfigError(f"C must be greater than 0 and finite, not {C}")
         self.C, self.max_iter, self.tol = C, max_iter, tol
 
     def fit(self, X: Array, y: Any) -> "LogisticRegression":
@@ -176,7 +176,7 @@ def labels_of(X: Array, y: Any) -> np.ndarray:
 
 
 def finite(X: Array) -> Array:
-    """X itself. Raises DataError if it is empty or holds NaN or infinity."""
+    """X itself; what is less exact as float32. DataError if it is empty or not finite."""
     if X.size == 0 or not bool(xp_of(X).isfinite(X).all()):
         raise DataError(f"features {X.shape} are empty or not finite: has training diverged?")
-    return X
+    return X.astype(np.promote_types(X.dtype, np.float32), copy=False)

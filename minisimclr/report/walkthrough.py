@@ -16,8 +16,8 @@ from .. import augment, tensor
 from ..data import Dataset
 from ..errors import DataError
 from ..nn import ProjectionHead
-from ..ops.basic import Linear
 from ..ops.loss import NTXent, log_softmax, normalize, nt_xent, partners, similarities
+from ..ops.product import Linear
 from ..optim import LARS, momentum_update, trust_ratio
 from ..simclr import Model, training_step
 from ..tensor import Function, Tensor, no_grad
