@@ -5,7 +5,6 @@ The command line makes its options from these fields, so the two cannot drift ap
 
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
 from .errors import ConfigError
@@ -98,8 +97,8 @@ def _problem(f: Any, value: Any) -> str | None:
         return f"{f.name} must not be empty"
     if choices and value not in choices:
         return f"{f.name} must be one of {', '.join(choices)}, not {value!r}"
-    if f.type is float and not isfinite(value):
-        return f"{f.name} must be a finite number, not {value}"
+    if f.type is float and not abs(value) < 1e100:  # NaN neither
+        return f"{f.name} must be a finite number below 1e100, not {value}"
     if f.type is float and low is not None and value <= low:
         return f"{f.name} must be greater than {low}, not {value}"
     if f.type in (int, float) and value < (low or 0):

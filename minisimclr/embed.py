@@ -4,6 +4,7 @@ beside their controls, and which pictures are most alike.
 
 import hashlib
 import io
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,15 +131,16 @@ def published(
         key = state.copy()
         key.update(rows.tobytes())
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            require_writable(path)  # fail before long work, not after it
-            parts = []
-            for i in range(0, len(rows), BATCH):
-                parts.append(forward(rows[i : i + BATCH]))
-                done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
-                notify("progress", done | {"label": "features"})
-            safetensors.write(path, {"features": np.concatenate(parts)}, {})
+        with suppress(DataError):  # not there, or damaged
+            return read(path).fetch("features")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(path)  # fail before long work, not after it
+        parts = []
+        for i in range(0, len(rows), BATCH):
+            parts.append(forward(rows[i : i + BATCH]))
+            done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
+            notify("progress", done | {"label": "features"})
+        safetensors.write(path, {"features": np.concatenate(parts)}, {})
         return read(path).fetch("features")
 
     return extract

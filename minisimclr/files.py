@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 import warnings
@@ -46,6 +47,8 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
+        if place.exists():  # what was private stays so
+            shutil.copymode(place, temporary)
         temporary.replace(place)
     except BaseException as error:
         with suppress(OSError):
@@ -77,7 +80,7 @@ def require_writable(path: Path) -> None:
     """Raise OutputError if nothing can be created at `path`; leaves no trace."""
     parent = next((p for p in target(path).parents if p.exists()), path)  # no such drive: fails too
     try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix="."):
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from error

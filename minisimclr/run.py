@@ -74,7 +74,8 @@ class Run:
     def check_log(self, logged: int) -> None:
         """Raise DataError unless the first `logged` bytes of the log end with this step's line."""
         log = self.path / "metrics.jsonl"
-        last = log.read_bytes()[:logged].rpartition(b'{"step": ')[2]
+        # A log that has become shorter would be filled up with nothing.
+        last = log.read_bytes()[:logged].ljust(logged).rpartition(b'{"step": ')[2]
         if logged and not (last.startswith(b"%d," % self.step) and last.endswith(b"}\n")):
             said = f"the lines of the first {self.step} steps are not those of their training"
             raise DataError(f"{log}: {said}: restore it")

@@ -13,7 +13,7 @@ import tomllib
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -416,6 +416,15 @@ def test_errors_of_cupy_s_libraries_are_one_line(monkeypatch, capsys):
     error.__module__ = "builtins"  # ours would be a fault to see whole
     with pytest.raises(RuntimeError):
         main(["profile"])
+
+
+@pytest.mark.parametrize("name", ["can't start new thread", "Could not determine home directory."])
+def test_what_the_system_refuses_is_one_line(name, monkeypatch, capsys):
+    monkeypatch.setattr("minisimclr.profile.profile", Mock(side_effect=RuntimeError(name)))
+    with pytest.raises(SystemExit) as exit:
+        main(["profile"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: the system refuses: {name}\n"
 
 
 def test_debug_shows_where_an_error_comes_from():

@@ -92,6 +92,9 @@ def test_options_go_along_to_other_sizes(tmp_path, capsys):
     assert str(made[2].path) in run(capsys, "data", "info", tmp_path)[1]  # the last one made
     with pytest.raises(ConfigError, match="is a finished cache: prepare its source"):
         prepare(made[2].path, options=Options(labels_per_class=2))
+    for given in ("--image-size=33", "--images-tar=x", "--url=http://x", "--allow-unverified"):
+        code, _, err = run(capsys, "data", "prepare", made[2].path, given)
+        assert code == 2 and "is a finished cache: prepare its source with other options" in err
 
 
 def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
@@ -224,6 +227,9 @@ def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
     assert len(open_dataset(tmp_path, 16).images) == 3
     link(tmp_path / "notes.txt", tmp_path / "gone")
     assert len(open_dataset(tmp_path, 16).images) == 3
+    link(tmp_path / "a" / "ring", tmp_path / "a" / "ring")
+    link(tmp_path / "ring", tmp_path / "ring")
+    assert len(open_dataset(tmp_path, 16).images) == 3
     link(tmp_path / "a" / "x.png", tmp_path / "gone")
     with pytest.raises(DataError, match=r"x\.png: cannot be read"):
         open_dataset(tmp_path, 16)
@@ -349,6 +355,8 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     assert values["path"] == str(open_dataset(pictures).path)
     assert values["classes"]["blob"] == {"pretrain": 24, "labelled": 8, "test": 8}
     assert values["image_size"] == 80 and values["duplicates"] == 0
+    code, _, err = run(capsys, "data", "info", pictures, "--sheet", sheet)
+    assert code == 2 and f"'{sheet}' exists: pictures are not replaced" in err
     pixels = load(sheet)
     assert pixels.shape == (3 * 80, 150 + 10 * 80, 3)
     first = open_dataset(pictures).images[0]

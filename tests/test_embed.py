@@ -17,6 +17,7 @@ import minisimclr as ms
 from minisimclr import doctor, embed
 from minisimclr.augment import center_view
 from minisimclr.cli import group
+from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.report import facts
 from minisimclr.train import pretrain, quiet, resume
@@ -104,6 +105,9 @@ def test_kept_features_are_of_this_network_alone(pictures):
         net = ms.nn.resnet10(stem, 4, seed)
         extract = embed.published(net, Preprocessing(32), dataset, None, "cpu", lambda *_: None)
         made.append(extract(rows))
+        np.testing.assert_array_equal(extract(rows), made[-1])
+        kept = max(cache_folder().glob("features-*"), key=lambda path: path.stat().st_mtime_ns)
+        kept.write_bytes(kept.read_bytes()[:-1])  # damaged, it is made anew
         np.testing.assert_array_equal(extract(rows), made[-1])
     assert len({features.tobytes() for features in made}) == 3
 

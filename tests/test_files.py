@@ -48,6 +48,19 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has other modes")
+def test_what_was_private_stays_so(tmp_path):
+    (tmp_path / "file").touch(mode=0o600)
+    files.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
+    files.require_writable(tmp_path / ("x" * 200))
+    with pytest.raises(OutputError, match="cannot write to"):
+        files.require_writable(tmp_path / ("x" * 250))
+
+
 def test_what_a_link_points_to_is_replaced_and_not_the_link(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_bytes(b"old")

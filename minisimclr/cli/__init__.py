@@ -57,6 +57,10 @@ def group() -> None:
     """
 
 
+# How errors begin that Python raises where there is no home folder, or no room for a thread.
+REFUSED = ("Could not determine home", "can't start new thread")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the right code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -79,9 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         code = explain("interrupted", 130)
     except RuntimeError as error:
-        if "--debug" in given or not type(error).__module__.startswith("cupy"):
+        gpu, refused = type(error).__module__.startswith("cupy"), str(error).startswith(REFUSED)
+        if "--debug" in given or not (gpu or refused):
             raise
-        code = explain(f"the GPU failed, perhaps for lack of memory: {error}", 2)
+        said = "the GPU failed, perhaps for lack of memory" if gpu else "the system refuses"
+        code = explain(f"{said}: {error}", 2)
     sys.exit(code)
 
 

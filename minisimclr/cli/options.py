@@ -29,7 +29,7 @@ class Duration(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         if isinstance(value, float):
             return value
-        match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value)
+        match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value)
         if not match or not any(match.groups()):
             self.fail(f"{value!r} is not a duration such as 90s, 10m or 1h30m", param, ctx)
         hours, minutes, seconds = (int(g or 0) for g in match.groups())
@@ -48,6 +48,8 @@ class Named(click.Path):
             self.fail(f"{str(value)!r} must end in {self.suffix}", param, ctx)
         if value != "-":
             require_writable(Path(value))  # before long work, not after it
+            if self.suffix == ".png" and Path(value).exists():  # a shell may have put it there
+                self.fail(f"{str(value)!r} exists: pictures are not replaced", param, ctx)
         return super().convert(value, param, ctx)
 
 

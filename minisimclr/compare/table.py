@@ -33,10 +33,8 @@ def made_before(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table and the curve in results.json, for people."""
-    columns = [
-        *("system", "head", "pre-training", "input", "labels"),
-        *("top-1", "95 %", "top-5", "time"),
-    ]
+    columns = ["system", "head", "pre-training", "input", "labels"]
+    columns += ["top-1", "95 %", "top-5", "time"]
     lines = [columns, ["---"] * len(columns)]
     for each in results["rows"]:
         about = [each["system"], each["method"], each["pretraining"], each["pixels"]]

@@ -81,7 +81,7 @@ def prepare(
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
-        if options != DEFAULTS:
+        if options != DEFAULTS or image_size or archives or url or allow_unverified:
             raise ConfigError(f"{path} is a finished cache: prepare its source with other options")
         return cache.load(path)
     if str(name_or_path) == "stanford-dogs":

@@ -112,8 +112,8 @@ def regular(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """`path` and its stat, if it is a file. Raises OSError for a picture that is a broken link."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
-        if path.suffix.lower() in SUFFIXES:
+    except OSError:
+        if path.suffix.lower() in SUFFIXES or path.exists():  # which links in a ring do not
             raise
         return
     if S_ISREG(stat.st_mode):
