@@ -137,16 +137,18 @@ class MatMul(Function):
 
 
 class Sum(Function):
-    """Sum over an axis, a tuple of axes, or all of them"""
+    """Sum, or mean, over an axis, a tuple of axes, or all of them"""
 
-    def __init__(self, axis: int | tuple[int, ...] | None, keepdims: bool):
-        self.axis, self.keepdims = axis, keepdims
+    def __init__(self, axis: int | tuple[int, ...] | None, keepdims: bool, mean: bool = False):
+        self.axis, self.keepdims, self.mean = axis, keepdims, mean
 
     def forward(self, x):
-        self.x = x.shape
-        return x.sum(axis=self.axis, keepdims=self.keepdims)
+        y = (x.mean if self.mean else x.sum)(axis=self.axis, keepdims=self.keepdims)
+        self.x, self.count = x.shape, x.size // (y.size or 1)
+        return y
 
     def backward(self, gy):
+        gy = gy / self.count if self.mean else gy
         if not self.keepdims and self.axis is not None:
             gy = xp_of(gy).expand_dims(gy, self.axis)
         return xp_of(gy).broadcast_to(gy, self.x)
@@ -242,11 +244,6 @@ def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], axis: int = 0) -> Te
     return Concatenate(axis)(*tensors)
 
 
-def _mean(self: Tensor, axis=None, keepdims: bool = False) -> Tensor:
-    total = Sum(axis, keepdims)(self)
-    return total * (total.data.size / (self.data.size or float("nan")))  # as NumPy
-
-
 def _listed(numbers: tuple) -> tuple:
     """Numbers given one by one, or as one tuple or list."""
     return tuple(numbers[0]) if numbers and isinstance(numbers[0], (tuple, list)) else numbers
@@ -268,7 +265,7 @@ for _name, _method in {
     "__rmatmul__": lambda self, other: MatMul()(as_tensor(other, self), self),
     "__getitem__": lambda self, key: GetItem(key)(self),
     "sum": lambda self, axis=None, keepdims=False: Sum(axis, keepdims)(self),
-    "mean": _mean,
+    "mean": lambda self, axis=None, keepdims=False: Sum(axis, keepdims, mean=True)(self),
     "reshape": lambda self, *shape: Reshape(_listed(shape))(self),
     "transpose": lambda self, *axes: Transpose(_listed(axes) or None)(self),
     "exp": lambda self: Exp()(self),
