@@ -41,10 +41,10 @@ def threads() -> int:
 def set_threads(n: int) -> None:
     """Use `n` threads from now on, in `parallel` and in BLAS; 0: as many as there are cores."""
     global _threads
-    if not 0 <= n <= 1024:
-        raise ConfigError(f"threads must be at least 0 and at most 1024, not {n}")
+    if n not in range(1025):
+        raise ConfigError(f"threads must be a whole number from 0 to 1024, not {n}")
     with _busy:
-        _threads = n = n or available_cores()
+        _threads = n = int(n) or available_cores()
         while len(_workers) >= n:
             _tasks.put(None)
             _workers.pop()

@@ -208,6 +208,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference, unless an operation saved it
         gxs = tuple(gxs) if isinstance(gxs, (tuple, list)) else (gxs,)
+        assert len(gxs) == len(function.shapes), f"{type(function).__name__}: {len(gxs)} gradients"
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue

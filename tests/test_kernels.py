@@ -410,6 +410,15 @@ def test_parallel_waits_for_all_before_it_raises():
         cores.set_threads(cores.available_cores())
 
 
+def test_threads_are_whole_numbers():
+    before = cores.threads()
+    for n in (1.5, -1, 1025):
+        with pytest.raises(ConfigError, match="threads must be a whole number from 0 to 1024"):
+            cores.set_threads(n)
+    cores.set_threads(np.float64(before))
+    assert type(cores.threads()) is int and cores.threads() == before
+
+
 def test_threads_that_are_taken_are_not_waited_for():
     """Within `work`, in another thread, and in the child of a fork."""
 

@@ -43,7 +43,7 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
 @click.option("--data", help="Search here, not in the run's own data: a name or a folder.")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
-@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too.")
+@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too, in a new file.")
 @DEVICE
 @json_option
 def neighbors(
