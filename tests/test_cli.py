@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import minisimclr
-from minisimclr.cli import main
+from minisimclr.cli import REFUSED, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
@@ -424,7 +424,7 @@ def test_what_the_system_refuses_is_one_line(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["profile"])
     assert exit.value.code == 2
-    assert capsys.readouterr().err == f"error: the system refuses: {name}\n"
+    assert capsys.readouterr().err == f"error: {REFUSED[name]}: {name}\n"
 
 
 def test_debug_shows_where_an_error_comes_from():

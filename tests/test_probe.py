@@ -238,7 +238,7 @@ def test_other_bad_input():
         lambda y: knn_score(X, np.arange(len(X)), X, y),
         lambda y: scores(np.tile(np.arange(5), (len(X), 1)), y),
     ):
-        for other in (y[1:], y[:, None], y[:1]):  # some would broadcast
+        for other in (y[1:], y[:, None], y[:1], np.tile(y, 2)):  # some would broadcast
             with pytest.raises(DataError, match=r"a label for each .* not \(.* for \("):
                 calls(other)
     with pytest.raises(DataError, match="empty"):
@@ -265,6 +265,8 @@ def test_features_far_from_zero_are_standardized():
     (scaled,) = standardize(X)
     np.testing.assert_allclose(scaled.std(0), [1, 0], atol=1e-6)
     assert (standardize(np.full((9, 1), 0.1, np.float32))[0] == 0).all()
+    (scaled,) = standardize(np.arange(6).reshape(3, 2))  # whole numbers
+    np.testing.assert_allclose(scaled.std(0), 1)
 
 
 # The protocol

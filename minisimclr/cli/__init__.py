@@ -57,8 +57,9 @@ def group() -> None:
     """
 
 
-# How errors begin that Python raises where there is no home folder, or no room for a thread.
-REFUSED = ("Could not determine home", "can't start new thread")
+# What Python says where the system refuses something, and what to do.
+REFUSED = {"Could not determine home directory.": "set HOME or XDG_CACHE_HOME"}
+REFUSED |= {"can't start new thread": "allow more processes (ulimit -u)"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,11 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         code = explain("interrupted", 130)
     except RuntimeError as error:
-        gpu, refused = type(error).__module__.startswith("cupy"), str(error).startswith(REFUSED)
-        if "--debug" in given or not (gpu or refused):
+        gpu = "the GPU failed, perhaps for lack of memory" * (type(error).__module__[:4] == "cupy")
+        if "--debug" in given or not (gpu or str(error) in REFUSED):
             raise
-        said = "the GPU failed, perhaps for lack of memory" if gpu else "the system refuses"
-        code = explain(f"{said}: {error}", 2)
+        code = explain(f"{gpu or REFUSED[str(error)]}: {error}", 2)
     sys.exit(code)
 
 

@@ -39,21 +39,22 @@ class Duration(click.ParamType):
 class Named(click.Path):
     """A file to write whose name must end in `suffix`: `--json PICTURE` must not overwrite one."""
 
-    def __init__(self, suffix: str, **options: Any):
+    def __init__(self, suffix: str, replaces: bool = True, **options: Any):
         super().__init__(dir_okay=False, **options)
-        self.suffix = suffix
+        self.suffix, self.replaces = suffix, replaces
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if not (str(value).lower().endswith(self.suffix) or (self.allow_dash and value == "-")):
             self.fail(f"{str(value)!r} must end in {self.suffix}", param, ctx)
         if value != "-":
             require_writable(Path(value))  # before long work, not after it
-            if self.suffix == ".png" and Path(value).exists():  # a shell may have put it there
+            if not self.replaces and Path(value).exists():
                 self.fail(f"{str(value)!r} exists: pictures are not replaced", param, ctx)
         return super().convert(value, param, ctx)
 
 
-SHEET = Named(".png", path_type=Path)
+# Before `*.png` a shell would have it write over the first picture.
+SHEET = Named(".png", replaces=False, path_type=Path)
 
 
 def json_option(function: Any) -> Any:

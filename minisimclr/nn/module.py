@@ -84,15 +84,15 @@ class Module:
     def _replace(self, arrays: dict[str, Array]) -> Self:
         """Put arrays in the place of those of the same names."""
         for name, owner, attribute, value in self._members():
-            if isinstance(value, Parameter) and name in arrays:
+            if name in arrays and isinstance(value, Parameter):
                 value.data, value.grad = arrays[name], None
             elif name in arrays:
                 setattr(owner, attribute, arrays[name])
         return self
 
     def _convert(self, change: Callable[[Array], Array]) -> Self:
-        old = self._arrays().items()
-        return self._replace({name: change(a) for name, a in old if a.dtype.kind == "f"})
+        own = self._arrays().items()
+        return self._replace({name: change(a) for name, a in own if a.dtype.kind == "f"})
 
     def astype(self, dtype: Any) -> Self:
         """Parameters and statistics in another floating-point type; gradients are dropped."""

@@ -31,7 +31,7 @@ FOLDS = 5
 def standardize(X: Array, *others: Array) -> list[Array]:
     """X and others, with the mean and deviation of each feature of X made 0 and 1 (constants 0)."""
     mean, deviation = X.mean(0), X.std(0)
-    deviation[deviation <= 8 * np.finfo(X.dtype).eps * abs(mean)] = 1
+    deviation[deviation <= 8 * np.finfo(mean.dtype).eps * abs(mean)] = 1
     return [(each - mean) / deviation for each in (X, *others)]
 
 
