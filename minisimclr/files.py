@@ -39,8 +39,6 @@ def publish(path: Path) -> Iterator[Path]:
     Makes the folders above it. Raises OSError if the directory cannot be written, the disk is full
     or `path` is not a file, and then leaves `path` untouched.
     """
-    if path.exists() and not path.is_file():  # renaming over it would replace a device
-        raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     place = target(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
@@ -60,7 +58,12 @@ def publish(path: Path) -> Iterator[Path]:
 
 
 def target(path: Path) -> Path:
-    """The file that writing to `path` replaces: a link itself stays, and its target is replaced."""
+    """The file that writing to `path` replaces: a link itself stays, and its target is replaced.
+
+    Raises FileExistsError for what is no file.
+    """
+    if path.exists() and not path.is_file():  # renaming over it would replace a device
+        raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     return Path(os.path.realpath(path))
 
 
@@ -78,8 +81,8 @@ def sync(path: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise OutputError if nothing can be created at `path`; leaves no trace."""
-    parent = next((p for p in target(path).parents if p.exists()), path)  # no such drive: fails too
     try:
+        parent = next((p for p in target(path).parents if p.exists()), path)  # no such drive: fails
         with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:

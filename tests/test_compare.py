@@ -399,7 +399,7 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     one = about | {"system": "A", "method": "linear", "top1": 0.123, "top5": 0.4}
     one |= {"ci95": [0.1, 0.15], "labels": 1716, "seconds": 5400, "pretraining_seconds": 60}
     knn = {k: v for k, v in one.items() if k not in ("top5", "pretraining_seconds")}
-    waiting = about | {"system": "B", "method": "dense", "status": "not run"}
+    waiting = about | {"system": "B|b", "method": "dense", "status": "not run"}
     points = [{"system": "A", "per_class": n, "top1": [0.1, 0.2]} for n in (1, 2)]
     points.append({"system": "A", "per_class": "all", "top1": [0.3]})
     points += [{"system": "B", "per_class": n, "status": "not run"} for n in (1, 2, "all")]
@@ -407,7 +407,8 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
         {"rows": [one | {"warning": "odd"}, knn | {"seconds": 89}, waiting], "curve": points,
          "chance": 0.25}
     )  # fmt: skip
-    lines = text.splitlines()
+    assert text.count(r"| B\|b |") == 1
+    lines = text.replace(r"\|", "").splitlines()
     assert lines[7] == "- A, linear: odd"  # about the rows, and so not below the curve
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")

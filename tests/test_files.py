@@ -45,6 +45,8 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     for name in ("device", ""):
         with pytest.raises(OSError, match="not a file that can be replaced"):
             files.write_bytes(tmp_path / name, b"new")
+        with pytest.raises(OutputError, match="not a file that can be replaced"):  # before the work
+            files.require_writable(tmp_path / name)
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 

@@ -231,6 +231,8 @@ def test_other_bad_input():
     X, y = clusters()
     with pytest.raises(DataError, match="1 class"):
         tight().fit(X, np.zeros(len(y)))
+    with pytest.raises(DataError, match="a label for each"):  # the surplus would be a block alone
+        knn_score(X, y, np.tile(X, (6, 1))[:512], np.zeros(1024))
     for calls in (
         lambda y: tight().fit(X, y),
         lambda y: tight().fit(X, np.arange(len(X)) % 3).score(X, y),

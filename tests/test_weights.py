@@ -196,7 +196,7 @@ def test_safetensors_both_ways(tmp_path):
     net = nn.resnet10(width=4)
     state = random_state(net)
     net.load_state_dict(state)
-    weights.save(net, tmp_path / "ours.safetensors", weights.Preprocessing(48), encoder="x")
+    weights.save(net, tmp_path / "ours.safetensors", weights.Preprocessing(48), encoder="x", step=7)
     theirs = official.load_file(tmp_path / "ours.safetensors")
     assert sorted(theirs) == sorted(state)
     for name, array in theirs.items():
@@ -207,7 +207,8 @@ def test_safetensors_both_ways(tmp_path):
         weights.load(other, tmp_path / f"{name}.safetensors")
         assert_state(other, state)
     stored = weights.read(tmp_path / "ours.safetensors")
-    assert stored.metadata["encoder"] == "x" and len(stored.metadata["sha256"]) == 64
+    assert stored.metadata["encoder"] == "x" and stored.metadata["step"] == "7"
+    assert len(stored.metadata["sha256"]) == 64
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,14 @@ def markdown(results: dict[str, Any]) -> str:
         for each in results["rows"]
         if each.get("warning")
     ]
-    texts = ["\n".join(f"| {' | '.join(row)} |" for row in table) for table in (lines, curve)]
+    texts = ["\n".join(map(table_line, table)) for table in (lines, curve)]
     texts = [texts[0], "\n".join(warned), texts[1] if systems else ""]
     return "\n\n".join(filter(None, texts))
+
+
+def table_line(cells: list[str]) -> str:
+    """Cells of a table in Markdown, where a | in a name must not end one."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def spread(values: list[float]) -> str:

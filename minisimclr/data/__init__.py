@@ -195,4 +195,5 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
             raise DataError(f"{stem!r} cannot be read: {reason}") from error
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", place.name)[:40]
         stem += "-" + hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    size = int(size)  # perhaps one of NumPy's, which JSON refuses
     return cache_folder() / f"{stem}-{size}px.h5", size

@@ -137,7 +137,7 @@ def knn_score(
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(labels_of(X, y), return_inverse=True)
-    rows, K, right = xp.asarray(rows), len(classes), 0
+    rows, K, test_y, right = xp.asarray(rows), len(classes), labels_of(test_X, test_y), 0
     for start in range(0, len(test_X), 512):  # similarities of 512 images at a time
         part = slice(start, start + 512)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
@@ -145,7 +145,7 @@ def knn_score(
         weights = xp.exp((xp.take_along_axis(similarity, near, 1) - 1) / temperature)
         cells = rows[near] + K * xp.arange(len(near))[:, None]  # (B, k), places in votes
         votes = xp.bincount(cells.ravel(), weights.ravel(), len(near) * K).reshape(-1, K)  # (B, K)
-        right += (classes[to_host(votes.argmax(1))] == labels_of(near, test_y[part])).sum()
+        right += (classes[to_host(votes.argmax(1))] == test_y[part]).sum()
     return float(right / len(test_X))
 
 

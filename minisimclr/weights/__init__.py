@@ -128,13 +128,13 @@ def network(stored: Stored) -> Module:
 
 
 def save(
-    module: Module, path: str | Path, prep: Preprocessing, until: str | None = None, **metadata: str
+    module: Module, path: str | Path, prep: Preprocessing, until: str | None = None, **about: object
 ) -> None:
     """Publish an encoder, up to its part `until`, as .safetensors with torchvision's names.
 
-    Its preprocessing and stem go into the metadata. Raises OSError.
+    Its preprocessing and stem go into the metadata, with what is said `about` it. Raises OSError.
     """
-    stem = getattr(module, "stem", "")
-    metadata |= {"size": str(prep.size), "pixels": prep.pixels, "stem": stem}
+    about |= {"size": prep.size, "pixels": prep.pixels, "stem": getattr(module, "stem", "")}
     kept, state = names.part(module, until), module.state_dict()
+    metadata = {name: str(value) for name, value in about.items()}
     safetensors.write(Path(path), {name: state[name] for name in kept}, metadata)
