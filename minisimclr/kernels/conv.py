@@ -14,7 +14,7 @@ import numpy as np
 from ..backend import Array
 from ..cores import parallel
 from ..ops import conv as ops
-from ..ops.conv import Pair, output_size
+from ..ops.conv import Pair, fold, output_size
 from . import winograd
 from .registry import blocks, for_float32, in_blocks
 
@@ -45,7 +45,7 @@ def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
 def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
     size = gy.shape[1:3]
     gx = np.empty(x_shape, gy.dtype)
-    kh, kw, c, o = w.shape
+    c, o = w.shape[2:]
     matrix = w.reshape(-1, o)  # (KH*KW*C, O)
     if is_pointwise(w.shape, padding):
         g = np.ascontiguousarray(gy).reshape(-1, o)  # (N*OH*OW, O)
@@ -56,17 +56,10 @@ def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: P
             gx[...] = 0
             gx[:, :: stride[0], :: stride[1]] = part
         return gx
-    (sh, sw), (ph, pw), (oh, ow) = stride, padding, size
-    _, h, width, _ = x_shape
 
     def work(some: slice) -> None:
         rows = gy[some].reshape(-1, o) @ matrix.T  # (n*OH*OW, KH*KW*C)
-        rows = rows.reshape(-1, oh, ow, kh, kw, c)
-        padded = np.zeros((len(rows), h + 2 * ph, width + 2 * pw, c), gy.dtype)
-        for i in range(kh):
-            for j in range(kw):
-                padded[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += rows[:, :, :, i, j]
-        gx[some] = padded[:, ph : ph + h, pw : pw + width]
+        fold(rows, gx[some], w.shape[:2], stride, padding, size)
 
     in_blocks(work, len(gy), WORKSPACE // (size[0] * size[1] * len(matrix)))
     return gx

@@ -5,8 +5,8 @@ multiplying.
 import numpy as np
 
 from ..backend import Array
-from ..ops.conv import Pair
-from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size, windows
+from ..ops.conv import Pair, windows
+from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size
 from .registry import for_float32, in_blocks
 
 BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache

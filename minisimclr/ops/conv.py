@@ -7,6 +7,7 @@ stays near the size of a cache. Arrays are NHWC and weights HWIO, (KH, KW, C, O)
 is already a matrix in memory.
 """
 
+from collections.abc import Iterator
 from functools import singledispatch
 from typing import Any
 
@@ -28,6 +29,14 @@ def output_size(x_shape: tuple, w_shape: tuple, stride: Pair, padding: Pair) -> 
     return height, width
 
 
+def windows(x: Array, kernel: Pair, stride: Pair, size: Pair) -> Iterator[Array]:
+    """For each pixel of the kernel, the view of x that holds this pixel of every window."""
+    (sh, sw), (oh, ow) = stride, size
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            yield x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]  # (N, OH, OW, C)
+
+
 @singledispatch
 def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> Array:
     """Patches of x (N, H, W, C) as rows: (N*OH*OW, KH*KW*C)."""
@@ -37,23 +46,20 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
     if (kh, kw, ph, pw) == (1, 1, 0, 0):
         return xp.ascontiguousarray(x[:, ::sh, ::sw]).reshape(-1, c)  # (N*OH*OW, C)
     x = xp.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)))
-    patches = xp.empty((n, oh, ow, kh, kw, c), x.dtype)
-    for i in range(kh):
-        for j in range(kw):
-            patches[:, :, :, i, j] = x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]
+    patches = xp.empty((n, oh, ow, kh * kw, c), x.dtype)
+    for k, window in enumerate(windows(x, kernel, stride, size)):
+        patches[:, :, :, k] = window
     return patches.reshape(n * oh * ow, kh * kw * c)
 
 
 @singledispatch
 def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
     """The transpose of `unfold`: each pixel of `out` (N, H, W, C) sums its copies in patches."""
-    (kh, kw), (sh, sw), (ph, pw), (oh, ow) = kernel, stride, padding, size
-    n, h, w, c = out.shape
-    patches = patches.reshape(n, oh, ow, kh, kw, c)
+    (n, h, w, c), (ph, pw) = out.shape, padding
+    patches = patches.reshape(n, *size, -1, c)  # (N, OH, OW, KH*KW, C)
     x = xp_of(patches).zeros((n, h + 2 * ph, w + 2 * pw, c), patches.dtype)
-    for i in range(kh):
-        for j in range(kw):
-            x[:, i : i + sh * oh : sh, j : j + sw * ow : sw] += patches[:, :, :, i, j]
+    for k, window in enumerate(windows(x, kernel, stride, size)):
+        window += patches[:, :, :, k]
     out[...] = x[:, ph : ph + h, pw : pw + w]
     return out
 

@@ -5,7 +5,7 @@ from math import prod
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
-from .conv import Pair, pair
+from .conv import Pair, pair, windows
 
 # ((top, bottom), (left, right)) in pixels: TensorFlow's SAME pads more at the end than at the
 # start.
@@ -25,14 +25,6 @@ def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) ->
     if min(height, width) < 1:
         raise ValueError(f"pooling: kernel {kernel} exceeds images {x_shape} padded {padding}")
     return height, width
-
-
-def windows(x: Array, kernel: Pair, stride: Pair, size: Pair):
-    """For each offset in the kernel, the view of x that holds that pixel of every window."""
-    (sh, sw), (oh, ow) = stride, size
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            yield x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]  # (N, OH, OW, C)
 
 
 @singledispatch
