@@ -36,7 +36,8 @@ def update_all(w: Array, optimizer: "SGD", ok: Any) -> None:
     """One step of every parameter that has a gradient, if `ok`; w is one of them."""
     if ok:
         for name, p in optimizer.moving():
-            optimizer._update(name, p, optimizer.decay_of(p))
+            v, lr = optimizer.velocity[name], optimizer.rate_of(name, p)
+            momentum_update(p.data, p.grad, v, lr, optimizer.momentum, optimizer.decay_of(p))
 
 
 @singledispatch
@@ -79,8 +80,8 @@ class SGD:
     def decay_of(self, p: Parameter) -> float:
         return self.weight_decay if p.kind == WEIGHT else 0.0
 
-    def _update(self, name: str, p: Parameter, decay: float) -> None:
-        momentum_update(p.data, p.grad, self.velocity[name], self.lr, self.momentum, decay)
+    def rate_of(self, name: str, p: Parameter) -> Any:
+        return self.lr
 
     def gradient_square(self) -> Array:
         """Squared length of all gradients as one vector, on their device; not finite if any number
@@ -121,9 +122,8 @@ class LARS(SGD):
         self.eeta = eeta
         self.trust: dict[str, Array] = {}  # last ratio of each weight, for inspection
 
-    def _update(self, name: str, p: Parameter, decay: float) -> None:
-        lr = self.lr
-        if p.kind == WEIGHT:
-            self.trust[name] = trust_ratio(p.data, p.grad, decay, self.eeta)
-            lr = lr * self.trust[name]
-        momentum_update(p.data, p.grad, self.velocity[name], lr, self.momentum, decay)
+    def rate_of(self, name: str, p: Parameter) -> Any:
+        if p.kind != WEIGHT:
+            return self.lr
+        self.trust[name] = trust_ratio(p.data, p.grad, self.weight_decay, self.eeta)
+        return self.lr * self.trust[name]

@@ -248,7 +248,7 @@ def update(w: Walk) -> str:
     cells = [[n, v["w"], v["g"], v["trust"], v["step"]] for n, v in w.weights.items()]
     said = f"The same views through the new weights: the loss was {w.loss:.4f} and is now "
     said += f"{w.loss_after:.4f}."
-    lines = excerpt(trust_ratio) + excerpt(LARS._update) + excerpt(momentum_update)
+    lines = excerpt(trust_ratio) + excerpt(LARS.rate_of) + excerpt(momentum_update)
     head = ("weight", "|w|", "|g|", "trust ratio", "|step|")
     return lines + table(f"Rate {RATE}", head, cells) + paragraph(said)
 
