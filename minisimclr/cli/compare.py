@@ -1,6 +1,5 @@
 """minisimclr compare: the report's three systems and their controls in one table."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -34,8 +33,7 @@ def compare(
     from .. import embed
     from ..files import require_writable
 
-    loaded = embed.open_trained(run)
-    loaded.config = replace(loaded.config, device=device or loaded.config.device)
+    loaded = embed.open_trained(run, device)
     require_writable(out / "results.json")
     with Display() as display:
         dataset = embed.opened(loaded, data, display.on_prepare)

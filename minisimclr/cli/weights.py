@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from .options import FILE, json_option, write_json
 
 
@@ -73,13 +73,11 @@ def export(run: Path, out: Path) -> None:
 
     It comes from the newest checkpoint.
     """
-    from ..run import open_run
+    from ..embed import open_trained
     from ..weights import Preprocessing, save
 
     check_out(out)
-    opened, _ = open_run(run)
-    if not opened.step:
-        raise DataError(f"{run} has no checkpoint yet: train it first")
+    opened = open_trained(run)
     config = opened.config
     about = {"step": str(opened.step), "config": json.dumps(config.to_dict())}
     preprocessing = Preprocessing(config.image_size)
