@@ -52,9 +52,8 @@ def opened(run: Run, data: str | None, progress: Progress | None = None) -> Data
     dataset = open_dataset(
         run.config.data if data is None else data, run.config.image_size * 5 // 4, progress
     )
-    if data is None and not dataset.identity.startswith(run.data):
-        now = f"{run.config.data} has other pictures or splits than when {run.path} was trained"
-        raise DataError(f"{now}: to use them all the same, name them in the command")
+    if data is None:
+        run.check_data(dataset, "to use them all the same, name them in the command")
     return dataset
 
 

@@ -25,7 +25,7 @@ from . import __version__, checkpoint
 from .backend import choose_device
 from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
-from .data import BUILT_IN
+from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import require_writable, sync, write_bytes
 from .optim import LARS, SGD
@@ -70,6 +70,12 @@ class Run:
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
         checkpoint.prune(folder)
+
+    def check_data(self, dataset: Dataset, advice: str) -> None:
+        """Raise DataError if it was trained on other pictures or splits than those of `dataset`."""
+        if not dataset.identity.startswith(self.data):
+            now = f"{self.config.data} has other pictures or splits"
+            raise DataError(f"{now} than when {self.path} was trained: {advice}")
 
     def check_log(self, logged: int) -> None:
         """Raise DataError unless the first `logged` bytes of the log end with this step's line."""

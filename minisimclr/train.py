@@ -106,9 +106,7 @@ def resume(
         with locked(path / "run", wait=False):
             run, state = open_run(path, device)
             run.config = config
-            if state and not dataset.identity.startswith(run.data):
-                now = f"{config.data} has other pictures or splits than when {path} was trained"
-                raise DataError(f"{now}: restore them, or prepare it as it was")
+            run.check_data(dataset, "restore them, or prepare it as it was")
             run.data = dataset.identity
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
             if not log.exists():
