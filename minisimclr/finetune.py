@@ -23,7 +23,7 @@ from .errors import DataError, DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
 from .optim import LARS
-from .probe import features, holdout, labelled_and_test, majority_share, scores
+from .probe import best_of, features, holdout, labelled_and_test, majority_share, scores
 from .run import Run, new_run
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model, calibrate
@@ -132,16 +132,13 @@ def tuned(
         if classifier := fitted(inside, trial):
             score = float((ranked(classifier, dataset, outside, trial)[:, 0] == y[outside]).mean())
         trials.append({"factor": factor, "validation": score})
-    top = max(row["validation"] for row in trials)
-    equals = [row["factor"] for row in trials if row["validation"] == top]
-    best = equals[len(equals) // 2]
+    best, warning = best_of("factor", FACTORS, [row["validation"] for row in trials])
     trial = recipe._replace(factor=best)
     if not (classifier := fitted(train, trial)):
         raise DivergedError(f"{name}: training diverged at {best} times the authors' rate")
-    edge = f"the best factor, {best}, is at the edge of those tried: a better one may lie beyond"
-    few = f"the rate was chosen by only {len(outside)} images"
-    said = [edge] * (best in (FACTORS[0], FACTORS[-1])) + [few] * (len(outside) < ENOUGH)
-    found = {"factor": best, "trials": trials, "warning": "; ".join(said)}
+    few = f"the rate was chosen by only {len(outside)} images" if len(outside) < ENOUGH else ""
+    said = "; ".join(filter(None, (warning, few)))
+    found = {"factor": best, "trials": trials, "warning": said}
     return scores(ranked(classifier, dataset, test, trial), y[test]) | found
 
 
