@@ -10,11 +10,9 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import PIL
 
 from ..errors import ConfigError, DataError
@@ -23,7 +21,7 @@ from . import cache, folder, stanford_dogs, toydogs
 from .cache import Dataset, Progress
 from .images import FILTER
 from .loader import batches
-from .source import SPLITS, Job, Options, Plan, Source
+from .source import Options, Source
 
 __all__ = ["Dataset", "Options", "batches", "cache_path", "open_dataset", "prepare", "prepared"]
 
@@ -143,9 +141,7 @@ def find(name_or_path: str | Path, options: Options) -> Source:
     """The source that a name or path stands for. Raises DataError if there is none."""
     root = Path(name_or_path)
     if str(name_or_path) == "toydogs":
-        if options != DEFAULTS:
-            raise ConfigError("toydogs has no boxes, no bad pictures and a fixed split")
-        return Source("toydogs", toydogs.VERSION, plan_toydogs)
+        return toydogs.source(options)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, nor one of the data sets {', '.join(BUILT_IN)}")
     if archives := stanford_dogs.in_folder(root):
@@ -153,19 +149,6 @@ def find(name_or_path: str | Path, options: Options) -> Source:
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         return stanford_dogs.source(root.resolve().name, archives, options, identity, False)
     return folder.source(root, options)
-
-
-def plan_toydogs() -> Plan:
-    sizes = toydogs.SPLIT_SIZES
-    total = sum(sizes.values())
-    labels = np.array([toydogs.label(index) for index in range(total)], np.int64)
-    splits = np.repeat(np.array([SPLITS.index(s) for s in sizes], np.uint8), list(sizes.values()))
-
-    def jobs(size: int) -> Iterator[Job]:
-        return ((index, toydogs.draw, (index, size)) for index in range(total))
-
-    names = [f"toydog {index}" for index in range(total)]
-    return Plan(names, labels, toydogs.CLASS_NAMES, splits, jobs)
 
 
 def cache_folder() -> Path:

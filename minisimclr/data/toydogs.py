@@ -10,10 +10,14 @@ Shapes are given in head coordinates: origin between the eyes, x to the right, y
 half a head. Everything is a closed outline or an oval, painted back to front.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ..errors import ConfigError
+from .source import SPLITS, Job, Options, Plan, Source
 
 VERSION = 2  # of the drawing: raise it whenever a pixel of any image changes
 IMAGE_SIZE = 40  # px stored per side, a little more than the 32 px that training crops to
@@ -80,6 +84,25 @@ BREEDS = (
 )
 CLASS_NAMES = tuple(breed.name for breed in BREEDS)
 CIRCLE = np.exp(2j * np.pi * np.arange(24) / 24).view(float).reshape(24, 2)
+
+
+def source(options: Options) -> Source:
+    """All pictures, one split after another. Raises ConfigError for options it cannot follow."""
+    if options != Options():
+        raise ConfigError("toydogs has no boxes, no bad pictures and a fixed split")
+
+    def plan() -> Plan:
+        total = sum(SPLIT_SIZES.values())
+        labels = np.array([label(index) for index in range(total)], np.int64)
+        codes = np.array([SPLITS.index(name) for name in SPLIT_SIZES], np.uint8)
+        splits = np.repeat(codes, list(SPLIT_SIZES.values()))
+
+        def jobs(size: int) -> Iterator[Job]:
+            return ((index, draw, (index, size)) for index in range(total))
+
+        return Plan([f"toydog {i}" for i in range(total)], labels, CLASS_NAMES, splits, jobs)
+
+    return Source("toydogs", VERSION, plan)
 
 
 def label(index: int) -> int:
