@@ -18,7 +18,7 @@ import numpy as np
 from ..backend import Array
 from ..cores import parallel
 from ..ops.norm import gradient_sums, input_gradient, inverse_std, moments, scale_shift
-from .registry import for_float32
+from .registry import blocks, for_float32
 
 WIDE = 8192  # numbers in one long row
 SMALL = 1 << 16  # numbers not worth a second thread
@@ -48,10 +48,10 @@ def over_blocks(work: Callable, c: int, first: Array, *others: Array | None) -> 
     def part(start: int, stop: int) -> Array:
         buffer = np.empty((step, width), np.float32)
         total, sums = np.zeros((2, 2, 1, width), np.float32)
-        for i in range(start, stop, step):
-            some = slice(i, min(i + step, stop))
-            blocks = [None if a is None else a[some] for a in (first, *others)]
-            work(buffer[: some.stop - i], sums, *blocks)
+        for some in blocks(start, stop, step):
+            x = first[some]
+            rest = (None if a is None else a[some] for a in others)
+            work(buffer[: len(x)], sums, x, *rest)
             total += sums
         return total
 

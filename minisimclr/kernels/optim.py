@@ -8,7 +8,7 @@ from ..backend import Array
 from ..cores import parallel
 from ..optim import momentum_update
 from ..tensor import added
-from .registry import for_float32
+from .registry import blocks, for_float32
 
 BLOCK = 1 << 15  # numbers: 128 KiB of each of four arrays
 SMALL = 1 << 16  # numbers not worth a second thread
@@ -25,14 +25,14 @@ def _momentum_update(
 
     def work(start: int, stop: int) -> None:
         buffer = np.empty(BLOCK, w.dtype)
-        for i in range(start, stop, BLOCK):
-            block = slice(i, min(i + BLOCK, stop))
-            change = np.multiply(w[block], np.float32(decay), out=buffer[: block.stop - i])
+        for block in blocks(start, stop, BLOCK):
+            some_w, some_v = w[block], v[block]
+            change = np.multiply(some_w, np.float32(decay), out=buffer[: len(some_w)])
             change += g[block]
             change *= rate
-            v[block] *= np.float32(momentum)
-            v[block] += change
-            w[block] -= v[block]
+            some_v *= np.float32(momentum)
+            some_v += change
+            some_w -= some_v
 
     parallel(work, len(w), BLOCK)
 
