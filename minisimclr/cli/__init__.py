@@ -84,10 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         code = explain("interrupted", 130)
     except RuntimeError as error:
-        gpu = "the GPU failed, perhaps for lack of memory" * (type(error).__module__[:4] == "cupy")
-        if "--debug" in given or not (gpu or str(error) in REFUSED):
+        what = REFUSED.get(str(error))
+        if type(error).__module__.startswith("cupy"):
+            what = "the GPU failed, perhaps for lack of memory"
+        if "--debug" in given or what is None:
             raise
-        code = explain(f"{gpu or REFUSED[str(error)]}: {error}", 2)
+        code = explain(f"{what}: {error}", 2)
     sys.exit(code)
 
 

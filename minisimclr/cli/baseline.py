@@ -43,8 +43,9 @@ def baseline(
     if write_json(json_file, result):
         return
     low, high = result["ci95"]
+    weighted = ", random weights" if random else ""
     click.echo(
-        f"{dense.table(result['trials'])}\n\n{result['features']}{', random weights' * random}\n"
+        f"{dense.table(result['trials'])}\n\n{result['features']}{weighted}\n"
         f"{result['labels']:,} labelled images, {result['test']:,} to test, "
         f"{result['classes']} classes\n"
         f"top-1 {result['top1']:.1%} (95 % interval {low:.1%} - {high:.1%}), "

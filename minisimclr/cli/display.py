@@ -71,11 +71,11 @@ class Display:
     def on_start(self, run: Any, device: str, reason: str, dataset: Any, steps: int) -> None:
         pool, config = len(dataset.split("pretrain")), run.config
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
-        others = dataset.notes.get("ignored_files", 0)
+        ignored = dataset.notes.get("ignored_files", 0)
+        others = f" ({ignored:,} other files left out)" if ignored else ""
         self.say(
             f"{config.encoder} with {parameters / 1e6:.2f} M parameters on {device} ({reason}); "
-            f"{pool:,} unlabelled images of {dataset.name}"
-            f"{f' ({others:,} other files left out)' * bool(others)}; run folder {run.path}"
+            f"{pool:,} unlabelled images of {dataset.name}{others}; run folder {run.path}"
         )
         if run.step == steps:
             self.say(f"already at its last step, {steps}: nothing left to train")

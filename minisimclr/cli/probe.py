@@ -53,8 +53,9 @@ def probe(
         dataset = open_dataset(data or "stanford-dogs", image_size, display.on_prepare)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
-        seen = "\nWeights trained on ImageNet have seen the test photos of Stanford Dogs."
-        click.echo(table(result) + seen * dataset.name.startswith("stanford-dogs"))
+        click.echo(table(result))
+        if dataset.name.startswith("stanford-dogs"):
+            click.echo("Weights trained on ImageNet have seen the test photos of Stanford Dogs.")
 
 
 def show_probe(

@@ -33,7 +33,7 @@ __all__ = ["Comparison", "made_before", "markdown"]
 BLOCK = "mixed8"  # of InceptionV3
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
-IMAGENET, HOLDS_DOGS = "ImageNet", ", which holds Stanford Dogs, test photos too"
+IMAGENET = "ImageNet"
 FIGURES = ("top1", "top5", "ci95", "labels", "test", "warning", "C", "factor", "best", "trials")
 PROTOCOL = 2  # raise it when figures made before would now come out differently
 Row = dict[str, Any]
@@ -81,13 +81,15 @@ class Comparison:
         self.train, self.test = labelled_and_test(self.dataset)
         self.side = self.dataset.images.shape[1]  # px
         self.name = Path(self.dataset.name).name
-        self.imagenet = IMAGENET + HOLDS_DOGS * self.name.startswith("stanford-dogs")
+        self.imagenet = IMAGENET
+        if self.name.startswith("stanford-dogs"):
+            self.imagenet += ", which holds Stanford Dogs, test photos too"
         c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
         self.given = f"--data {quote(self.name)}"
-        self.probing = f"probe RUN {self.given}" + f" --view {self.view}" * bool(self.view)
+        self.probing = f"probe RUN {self.given}" + (f" --view {self.view}" if self.view else "")
         data = hashlib.sha256(self.dataset.fingerprint.encode())
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
             data.update(part.tobytes())

@@ -58,9 +58,10 @@ def open_dataset(
         del made, known  # Windows replaces no file that is open
         return prepare(name_or_path, image_size, options, progress)
     if made is None or not current(made):
+        there = " and this Pillow" if made else ""
+        there += f", only as {sizes[-1].name}" if sizes else ""
         raise DataError(
-            f"stanford-dogs is not prepared with {size} px{' and this Pillow' * bool(made)}"
-            f"{f', only as {sizes[-1].name}' if sizes else ''}: run "
+            f"stanford-dogs is not prepared with {size} px{there}: run "
             f"`minisimclr data prepare stanford-dogs --image-size {size}`"
         )
     return made

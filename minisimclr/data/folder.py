@@ -35,10 +35,8 @@ def source(root: Path, options: Options) -> Source:
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     tests = for_testing(root, pictures)
-    inner = [
-        () if tests and split_name(path) in LOOSE else path.parts[bool(tests) :]
-        for path in pictures
-    ]
+    depth = 1 if tests else 0  # of the class folders
+    inner = [() if tests and split_name(p) in LOOSE else p.parts[depth:] for p in pictures]
     classes = sorted({parts[0] for parts in inner if len(parts) > 1})
     loose = [path for path, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
@@ -100,7 +98,8 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
         for top in (path for path in root.iterdir() if path.name[0] != "."):
             if not top.is_dir():
                 yield from regular(top)
-            for folder, inner, names in os.walk(top, onerror=fail) if top.is_dir() else ():
+                continue
+            for folder, inner, names in os.walk(top, onerror=fail):
                 inner[:] = [name for name in inner if name[0] != "."]
                 for path in (Path(folder, name) for name in names if name[0] != "."):
                     yield from regular(path)

@@ -61,13 +61,9 @@ def source(
 
 
 def official(
-    given: Archives,
-    options: Options,
-    folder: Path,
-    url: str = URL,
-    allow_unverified: bool = False,
-    progress: Progress | None = None,
-) -> Source:
+    given: Archives, options: Options, folder: Path, url: str = URL,
+    allow_unverified: bool = False, progress: Progress | None = None,
+) -> Source:  # fmt: skip
     """Stanford Dogs from `given` archives; those missing are downloaded to `folder` from `url`.
 
     Raises DataError for an archive that is not the official one, unless `allow_unverified`.

@@ -174,15 +174,17 @@ def _portrait(pen: _Pen, breed: Breed, rng) -> None:
     pen.oval(0, 3.2, 1.2, 2.5, breed.coat, 0.95)
     pen.oval(0, 3.0, 0.6, 2.0, breed.trim)
     pen.oval(0, 1.0, 0.72, 0.28, ("red", "grey", "brown")[rng.integers(3)])
-    for mirror in mirrors if breed.ears not in HANGING else ():
-        pen.fill(ear * mirror, breed.ear, 0.94, -0.1)
-        pen.fill((0.55 * ear + 0.45 * ear.mean(axis=0)) * mirror, "pink", 0.9, -0.1)
+    if breed.ears not in HANGING:
+        for mirror in mirrors:
+            pen.fill(ear * mirror, breed.ear, 0.94, -0.1)
+            pen.fill((0.55 * ear + 0.45 * ear.mean(axis=0)) * mirror, "pink", 0.9, -0.1)
     pen.oval(0, 0, *breed.head, breed.coat)
     for x, y, w, h in MARKS[breed.mark]:
         for side in (-x, x):
             pen.oval(side, y, w, h, breed.ear if breed.mark == "spots" else breed.trim, 1.0, 0.15)
-    for mirror in mirrors if breed.ears in HANGING else ():
-        pen.fill(ear * mirror, breed.ear, 0.9, -0.1)
+    if breed.ears in HANGING:
+        for mirror in mirrors:
+            pen.fill(ear * mirror, breed.ear, 0.9, -0.1)
     pen.oval(0, 0.40 + tongue_out * breed.snout[1], 0.17, 0.27, "pink", 1.0, 0.28)
     pen.oval(0, 0.42, *breed.snout, breed.trim, 1.04, 0.28)
     pen.oval(0, 0.28, 0.19, 0.14, "black", 0.6, 0.38)

@@ -125,7 +125,7 @@ class Module:
             ],
         }
         what = [
-            f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
             for word, names in differences.items()
             if names
         ]

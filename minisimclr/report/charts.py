@@ -38,7 +38,7 @@ Draw = Callable[[Any], None]
 def plain(name: str) -> str:
     """A name that matplotlib draws as it is: it would skip one with a leading _, read $ as math."""
     name = name.encode(errors="replace").decode().replace("$", r"\$")
-    return "\u200b" * name.startswith("_") + name
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2.7) -> str:

@@ -157,16 +157,16 @@ def neighbours(facts: Facts) -> str:
         groups = [row(card(data.images[rows[q]], f"Query: {name}", name), title="query")]
         for system, near in found.items():
             cards = []
-            for i in near[q]:
-                same = labels[i] == labels[q]
-                words = ["✓ same" if same else "✗ other"] * labelled + [names[labels[i]]]
-                cards.append(card(data.images[rows[i]], f"{system}: {words[-1]}", *words,
+            for i, k in zip(near[q], labels[near[q]], strict=True):
+                same = k == labels[q]
+                words = ["✓ same" if same else "✗ other"] if labelled else []
+                cards.append(card(data.images[rows[i]], f"{system}: {names[k]}", *words, names[k],
                                   mark="yes" if same and labelled else ""))  # fmt: skip
             groups.append(row(*cards, title=system))
         drawn += row(*groups)
     shares = (f"{s} {(labels[n] == labels[:, None]).mean():.0%}" for s, n in found.items())
     said = f"Of the same class, over all these pictures: {', '.join(shares)}."
-    return drawn + paragraph(said * labelled)
+    return drawn + (paragraph(said) if labelled else "")
 
 
 def feature_map(facts: Facts) -> str:

@@ -197,7 +197,7 @@ def chance_line(facts: Facts) -> Finding | None:
     if last["loss"] > last["chance"] - 0.1:
         said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
         blind = last["epoch"] > 2 and last["accuracy"] < 2 * guess
-        above = "The loss is above its chance line" * (last["loss"] > last["chance"] + 0.1)
+        above = "The loss is above its chance line" if last["loss"] > last["chance"] + 0.1 else ""
         return Finding(FAULT if blind else WARNING, said, above)
     return Finding(GOOD, said, "The model tells pictures apart")
 
