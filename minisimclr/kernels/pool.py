@@ -2,11 +2,13 @@
 multiplying.
 """
 
+from math import prod
+
 import numpy as np
 
 from ..backend import Array
-from ..ops.conv import Pair, windows
-from ..ops.pool import Padding, max_pool_input_gradient, max_pool_output, output_size
+from ..ops.conv import Padding, Pair, sum_windows, windows
+from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
 from .registry import for_float32, in_blocks
 
 BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
@@ -14,7 +16,7 @@ BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
 
 @for_float32(max_pool_output)
 def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
-    count = kernel[0] * kernel[1]
+    count = prod(kernel)
     size = output_size(x.shape, kernel, stride, padding)
     y = np.empty((len(x), *size, x.shape[3]), x.dtype)
     argmax = np.empty(y.shape, np.uint8)
@@ -44,17 +46,15 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
 def _max_pool_input_gradient(
     gy: Array, argmax: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
 ) -> Array:
-    _, h, w, c = x_shape
-    (top, bottom), (left, right) = padding
     gx = np.empty(x_shape, gy.dtype)
 
     def work(some: slice) -> None:
         g, winner = gy[some], argmax[some]
-        padded = np.zeros((len(g), h + top + bottom, w + left + right, c), gy.dtype)
         mask, part = np.empty(g.shape, bool), np.empty_like(g)
-        for k, view in enumerate(windows(padded, kernel, stride, gy.shape[1:3])):
-            view += np.multiply(g, np.equal(winner, k, out=mask), out=part)
-        gx[some] = padded[:, top : top + h, left : left + w]
+        parts = (
+            np.multiply(g, np.equal(winner, k, out=mask), out=part) for k in range(prod(kernel))
+        )
+        gx[some] = sum_windows(parts, g, gx[some].shape, kernel, stride, padding)
 
     in_blocks(work, len(gy), BLOCK // int(np.prod(gy.shape[1:])))
     return gx

@@ -7,7 +7,7 @@ stays near the size of a cache. Arrays are NHWC and weights HWIO, (KH, KW, C, O)
 is already a matrix in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import singledispatch
 from typing import Any
 
@@ -18,6 +18,9 @@ from ..tensor import Function, Tensor
 from .product import matmul
 
 Pair = tuple[int, int]
+# ((top, bottom), (left, right)) in pixels: TensorFlow's SAME pads more at the end than at the
+# start.
+Padding = tuple[Pair, Pair]
 WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
 GPU_WORKSPACE = 1 << 27  # on a GPU: products large enough to keep all multiprocessors busy
 
@@ -35,6 +38,19 @@ def windows(x: Array, kernel: Pair, stride: Pair, size: Pair) -> Iterator[Array]
     for i in range(kernel[0]):
         for j in range(kernel[1]):
             yield x[:, i : i + sh * oh : sh, j : j + sw * ow : sw]  # (N, OH, OW, C)
+
+
+def sum_windows(
+    parts: Iterable[Array], gy: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
+) -> Array:
+    """The transpose of `windows` of a padded image: each pixel of the result, of shape x_shape,
+    sums its copies in the parts, one (N, OH, OW, C) for each pixel of the kernel, like gy.
+    """
+    (n, h, w, c), ((top, bottom), (left, right)) = x_shape, padding
+    gx = xp_of(gy).zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
+    for window, part in zip(windows(gx, kernel, stride, gy.shape[1:3]), parts, strict=True):
+        window += part
+    return gx[:, top : top + h, left : left + w]
 
 
 @singledispatch
@@ -55,12 +71,9 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
 @singledispatch
 def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
     """The transpose of `unfold`: each pixel of `out` (N, H, W, C) sums its copies in patches."""
-    (n, h, w, c), (ph, pw) = out.shape, padding
-    patches = patches.reshape(n, *size, -1, c)  # (N, OH, OW, KH*KW, C)
-    x = xp_of(patches).zeros((n, h + 2 * ph, w + 2 * pw, c), patches.dtype)
-    for k, window in enumerate(windows(x, kernel, stride, size)):
-        window += patches[:, :, :, k]
-    out[...] = x[:, ph : ph + h, pw : pw + w]
+    patches = patches.reshape(len(out), *size, -1, out.shape[3])  # (N, OH, OW, KH*KW, C)
+    parts, (ph, pw) = patches.transpose(3, 0, 1, 2, 4), padding
+    out[...] = sum_windows(parts, patches, out.shape, kernel, stride, ((ph, ph), (pw, pw)))
     return out
 
 

@@ -1,15 +1,12 @@
 """Max, average and global pooling of images (N, H, W, C)."""
 
 from functools import singledispatch
+from itertools import repeat
 from math import prod
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
-from .conv import Pair, pair, windows
-
-# ((top, bottom), (left, right)) in pixels: TensorFlow's SAME pads more at the end than at the
-# start.
-Padding = tuple[Pair, Pair]
+from .conv import Padding, Pair, pair, sum_windows, windows
 
 
 def pads(padding: int | Padding) -> Padding:
@@ -47,13 +44,8 @@ def max_pool_input_gradient(
     gy: Array, argmax: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
 ) -> Array:
     """Each window's gradient goes to the pixel that was its maximum."""
-    xp = xp_of(gy)
-    n, h, w, c = x_shape
-    (top, bottom), (left, right) = padding
-    gx = xp.zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
-    for k, window in enumerate(windows(gx, kernel, stride, gy.shape[1:3])):
-        window += gy * (argmax == k)
-    return gx[:, top : top + h, left : left + w]
+    parts = (gy * (argmax == k) for k in range(prod(kernel)))
+    return sum_windows(parts, gy, x_shape, kernel, stride, padding)
 
 
 class MaxPool(Function):
@@ -85,12 +77,8 @@ class AveragePool(Function):
         return sum(windows(x, self.kernel, self.stride, size)) / self.count
 
     def backward(self, gy):
-        n, h, w, c = self.x
-        (top, bottom), (left, right) = self.padding
-        gx = xp_of(gy).zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
-        for window in windows(gx, self.kernel, self.stride, gy.shape[1:3]):
-            window += gy / self.count
-        return gx[:, top : top + h, left : left + w]
+        parts = repeat(gy / self.count, prod(self.kernel))
+        return sum_windows(parts, gy, self.x, self.kernel, self.stride, self.padding)
 
 
 def max_pool(
