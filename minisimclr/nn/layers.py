@@ -65,7 +65,7 @@ class BatchNorm(Module):
         self.running_var = np.ones(c, np.float32)
         self.num_batches_tracked = np.zeros((), np.int64)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if self.training:
             self.num_batches_tracked = self.num_batches_tracked + 1
         beta = Tensor(0 * self.weight.data) if self.bias is None else self.bias

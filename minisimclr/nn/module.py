@@ -20,7 +20,7 @@ from ..tensor import Parameter, Tensor, no_grad
 
 
 class Module:
-    """Base of all layers and networks: subclasses assign attributes and define forward(x)."""
+    """Base of all layers and networks: subclasses assign attributes and define forward."""
 
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
     training = True
@@ -28,8 +28,8 @@ class Module:
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
+    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        return self.forward(x, *others, **named)
 
     def children(self) -> Iterator[tuple[str, Module]]:
         return ((name, m) for name, m in vars(self).items() if isinstance(m, Module))
