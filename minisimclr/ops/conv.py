@@ -9,6 +9,7 @@ is already a matrix in memory.
 
 from collections.abc import Iterable, Iterator
 from functools import singledispatch
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,8 @@ def image_blocks(x: Array, row_size: int) -> list[slice]:
     size, since a short one would leave a GPU half idle.
     """
     most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
-    step = -(-len(x) // max(1, -(-len(x) // most))) or 1
+    count = max(1, ceil(len(x) / most))
+    step = max(1, ceil(len(x) / count))
     return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
 
 
