@@ -142,7 +142,7 @@ def sample_views(dataset: Dataset, size: int, device: str) -> Array:
     return to_device(augment.center_view(dataset.sample(MONITORED), size), device)
 
 
-def ask(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
+def start_step(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
     """Start one step of Algorithm 1; returns it and what is known so far of its log line."""
     config, optimizer = run.config, run.optimizer
     optimizer.lr = plan.rate(run.step)
@@ -179,7 +179,7 @@ def train(
             waited = time.perf_counter() - begin
 
             with backend.sized_by_first(device) if run.step == first else nullcontext():
-                step, line = ask(run, plan, images)
+                step, line = start_step(run, plan, images)
             open_steps.append((step, line, {"step": run.step, "seconds": 0.0, "data_wait": waited}))
             end_of_epoch = run.step % plan.steps_per_epoch == 0
             if time.monotonic() >= deadline and run.step < plan.total:
@@ -276,7 +276,7 @@ def dry_run(config: TrainConfig, notify: Notify, out: Path | None = None) -> dic
         begin = time.perf_counter()
         rounding = backend.precision(config.precision, device, reason)
         with rounding, nullcontext() if step else backend.sized_by_first(device):
-            ask(run, plan, images)
+            start_step(run, plan, images)
         backend.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return {

@@ -188,7 +188,7 @@ def followed(like, dtype=np.float32):
     rng = np.random.default_rng(0)
     mean, variance, *batches = (like.asarray(rng.random(300).astype(dtype)) for _ in range(6))
     for batch in zip(batches[:2], batches[2:], strict=True):
-        norm.follow(mean, variance, batch, 0.3, 5)
+        norm.update_running(mean, variance, batch, 0.3, 5)
     return [np.array(host(a)) for a in (mean, variance)]
 
 
@@ -237,7 +237,7 @@ def exercise(name, library):
 
 def test_every_kernel_is_here(cupy):
     assert all(cupy.ndarray in f.registry for f in cuda.PASSES)
-    assert set(cuda.PASSES) == {*PASSES, norm.follow, *OPTIMIZED}
+    assert set(cuda.PASSES) == {*PASSES, norm.update_running, *OPTIMIZED}
     assert {f.stem for f in FILES} == {"norm", "optim", "augment", "conv", "winograd", "pool"}
 
 

@@ -217,7 +217,7 @@ def test_what_batch_norm_made_is_made_again_on_the_device_alone(cupy):
             function = ops.conv.conv2d(made, w).creator
             assert function.x is None and function.source is made.creator
             assert (made.creator.y is not None) == kept
-            np.testing.assert_array_equal(host(made.creator.again()), host(made.data))
+            np.testing.assert_array_equal(host(made.creator.recompute()), host(made.data))
 
 
 @pytest.mark.parametrize("size", [12, 40])

@@ -22,7 +22,7 @@ import numpy as np
 from ..augment import SMALL, Views, apply_views, batch_shape, blur
 from ..backend import Array, cupy
 from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, fold, unfold
-from ..ops.norm import follow, gradient_sums, input_gradient, moments, scale_shift
+from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift, update_running
 from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
 from ..ops.product import matmul
 from ..optim import SGD, square_of_all, update_all
@@ -37,7 +37,7 @@ SHARES = 64  # blocks that share the numbers of one parameter
 ROW = np.dtype("u8, u8, u8, i8, f4, f4")  # w, g, v, size, decay, eeta
 VIEW = np.dtype("4f4, 4f4, 4i4, i4, i4")  # box, factors, orders, flip, grey
 
-NORM: Any = moments, scale_shift, gradient_sums, input_gradient, follow
+NORM: Any = moments, scale_shift, gradient_sums, input_gradient, update_running
 CONV: Any = conv_output, conv_input_gradient, conv_weight_gradient, unfold, fold, matmul
 POOL: Any = max_pool_output, max_pool_input_gradient
 PASSES: Any = *NORM, *CONV, *POOL, square_of_all, update_all, apply_views
@@ -99,9 +99,9 @@ def cuda_input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gx, count, 
     return apply("input_gradient", g, *given, out=out)
 
 
-def cuda_follow(mean, variance, batch, momentum, count):
+def cuda_update_running(mean, variance, batch, momentum, count):
     given = mean, variance, *batch, mean.size, float(momentum), count / (count - 1)
-    launch("norm", "follow", (-(-mean.size // THREADS),), (THREADS,), *given)
+    launch("norm", "update_running", (-(-mean.size // THREADS),), (THREADS,), *given)
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):

@@ -73,9 +73,9 @@ extern "C" __global__ void merge_tiles(const float* part, const float* variance,
     second[c] = variance ? all.m2 / sqrtf(variance[c] + eps) : all.m2 / rows;
 }
 
-extern "C" __global__ void follow(float* mean, float* variance, const float* batch_mean,
-                                  const float* batch_variance, int channels, float momentum,
-                                  float unbiased) {
+extern "C" __global__ void update_running(float* mean, float* variance,
+                                          const float* batch_mean, const float* batch_variance,
+                                          int channels, float momentum, float unbiased) {
     const int c = blockIdx.x * 256 + threadIdx.x;
     if (c >= channels) return;
     mean[c] += momentum * (batch_mean[c] - mean[c]);

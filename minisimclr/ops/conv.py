@@ -142,7 +142,7 @@ def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -
 class Conv2d(Function):
     """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]
 
-    x is not saved if a `source`, the batch norm that made it, can give it again.
+    x is not saved if a `source`, the batch norm that made it, can recompute it.
     """
 
     def __init__(self, stride: Pair, padding: Pair, source: Any = None):
@@ -153,7 +153,7 @@ class Conv2d(Function):
         return conv_output(x, w, self.stride, self.padding)
 
     def backward(self, gy):
-        x = self.source.again() if self.source else self.x
+        x = self.source.recompute() if self.source else self.x
         if all(self.needs):
             return conv_gradients(gy, x, self.w, self.stride, self.padding)
         if self.needs[0]:
@@ -179,5 +179,5 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     if x.shape[3] != weight.shape[2] or min(size) < 1:
         fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
         raise ValueError(f"conv2d: {fit}")
-    source = x.creator if hasattr(x.creator, "again") else None
+    source = x.creator if hasattr(x.creator, "recompute") else None
     return Conv2d(stride, padding, source)(x, weight)

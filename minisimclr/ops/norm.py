@@ -97,7 +97,9 @@ def input_gradient(
 
 
 @singledispatch
-def follow(mean: Array, variance: Array, batch: tuple[Array, Array], momentum: float, count: int):
+def update_running(
+    mean: Array, variance: Array, batch: tuple[Array, Array], momentum: float, count: int
+) -> None:
     """running <- (1 - momentum) running + momentum batch; the batch variance divided by M - 1"""
     mean += momentum * (batch[0] - mean)
     variance += momentum * (batch[1] * (count / (count - 1)) - variance)
@@ -109,7 +111,7 @@ class BatchNorm(Function):
 
     In training the statistics are those of x, kept in self.mean and self.variance (biased);
     otherwise they are the given constants. Saved: x, the convolution's output, rather than x^; and
-    y, if `again` could not recompute it, or not cheaply.
+    y, if `recompute` could not recompute it, or not cheaply.
     """
 
     def __init__(self, relu: bool, eps: float, mean: Array = None, variance: Array = None):
@@ -120,12 +122,12 @@ class BatchNorm(Function):
         if self.training:
             self.mean, self.variance = moments(x)
         self.x, self.gamma, self.beta, self.y = x, gamma, beta, None
-        y = self.again(residual)
+        y = self.recompute(residual)
         # On a GPU memory is short and a pass is cheap: y is dropped if it can be recomputed.
         self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
         return y
 
-    def again(self, residual: Array | None = None) -> Array:
+    def recompute(self, residual: Array | None = None) -> Array:
         """y; in the backward pass, saved or recomputed (Chen et al. 2016, arXiv:1604.06174)."""
         if self.y is None:
             given = self.mean, self.variance, self.eps, self.gamma, self.beta
@@ -133,7 +135,7 @@ class BatchNorm(Function):
         return self.y
 
     def backward(self, gy):
-        y = self.again() if self.relu else None
+        y = self.recompute() if self.relu else None
         given = self.x, self.mean, self.variance, self.eps
         sum_g, sum_gx, g = gradient_sums(gy, *given, y)
         gx = None
@@ -165,5 +167,5 @@ def batch_norm(
         raise ValueError(f"batch norm needs at least two rows to train on, not shape {x.shape}")
     function = BatchNorm(relu, eps)
     y = function(*inputs)
-    follow(*running, (function.mean, function.variance), momentum, count)
+    update_running(*running, (function.mean, function.variance), momentum, count)
     return y
