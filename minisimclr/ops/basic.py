@@ -212,7 +212,7 @@ class Concatenate(Function):
         return xp_of(xs[0]).concatenate(xs, axis=self.axis)
 
     def backward(self, gy):
-        ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths) - 1)]
+        ends = np.cumsum(self.lengths)[:-1].tolist()
         return tuple(xp_of(gy).split(gy, ends, axis=self.axis))
 
 

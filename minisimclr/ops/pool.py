@@ -48,9 +48,15 @@ def max_pool_input_gradient(
     return sum_windows(parts, gy, x_shape, kernel, stride, padding)
 
 
-class MaxPool(Function):
+class Pool(Function):
+    """Windows of `kernel` pixels, one every `stride` pixels, over padded images"""
+
     def __init__(self, kernel: Pair, stride: Pair, padding: Padding):
         self.geometry = kernel, stride, padding
+
+
+class MaxPool(Pool):
+    """Largest value of each window"""
 
     def forward(self, x):
         self.x = x.shape
@@ -61,24 +67,19 @@ class MaxPool(Function):
         return max_pool_input_gradient(gy, self.argmax, self.x, *self.geometry)
 
 
-class AveragePool(Function):
+class AveragePool(Pool):
     """Mean of each window; padding counts neither in the sum nor in the number of pixels."""
 
-    def __init__(self, kernel: Pair, stride: Pair, padding: Padding):
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-
     def forward(self, x):
-        xp = xp_of(x)
-        self.x = x.shape
-        size = output_size(x.shape, self.kernel, self.stride, self.padding)
-        x = xp.pad(x, ((0, 0), *self.padding, (0, 0)))
-        inside = xp.pad(xp.ones((1, *self.x[1:3], 1), x.dtype), ((0, 0), *self.padding, (0, 0)))
-        self.count = sum(windows(inside, self.kernel, self.stride, size))  # (1, OH, OW, 1)
-        return sum(windows(x, self.kernel, self.stride, size)) / self.count
+        xp, (kernel, stride, padding) = xp_of(x), self.geometry
+        self.x, around = x.shape, ((0, 0), *padding, (0, 0))
+        size = output_size(x.shape, *self.geometry)
+        inside = xp.pad(xp.ones((1, *x.shape[1:3], 1), x.dtype), around)
+        self.count = sum(windows(inside, kernel, stride, size))  # (1, OH, OW, 1)
+        return sum(windows(xp.pad(x, around), kernel, stride, size)) / self.count
 
     def backward(self, gy):
-        parts = repeat(gy / self.count, prod(self.kernel))
-        return sum_windows(parts, gy, self.x, self.kernel, self.stride, self.padding)
+        return sum_windows(repeat(gy / self.count), gy, self.x, *self.geometry)
 
 
 def max_pool(
