@@ -13,6 +13,7 @@ from itertools import count
 import numpy as np
 
 from ..errors import ConfigError
+from .source import permutation
 
 AHEAD = 2  # batches fetched before they are asked for
 
@@ -62,10 +63,3 @@ def prefetch(fetch, step: int) -> Iterator[Batch]:
             batch = waiting.popleft().result()
             waiting.append(pool.submit(fetch, following))
             yield batch
-
-
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """A random order of range(n) that depends on nothing but the arguments."""
-    # Drawing counts up from the first word, so the epoch goes into one that it cannot reach.
-    keys = np.random.Philox(key=[seed, 0], counter=[0, 0, epoch, 0]).random_raw(n)
-    return np.argsort(keys, kind="stable")

@@ -72,5 +72,11 @@ class Source:
 
 def choose(rows: np.ndarray, count: int, stream: int) -> np.ndarray:
     """`count` of `rows`, drawn with seed 0; a smaller count draws a subset of these."""
-    keys = np.random.Philox(key=[0, 2], counter=[0, 0, stream, 0]).random_raw(len(rows))
-    return rows[np.argsort(keys, kind="stable")[:count]]
+    return rows[permutation(0, stream, len(rows), use=2)[:count]]
+
+
+def permutation(seed: int, stream: int, n: int, use: int = 0) -> np.ndarray:
+    """A random order of range(n) that depends on nothing but the arguments."""
+    # Drawing counts up from the first word, so the stream goes into one that it cannot reach.
+    keys = np.random.Philox(key=[seed, use], counter=[0, 0, stream, 0]).random_raw(n)
+    return np.argsort(keys, kind="stable")
