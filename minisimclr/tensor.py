@@ -143,8 +143,9 @@ class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 
     `backward` returns the gradient of each input (a tuple, or one array for one input); where
-    `self.needs[i]` is false it may skip the work and return None. Both may write only into arrays
-    they have allocated themselves: inputs, `gy` and saved arrays are shared with others.
+    `self.needs[i]` is false it may skip the work and return None; `self.shapes[i]` is the shape of
+    that input. Both may write only into arrays they have allocated themselves: inputs, `gy` and
+    saved arrays are shared with others.
     """
 
     # For each input: the Function that made it; itself, if a leaf; None if it needs no gradient.

@@ -34,11 +34,10 @@ class Add(Function):
     """a + b"""
 
     def forward(self, a, b):
-        self.a, self.b = a.shape, b.shape
         return a + b
 
     def backward(self, gy):
-        return unbroadcast(gy, self.a), unbroadcast(gy, self.b)
+        return tuple(unbroadcast(gy, shape) for shape in self.shapes)
 
 
 class Multiply(Function):
@@ -59,13 +58,13 @@ class Divide(Function):
     """a / b"""
 
     def forward(self, a, b):
-        self.a, self.b, self.y = a.shape, b, a / b
+        self.b, self.y = b, a / b
         return self.y
 
     def backward(self, gy):
         g = gy / self.b
         gb = unbroadcast(-g * self.y, self.b.shape) if self.needs[1] else None
-        return unbroadcast(g, self.a), gb
+        return unbroadcast(g, self.shapes[0]), gb
 
 
 class Power(Function):
@@ -144,14 +143,14 @@ class Sum(Function):
 
     def forward(self, x):
         y = (x.mean if self.mean else x.sum)(axis=self.axis, keepdims=self.keepdims)
-        self.x, self.count = x.shape, x.size // (y.size or 1)
+        self.count = x.size // (y.size or 1)
         return y
 
     def backward(self, gy):
         gy = gy / self.count if self.mean else gy
         if not self.keepdims and self.axis is not None:
             gy = xp_of(gy).expand_dims(gy, self.axis)
-        return xp_of(gy).broadcast_to(gy, self.x)
+        return xp_of(gy).broadcast_to(gy, self.shapes[0])
 
 
 class Reshape(Function):
@@ -159,11 +158,10 @@ class Reshape(Function):
         self.shape = shape
 
     def forward(self, x):
-        self.x = x.shape
         return x.reshape(self.shape)
 
     def backward(self, gy):
-        return gy.reshape(self.x)
+        return gy.reshape(self.shapes[0])
 
 
 class Transpose(Function):
@@ -192,11 +190,10 @@ class GetItem(Function):
                 bool(getattr(k, "shape", ())) and k.dtype != bool
             ):
                 raise IndexError(f"indexing takes slices, integers and masks, not {k!r}")
-        self.x = x.shape
         return x[self.key]
 
     def backward(self, gy):
-        gx = xp_of(gy).zeros(self.x, gy.dtype)
+        gx = xp_of(gy).zeros(self.shapes[0], gy.dtype)
         gx[self.key] = gy
         return gx
 
@@ -208,11 +205,10 @@ class Concatenate(Function):
         self.axis = axis
 
     def forward(self, *xs):
-        self.lengths = [x.shape[self.axis] for x in xs]
         return xp_of(xs[0]).concatenate(xs, axis=self.axis)
 
     def backward(self, gy):
-        ends = np.cumsum(self.lengths)[:-1].tolist()
+        ends = np.cumsum([shape[self.axis] for shape in self.shapes])[:-1].tolist()
         return tuple(xp_of(gy).split(gy, ends, axis=self.axis))
 
 

@@ -59,12 +59,11 @@ class MaxPool(Pool):
     """Largest value of each window"""
 
     def forward(self, x):
-        self.x = x.shape
         y, self.argmax = max_pool_output(x, *self.geometry)
         return y
 
     def backward(self, gy):
-        return max_pool_input_gradient(gy, self.argmax, self.x, *self.geometry)
+        return max_pool_input_gradient(gy, self.argmax, self.shapes[0], *self.geometry)
 
 
 class AveragePool(Pool):
@@ -72,14 +71,13 @@ class AveragePool(Pool):
 
     def forward(self, x):
         xp, (kernel, stride, padding) = xp_of(x), self.geometry
-        self.x, around = x.shape, ((0, 0), *padding, (0, 0))
-        size = output_size(x.shape, *self.geometry)
+        size, around = output_size(x.shape, *self.geometry), ((0, 0), *padding, (0, 0))
         inside = xp.pad(xp.ones((1, *x.shape[1:3], 1), x.dtype), around)
         self.count = sum(windows(inside, kernel, stride, size))  # (1, OH, OW, 1)
         return sum(windows(xp.pad(x, around), kernel, stride, size)) / self.count
 
     def backward(self, gy):
-        return sum_windows(repeat(gy / self.count), gy, self.x, *self.geometry)
+        return sum_windows(repeat(gy / self.count), gy, self.shapes[0], *self.geometry)
 
 
 def max_pool(
