@@ -32,6 +32,7 @@ from .optim import SGD
 from .simclr import Model
 from .tensor import Function, Tensor
 
+MOST = 16  # operations in the table
 WARMUP, BATCHES = 2, 3  # untimed steps; input batches taken in turn, so that none stays in cache
 
 
@@ -190,7 +191,7 @@ def flops(function: Function, direction: str, arrays: tuple, made: list) -> int:
     return sum(m.size for m in made)
 
 
-def table(result: dict[str, Any], most: int = 16) -> str:
+def table(result: dict[str, Any]) -> str:
     """The hot spots as text."""
     roof = result["roofline"]
     step = sum(row["seconds"] for row in result["ops"])
@@ -198,7 +199,7 @@ def table(result: dict[str, Any], most: int = 16) -> str:
         f"{'operation':<26}{'':>9}{'calls':>6}{'ms':>9}{'share':>7}{'GFLOP':>8}{'MB':>8}"
         f"{'GF/s':>8}{'GB/s':>7}{'of roof':>9}"
     ]
-    for row in result["ops"][:most]:
+    for row in result["ops"][:MOST]:
         s, work, moved = row["seconds"], row["flops"], row["bytes"]
         name, direction = row["name"], row["direction"]
         floor = max(work / roof["flops_per_second"], moved / roof["bytes_per_second"])
@@ -207,7 +208,7 @@ def table(result: dict[str, Any], most: int = 16) -> str:
             f"{work / 1e9:>8.2f}{moved / 1e6:>8.1f}{work / s / 1e9:>8.1f}{moved / s / 1e9:>7.1f}"
             f"{floor / s:>9.0%}"
         )
-    if rest := result["ops"][most:]:
+    if rest := result["ops"][MOST:]:
         s = sum(row["seconds"] for row in rest)
         lines.append(f"{f'{len(rest)} more':<26}{'':>15}{s * 1e3:>9.2f}{s / step:>7.1%}")
     lines.append(

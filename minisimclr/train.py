@@ -174,7 +174,8 @@ def train(
     ):
         while run.step < plan.total and not run.stopped:
             begin = time.perf_counter()
-            mark = mark if open_steps else begin
+            if not open_steps:
+                mark = begin
             images = next(arriving)  # (N, S, S, 3) uint8
             waited = time.perf_counter() - begin
 

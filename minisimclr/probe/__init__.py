@@ -126,8 +126,9 @@ def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
 
 
-def wilson_interval(p: float, n: int, z: float = 1.959964) -> list[float]:
+def wilson_interval(p: float, n: int) -> list[float]:
     """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
+    z = 1.959964  # 95 % of a normal distribution lie between -z and z
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [min(1.0, float((centre + side) / (1 + z * z / n))) for side in (-half, half)]
 
