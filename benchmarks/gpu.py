@@ -149,7 +149,7 @@ def tests(sizes: Sizes) -> list[dict]:
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     try:
         run = subprocess.run(
-            [*command, str(HERE.parent / "tests")],
+            [*command, str(HERE.parent / "tests" / "test_gpu.py")],
             capture_output=True,
             text=True,
             timeout=min(TESTS, sizes.left()),

@@ -223,7 +223,7 @@ class Cast(Function):
         return x.astype(self.dtype)
 
     def backward(self, gy):
-        return gy.astype(self.x)
+        return gy.astype(self.x, order="C")
 
 
 def relu(x: Tensor) -> Tensor:
