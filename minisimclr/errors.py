@@ -3,6 +3,8 @@
 Every message is one line: what happened, to which file or value, and what to do about it.
 """
 
+from typing import Any
+
 
 class MinisimclrError(Exception):
     """Base of all errors a user can cause; never raised itself."""
@@ -32,3 +34,11 @@ class DivergedError(MinisimclrError):
     """Training produced a loss or gradient that is not a finite number."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended training, and its state is saved; `run` is the Run, as `pretrain` returns."""
+
+    def __init__(self, run: Any):
+        super().__init__(f"{run.stopped}: saved at step {run.step} of {run.path}")
+        self.run = run

@@ -1,8 +1,8 @@
 """A run is a folder: configuration, logs and checkpoints of one pre-training.
 
-What is written there depends only on the configuration and the data, except in `timings.jsonl` and
+What training writes depends only on the configuration and the data, except in `timings.jsonl` and
 `env.json`, which hold what depends on the clock and the machine. So a run that was stopped and
-resumed ends with the same bytes as one that was not.
+resumed ends with the same log and the same last checkpoint, byte for byte, as one that was not.
 """
 
 import json
@@ -44,7 +44,7 @@ class Run:
     model: Model
     optimizer: SGD
     step: int = 0
-    stopped: str = ""  # why training ended early: "time limit", "SIGINT" or "SIGTERM"
+    stopped: str = ""  # why training ended early: "time limit" or a signal such as "SIGINT"
     data: str = ""  # identity of the data set it was trained on
 
     @staticmethod
@@ -56,7 +56,8 @@ class Run:
         if out and out.exists():
             way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
             raise ConfigError(f"{out} exists already: name another --out{way}")
-        require_writable(path)
+        if not path.exists():  # else `pretrain` finds another name beside it
+            require_writable(path)
         return path
 
     def save(self) -> None:
@@ -221,12 +222,16 @@ def log_line(log: Any, values: dict[str, Any]) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[dict[str, str]]:
-    """Turn the first SIGINT or SIGTERM into a note for the loop; a second one acts at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a terminal that closes) into a note for the loop; a
+    second one acts at once.
+    """
     note: dict[str, str] = {}
     if threading.current_thread() is not threading.main_thread():
         yield note  # only the main thread may handle signals
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
 
     def handle(number: int, frame: Any) -> None:
         note["signal"] = signal.Signals(number).name

@@ -17,7 +17,7 @@ from .backend import Array, choose_device, peak_memory, to_device, to_host, uplo
 from .config import TrainConfig, first_layers
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, batches, open_dataset
-from .errors import ConfigError, DataError, OutputError
+from .errors import ConfigError, DataError, Interrupted, OutputError
 from .files import locked
 from .optim import LARS
 from .probe import Notify, alignment, effective_rank, uniformity, unit
@@ -57,8 +57,8 @@ def pretrain(
     out: must not exist (default runs/<time>-<encoder>). origins: where each setting came from,
     stored with it. time_limit: seconds after which to save and stop; it never changes the schedule.
     notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values); `quiet`
-    ignores them. Raises ConfigError, DataError, OutputError, and DivergedError if the loss stops
-    being a number.
+    ignores them. Raises ConfigError, DataError, OutputError, DivergedError if the loss stops being
+    a number, and Interrupted once the state is saved after Ctrl-C.
     """
     path = Run.path_for(out and Path(out), config)  # fail before long work, not after it
     set_threads(config.threads)
@@ -116,8 +116,10 @@ def resume(
                 raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
             run.check_log(logged)
             os.truncate(log, logged)  # lines after the checkpoint will be written again
-            if (clock := path / "timings.jsonl").exists():  # drop a line that a crash cut short
-                os.truncate(clock, clock.read_bytes().rfind(b"\n") + 1)
+            if (clock := path / "timings.jsonl").exists():  # perhaps cut short by a crash
+                times = clock.read_bytes()
+                later = times.find(b'{"step": %d,' % (run.step + 1))
+                os.truncate(clock, later if later >= 0 else times.rfind(b"\n") + 1)
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
@@ -125,6 +127,8 @@ def resume(
                 notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
             with backend.precision(config.precision, device, reason):
                 train(run, dataset, plan, device, time_limit, notify)
+            if run.stopped.startswith("SIG"):
+                raise Interrupted(run)
             return run
     except BlockingIOError as error:
         raise OutputError(f"{path} is being trained by another process") from error

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -104,18 +105,40 @@ def test_a_damaged_checkpoint_is_a_line_of_warning(trained, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
-def test_ctrl_c_saves_and_says_how_to_go_on(pictures, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_ctrl_c_saves_and_says_how_to_go_on(name, code, pictures, tmp_path):
     out = tmp_path / "my run"
     command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.Signals[name])
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     assert f"minisimclr train --resume '{out}'" in said  # to be copied, blanks and all
     assert "Traceback" not in said and "stopping after this step, saving its state" in said
+    assert list((out / "checkpoints").glob("step-*.h5"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such terminals")
+def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
+    import fcntl
+    import pty
+    import termios
+
+    mine, theirs = pty.openpty()
+    out = tmp_path / "run"
+    child = subprocess.Popen(
+        command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000),
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
+        os.read(mine, 1 << 16)
+    os.close(mine)
+    child.wait(timeout=60)
     assert list((out / "checkpoints").glob("step-*.h5"))
 
 
@@ -342,6 +365,14 @@ def test_what_the_output_cannot_spell_is_an_escape(tmp_path):
         done = run("data", command, tmp_path, env={"PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
         assert done.returncode == 0, done.stderr
     assert "\u00e9t\u00e9 \\u72ac  pretrain     3" in done.stdout
+
+
+def test_the_command_line_leaves_warnings_to_their_program(capsys):
+    before = warnings.showwarning
+    with pytest.raises(SystemExit):
+        main(["weights", "info", "nowhere"])
+    capsys.readouterr()
+    assert warnings.showwarning is before
 
 
 class Terminal(io.StringIO):

@@ -21,7 +21,7 @@ import pytest
 import minisimclr as ms
 from minisimclr import augment, backend, compare, doctor, ops, profile, train
 from minisimclr.embed import embed, probe_run, published
-from minisimclr.errors import ConfigError, DivergedError
+from minisimclr.errors import ConfigError, DivergedError, Interrupted
 from minisimclr.finetune import SCRATCH, TUNED, finetune
 from minisimclr.nn import BatchNorm, inception_v3, resnet10
 from minisimclr.ops import basic, loss, norm, pool, product
@@ -435,7 +435,9 @@ def test_stopped_and_resumed_on_the_device(cupy, config, tmp_path):
             signal.raise_signal(signal.SIGTERM)
 
     whole = pretrain(config, tmp_path / "whole")
-    run = pretrain(config, tmp_path / "run", notify=stop)
+    with pytest.raises(Interrupted) as raised:
+        pretrain(config, tmp_path / "run", notify=stop)
+    run = raised.value.run
     assert run.stopped == "SIGTERM" and 2 <= run.step < whole.step
     resume(run.path)
     for name in ("metrics.jsonl", f"checkpoints/step-{whole.step:08d}.h5"):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import minisimclr as ms
 from minisimclr import checkpoint, cores, train
 from minisimclr.data import Dataset, Options, open_dataset, prepare
-from minisimclr.errors import ConfigError, DataError, DivergedError, OutputError
+from minisimclr.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
 from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity, unit
 from minisimclr.run import log_line, new_run, open_run, read_config, stop_signals
@@ -48,15 +48,16 @@ def content(run_path):
     return (run_path / "metrics.jsonl").read_bytes(), newest.name, newest.read_bytes()
 
 
-class Stop:
-    """A notify that stops the run at a step, as a signal does."""
+def stopped(config, path, step, number=signal.SIGTERM):
+    """The run that a signal has stopped at a step."""
 
-    def __init__(self, step):
-        self.at = step
+    def stop(event, values):
+        if event == "step" and values["step"] == step:
+            signal.raise_signal(number)
 
-    def __call__(self, event, values):
-        if event == "step" and values["step"] == self.at:
-            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"{number.name}: saved at step") as raised:
+        pretrain(config, path, notify=stop)
+    return raised.value.run
 
 
 def test_a_run_learns_and_leaves_its_folder(finished, config):
@@ -200,7 +201,7 @@ def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
 def test_a_checkpoint_has_the_batch_norm_statistics_of_its_weights(
     step, finished, config, tmp_path
 ):
-    run = pretrain(config, tmp_path / "run", notify=Stop(step)) if step else finished
+    run = stopped(config, tmp_path / "run", step) if step else finished
     views = sample_views(open_dataset(config.data, 20), config.image_size, "cpu")
     assert config.at_once == 32 and replace(config, batch_size=4096).at_once == 256
     views = views[:64]  # whole batches
@@ -211,9 +212,20 @@ def test_a_checkpoint_has_the_batch_norm_statistics_of_its_weights(
     np.testing.assert_allclose(model.head.bn1.running_mean, seen, atol=0.01 * np.ptp(seen))
 
 
+def test_ctrl_c_ends_the_program_once_the_state_is_saved(config, tmp_path):
+    """A loop over runs must not go on to the next."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents ignore it
+    try:
+        run = stopped(config, tmp_path / "run", 2, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert open_run(run.path)[0].step == run.step > 0
+    assert issubclass(Interrupted, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize("step", [1, 4, 7])  # warming up, at the edge of an epoch, within one
 def test_stopped_and_resumed_is_uninterrupted(step, finished, config, tmp_path):
-    run = pretrain(config, tmp_path / "run", notify=Stop(step))
+    run = stopped(config, tmp_path / "run", step)
     assert run.stopped == "SIGTERM"
     assert run.step <= step + 1
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
@@ -327,19 +339,22 @@ def test_a_run_whose_first_checkpoint_found_no_room_begins_again(finished, confi
     assert content(tmp_path / "run") == content(finished.path)
 
 
-def test_a_torn_line_of_timings_tears_no_other(finished, config, tmp_path):
-    run = pretrain(config, tmp_path / "run", notify=Stop(5))
-    with (run.path / "timings.jsonl").open("a") as timings:
-        timings.write('{"step": 99, "sec')
+@pytest.mark.parametrize(
+    "later", ["", '{"step": 7, "seconds": 1.0}\n{"step": 8, "seconds": 1.0}\n']
+)
+def test_timings_have_a_line_for_each_step(later, finished, config, tmp_path):
+    run = stopped(config, tmp_path / "run", 5)
+    with (run.path / "timings.jsonl").open("a") as timings:  # as a crash leaves it
+        timings.write(later + '{"step": 99, "sec')
     resume(run.path)
     lines = (run.path / "timings.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines][-1] == finished.step
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, finished.step + 1))
 
 
 def test_two_threads_stopped_and_resumed_are_uninterrupted(config, tmp_path):
     two = replace(config, threads=2)
     whole = content(pretrain(two, tmp_path / "whole").path)
-    assert content(resume(pretrain(two, tmp_path / "run", notify=Stop(5)).path).path) == whole
+    assert content(resume(stopped(two, tmp_path / "run", 5).path).path) == whole
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):

@@ -1,7 +1,7 @@
 """The command line: one group, its commands imported when they are run; errors become exit codes.
 
 0 done; 2 usage or configuration; 3 data, run or weights missing or unreadable; 4 output cannot be
-written; 5 diverged; 130 and 143 after SIGINT and SIGTERM.
+written; 5 diverged; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 """
 
 import os
@@ -64,6 +64,13 @@ REFUSED |= {"can't start new thread": "allow more processes (ulimit -u)"}
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the right code."""
+    with warnings.catch_warnings():  # a notebook goes on after this, with warnings of its own
+        warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
+        sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [a for a in given if a != "--debug"]
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
@@ -71,7 +78,6 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115
     if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
     try:
         code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -90,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in given or what is None:
             raise
         code = explain(f"{what}: {error}", 2)
-    sys.exit(code)
+    return code
 
 
 def explain(error: Exception | str, code: int = 1) -> int:

@@ -70,7 +70,7 @@ def verify(name, image_size, json_file) -> None:
 @data.command()
 @NAME
 @SIZE
-@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw sample pictures of each class.")
+@click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw samples of up to 12 classes.")
 @json_option
 def info(name, image_size, sheet, json_file) -> None:
     """Show what a prepared data set holds and where it is."""

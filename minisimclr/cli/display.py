@@ -1,5 +1,6 @@
 """What a training run says while it works: a bar on a terminal, one line per epoch elsewhere."""
 
+import errno
 import os
 import sys
 from typing import Any
@@ -63,7 +64,11 @@ class Display:
                 click.echo("\033[A\033[K", err=True, nl=False)
 
     def notify(self, event: str, values: dict[str, Any]) -> None:
-        getattr(self, f"on_{event}")(**values)
+        try:
+            getattr(self, f"on_{event}")(**values)
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal is gone: SIGHUP comes, training saves
+                raise
 
     def on_prepare(self, done: int, total: int) -> None:
         self.on_progress(done, total, "preparing data")

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Interrupted
 from .options import FILE, Duration, read_toml
 from .probe import show_probe
 
@@ -94,23 +95,26 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         raise ConfigError("a run keeps its settings: --resume takes --time-limit and --device only")
     with Display() as display:
         how: Any = {"time_limit": time_limit, "notify": display.notify}
-        if resume:
-            if unused := ", ".join(VARIABLES[name] for name in came):
-                display.say(f"note: a run keeps its settings; not used: {unused}")
-            run = training.resume(resume, device=device, **how)
-        else:
-            settings, origins = settle(ctx, preset, config)
-            if dry_run:
-                plan = training.dry_run(settings, display.notify, out)
-                limit = {"time limit, s": f"{time_limit:g}"} if time_limit else {}
-                return show_plan(plan | limit, origins)
-            run = training.pretrain(settings, out, origins=origins, **how)
+        try:
+            if resume:
+                if unused := ", ".join(VARIABLES[name] for name in came):
+                    display.say(f"note: a run keeps its settings; not used: {unused}")
+                run = training.resume(resume, device=device, **how)
+            else:
+                settings, origins = settle(ctx, preset, config)
+                if dry_run:
+                    plan = training.dry_run(settings, display.notify, out)
+                    limit = {"time limit, s": f"{time_limit:g}"} if time_limit else {}
+                    return show_plan(plan | limit, origins)
+                run = training.pretrain(settings, out, origins=origins, **how)
+        except Interrupted as stop:
+            run = stop.run
     path = list2cmdline([run.path]) if os.name == "nt" else shlex.quote(str(run.path))
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
         click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)
     if run.stopped.startswith("SIG"):
-        return {"SIGINT": 130, "SIGTERM": 143}[run.stopped]
+        return 128 + signal.Signals[run.stopped]
     try:
         show_probe(run)
     except DataError as error:  # training without labels is what this is for
