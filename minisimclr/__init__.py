@@ -28,6 +28,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "data", "pretrain", "probe", "simclr", "train", "weights"]
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs HDF5 or Pillow on first use, so that `minisimclr --help` stays quick."""
     if name == "pretrain":

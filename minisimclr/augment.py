@@ -1,9 +1,10 @@
 """Two random views of every image: the only supervision that SimCLR has.
 
 Appendix A of SimCLR (Chen et al. 2020, arXiv:2002.05709): a random crop, resized and perhaps
-mirrored; with probability 0.8 colour jitter; with probability 0.2 greyscale; for views above 32 px,
-with probability 0.5 Gaussian blur. Colour operations are those of the authors' code
-(google-research/simclr, `data_util.py`, second version of the jitter).
+mirrored; with probability 0.8 colour jitter; with probability 0.2 greyscale; with probability 0.5
+Gaussian blur, but none for views of up to 32 px, as for CIFAR-10 (appendix B.9). Colour operations
+are those of the authors' code (google-research/simclr, `data_util.py`, second version of the
+jitter).
 
 Random draws and pixels are kept apart. `draw_views` draws every random parameter on the host as a
 pure function of (seed, step, stream), so any worker, device or resumed run sees the same views;
@@ -175,12 +176,19 @@ def separable(x: Array, rows: Array, columns: Array) -> Array:
     return xp_of(x).ascontiguousarray(y.transpose(0, 2, 3, 1))  # (N, H', W', C)
 
 
+def xp_of_views(x: Array):
+    """xp_of(x). Raises TypeError unless x holds floats, as views do, whose values are in [0, 1]."""
+    if x.dtype.kind != "f":
+        raise TypeError(f"views hold floats in [0, 1], not {x.dtype}: center_view makes them")
+    return xp_of(x)
+
+
 def colour_jitter(x: Array, factors: np.ndarray, orders: np.ndarray) -> Array:
     """Brightness, contrast, saturation and hue by factors (N, 4), in each image's order (N, 4).
 
     Values are clipped to [0, 1] after each of the four, so their order matters.
     """
-    xp = xp_of(x)
+    xp = xp_of_views(x)
     x, factors = x.copy(), xp.asarray(factors)
     for place in range(4):
         for kind, adjust in enumerate((brightness, contrast, saturation, hue)):
@@ -231,7 +239,7 @@ def hue(x: Array, turns: Array) -> Array:
 
 def greyscale(x: Array, chosen: np.ndarray) -> Array:
     """The chosen (N,) images in grey, with three equal channels."""
-    xp = xp_of(x)
+    xp = xp_of_views(x)
     grey = x @ xp.asarray(LUMA, dtype=x.dtype)  # (N, H, W, 3) @ (3,)
     return xp.where(xp.asarray(chosen)[:, None, None, None], grey[..., None], x)
 
@@ -241,7 +249,7 @@ def blur(x: Array, sigmas: np.ndarray) -> Array:
 
     At the border the kernel is cut off and renormalised; the authors' black padding darkens it.
     """
-    xp = xp_of(x)
+    xp = xp_of_views(x)
     chosen = np.flatnonzero(sigmas)
     weight = gaussian(xp.asarray(sigmas[chosen]), x.shape[1])
     x, rows = x.copy(), xp.asarray(chosen)

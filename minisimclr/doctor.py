@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,15 +102,23 @@ def speed() -> tuple[bool, str]:
 
 
 def gradients() -> tuple[bool, str]:
-    """Those of encoder, head and loss together, against finite differences in float64."""
+    """Those of pictures and of all weights, through encoder, head and loss, against finite
+    differences in float64.
+    """
     model = Model.build("resnet_small", "small", 2, seed=0, d_out=4)
     model.astype(np.float64)
 
-    def loss(x: Tensor) -> Tensor:
+    weights = {name: p.data for name, p in model.named_parameters()}
+
+    def loss(x: Tensor, *given: Tensor) -> Tensor:
+        for name, weight in zip(weights, given, strict=True):
+            path, _, attribute = name.rpartition(".")
+            setattr(attrgetter(path)(model), attribute, weight)
         z = model.head(model.encoder(x))  # (6, 4)
         return nt_xent(z[:3], z[3:])
 
-    gradcheck(loss, np.random.default_rng(0).random((6, 8, 8, 3)))
+    pictures = np.random.default_rng(0).random((6, 8, 8, 3))
+    gradcheck(loss, pictures, *weights.values(), rtol=1e-5)
     return True, "backward agrees with finite differences"
 
 

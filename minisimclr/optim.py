@@ -60,12 +60,15 @@ class SGD:
         weight_decay: float = 0.0,
     ):  # fmt: skip
         self.parameters: dict[str, Parameter] = {}
-        for name, p in named_parameters:
-            if not (isinstance(name, str) and isinstance(p, Parameter)):  # a Tensor's rows unpack
+        for pair in named_parameters:
+            if not (isinstance(pair, tuple) and isinstance(pair[-1], Parameter)):
                 raise TypeError("an optimizer takes what named_parameters() gives: name, Parameter")
+            name, p = pair
             if name in self.parameters:
                 raise ValueError(f"two parameters are called {name!r}: put a prefix before names")
             self.parameters[name] = p
+        if not self.parameters:
+            raise ValueError("no parameters to move: was named_parameters() used up before?")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 

@@ -63,8 +63,7 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
             data = np.asarray(data, np.float32)  # Python's numbers imply no precision
-        if isinstance(data, Tensor):
-            raise TypeError("a Tensor is made of an array, not of a Tensor: use it, or its .data")
+        xp_of(data)  # raises TypeError for what is no array
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
         self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data
@@ -105,6 +104,9 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
 
     def __float__(self) -> float:
         return float(self.data)
@@ -165,6 +167,9 @@ class Function:
             raise RuntimeError(
                 f"this {type(self).__name__} was applied before: make one for each use"
             )
+        for x in inputs:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{type(self).__name__} takes Tensors, not a {type(x).__name__}")
         arrays = tuple(x.data for x in inputs)
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
         run = self.forward
@@ -178,6 +183,9 @@ class Function:
             )
             self.shapes = tuple(a.shape for a in arrays)
         return out
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a graph is not copied: copy the Tensor's .detach()")
 
     def release(self) -> None:
         """Drop every saved array and edge."""

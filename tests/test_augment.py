@@ -180,6 +180,20 @@ def test_center_view():
     np.testing.assert_allclose(ours[1, ..., 2], np.asarray(theirs) / 255, atol=2e-5)
 
 
+def test_colours_of_bytes_are_refused():
+    """They would be black: a view's values lie between 0 and 1."""
+    images, some = photos(2, 16, 16), np.ones(2, bool)
+    orders = np.tile(np.arange(4), (2, 1))
+    for change in (
+        lambda x: augment.greyscale(x, some),
+        lambda x: augment.colour_jitter(x, np.array([[1, 1, 1, 0.0]] * 2), orders),
+        lambda x: augment.blur(x, np.ones(2)),
+    ):
+        with pytest.raises(TypeError, match=r"floats in \[0, 1\], not uint8"):
+            change(images)
+        assert change(images / np.float32(255)).max() > 0
+
+
 def test_only_bytes_are_pictures():
     images = photos(2, 16, 16)
     views = draw_views(0, 0, 2, 16, 16)

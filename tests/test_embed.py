@@ -245,6 +245,18 @@ def test_a_run_that_cannot_be_written_is_probed_all_the_same(run, monkeypatch):
     assert (run.path / "probe.json").exists() == before
 
 
+def test_the_doctor_finds_a_wrong_gradient_of_weights(monkeypatch):
+    backward = ms.ops.conv.Conv2d.backward
+
+    def larger(self, gy):
+        gx, gw = backward(self, gy)
+        return gx, 1.001 * gw
+
+    monkeypatch.setattr(ms.ops.conv.Conv2d, "backward", larger)
+    with pytest.raises(AssertionError, match="gradcheck: input 1 of shape"):
+        doctor.gradients()
+
+
 def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
     backward = ms.ops.loss.NTXent.backward
     monkeypatch.setattr(ms.ops.loss.NTXent, "backward", lambda self, gy: -backward(self, gy))

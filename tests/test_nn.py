@@ -309,6 +309,19 @@ def test_sequential_applies_functions_too():
     np.testing.assert_array_equal(net(x).data, first(relu(first(x))).data)
 
 
+def test_modules_that_nobody_would_find_are_refused():
+    layer = ms.nn.Linear(3, 3, rng=np.random.default_rng(0))
+    net = ms.nn.Module()
+    net.layers = [np.ones(2), layer]
+    for ask in (net.state_dict, net.eval, lambda: list(net.named_parameters())):
+        with pytest.raises(TypeError, match="modules in a list are not found: make layers a Seq"):
+            ask()
+    net.layers = ms.nn.Sequential(layer)
+    assert len(net.state_dict()) == 2
+    with pytest.raises(NotImplementedError, match="Module has no forward"):
+        net(Tensor(np.ones((2, 3))))
+
+
 def test_calibrate_gives_a_random_network_the_statistics_of_its_data():
     net = ms.nn.resnet10(width=4)
     x = rand(16, 16, 16, 3, dtype=np.float32)

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisimclr.ops import loss
+from minisimclr.ops.basic import relu
 from minisimclr.ops.conv import conv2d, fold, output_size, unfold
 from minisimclr.ops.loss import contrastive_accuracy, cross_entropy, nt_xent
 from minisimclr.ops.norm import batch_norm, merge_moments, moments
 from minisimclr.ops.pool import average_pool, global_average_pool, max_pool
+from minisimclr.ops.product import linear
 from minisimclr.tensor import Tensor, gradcheck
 
 
@@ -188,6 +190,28 @@ def test_merged_moments_are_those_of_the_whole(n_a, n_b, offset):
     assert count == len(x)
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(m2, ((x - x.mean(0)) ** 2).sum(0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_other_channels_is_refused(training):
+    x = Tensor(randn(3, 1))  # would broadcast
+    with pytest.raises(ValueError, match=r"batch norm of \(4,\) channels does not fit \(3, 1\)"):
+        batch_norm(x, Tensor(np.ones(4)), Tensor(np.zeros(4)), running(4), training)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x: nt_xent(x[0, 0], x[0, 1]),
+        relu,
+        lambda x: conv2d(x, Tensor(randn(3, 3, 2, 4))),
+        lambda x: batch_norm(x, Tensor(np.ones(2)), Tensor(np.zeros(2)), running(2), True),
+        lambda x: linear(x[0, 0], Tensor(randn(3, 2))),
+    ],
+)
+def test_an_array_in_place_of_a_tensor_is_named(apply):
+    with pytest.raises(TypeError, match="takes Tensors, not a ndarray"):
+        apply(randn(2, 4, 4, 2))
 
 
 def test_batch_norm_of_one_row_is_refused():

@@ -75,9 +75,12 @@ def test_parameters_of_one_name_are_refused():
 
 def test_what_is_no_named_parameter_is_refused():
     weight, bias = Parameter(np.ones((2, 5))), Parameter(np.ones(2))
-    for named in ([weight, bias], [("w", weight.data)], [("w", Tensor(np.ones(2), True))]):
-        with pytest.raises(TypeError, match=r"named_parameters\(\)"):  # two rows would unpack
+    wide = Parameter(np.ones((3, 2)))  # whose rows would unpack, as a pair's would
+    for named in ([weight, bias], [wide], [("w", weight.data)], [("w", Tensor(np.ones(2), True))]):
+        with pytest.raises(TypeError, match=r"named_parameters\(\)"):
             SGD(named, lr=0.1)
+    with pytest.raises(ValueError, match="no parameters to move"):
+        SGD(iter([]), lr=0.1)
 
 
 @pytest.mark.parametrize("kind", [SGD, LARS])

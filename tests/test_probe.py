@@ -243,6 +243,14 @@ def test_other_bad_input():
         for other in (y[1:], y[:, None], y[:1], np.tile(y, 2)):  # some would broadcast
             with pytest.raises(DataError, match=r"a label for each .* not \(.* for \("):
                 calls(other)
+    names = y.astype(str)  # would be wrong without exception
+    for call in (
+        lambda: knn_score(X, y, X, names),
+        lambda: measure(X, y, X, names),
+        lambda: tight().fit(X, names).score(X, y),
+    ):
+        with pytest.raises(DataError, match="no label is one of those learned"):
+            call()
     with pytest.raises(DataError, match="empty"):
         tight().fit(X[:0], y[:0])
     for C in (-1, np.inf, np.nan):

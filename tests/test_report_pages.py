@@ -470,6 +470,13 @@ def test_the_walkthrough_has_the_library_s_numbers(step):
         assert figures["step"] == pytest.approx(RATE * 0.001 * figures["w"], rel=1e-3)
 
 
+def test_each_picture_of_the_walkthrough_has_a_look_of_its_own(dataset, monkeypatch):
+    step = walk(np.asarray(dataset.images[:12]))
+    (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
+    looks = [(line.get_color(), line.get_marker()) for line in axes.lines[1:]]
+    assert len(looks) == 48 and len(set(looks)) == 12  # two views, before and after
+
+
 def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
     arrows = [text for text in axes.texts if text.arrow_patch]

@@ -1,6 +1,8 @@
 """The engine: graphs, freeing, accumulation, and a gradcheck that can fail."""
 
+import copy
 import gc
+import pickle
 import weakref
 from operator import iadd, imul, isub, itruediv, matmul, mul, truediv
 
@@ -15,6 +17,15 @@ from minisimclr.ops.product import linear
 from minisimclr.tensor import Function, Tensor, gradcheck, no_grad
 
 
+class Series:
+    """Has a `get`, as pandas' and CuPy's arrays have."""
+
+    dtype = np.dtype(np.float32)
+
+    def get(self):
+        """Something else than CuPy's."""
+
+
 def randn(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
@@ -25,10 +36,9 @@ def test_keeps_float_types_and_converts_others():
     assert Tensor(np.zeros(2, np.int64)).dtype == np.float32
     assert Tensor([1.0, 2.0]).dtype == Tensor([1, 2]).dtype == Tensor(0.5).dtype == np.float32
     assert isinstance(Tensor(np.float64(0.5)).data, np.ndarray)
-    with pytest.raises(AttributeError):
-        Tensor(None)  # such as the gradient of a leaf that none has reached
-    with pytest.raises(TypeError, match="made of an array, not of a Tensor"):
-        Tensor(Tensor(np.ones(2)))
+    for other in (None, Series(), Tensor(np.ones(2))):  # None: of a leaf that no gradient reached
+        with pytest.raises(TypeError, match=f"takes arrays .* not a {type(other).__name__}"):
+            Tensor(other)
     assert Tensor(np.float64(0.5)).dtype == np.float64
     x = Tensor(np.ones(2, np.float32))
     assert (2.0 * x + 1 - x / 3.0 + np.ones(2)).dtype == np.float32
@@ -120,6 +130,16 @@ def test_a_leaf_is_not_replaced_by_what_looks_like_a_change(change):
     total = change(leaf * 2, leaf)  # as sums of losses are made
     assert (total.data == change(np.full(2, 2.0), np.ones(2))).all() and total.creator
     assert change(number, 2.0).shape == (2,)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_graph_is_not_copied(copied):
+    """The copy's backward would reach leaves that nobody has."""
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(TypeError, match=r"a graph is not copied: .* \.detach\(\)"):
+        copied((x * 2).sum())
+    copied(x)
+    copied((x * 2).detach())
 
 
 def test_numpy_s_functions_take_no_tensor(tmp_path):
@@ -405,6 +425,7 @@ def test_a_tensor_tells_what_made_it():
     x = Tensor([1.0, 2.0], requires_grad=True)
     assert repr(x) == "Tensor([1. 2.])" and repr(x * 2) == "Tensor([2. 4.], by Multiply)"
     assert len(x) == 2 and float(x.sum()) == 3.0
+    assert Tensor(0.5) and not Tensor(0.0) and not Tensor([0.0])
 
 
 def test_memory_of_norm_relu_chain():

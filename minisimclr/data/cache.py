@@ -43,7 +43,7 @@ SAMPLE = 2**32  # the stream that `sample` draws from; lower ones belong to clas
 Progress = Callable[[int, int], None]  # done, total
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """N pictures of side S with labels and splits, from `open_dataset`."""
 
@@ -58,6 +58,9 @@ class Dataset:
     duplicate_of: np.ndarray  # int64 (N,), the first row with the same pixels, perhaps its own
     recipe: dict[str, Any]  # all that the pixels and splits depend on
     notes: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name}: {self.images.shape}, {len(self.class_names)} classes)"
 
     def split(self, name: str) -> np.ndarray:
         """Indices (int64, increasing) of the pictures in pretrain, labelled or test."""

@@ -26,13 +26,17 @@ class Module:
     training = True
 
     def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no forward: call its parts")
 
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return self.forward(x, *others, **named)
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        return ((name, m) for name, m in vars(self).items() if isinstance(m, Module))
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)) and any(isinstance(v, Module) for v in value):
+                raise TypeError(f"modules in a list are not found: make {name} a Sequential")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(what their names begin with, module): this one and all below, in definition order."""

@@ -179,5 +179,6 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     if x.shape[3] != weight.shape[2] or min(size) < 1:
         fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
         raise ValueError(f"conv2d: {fit}")
-    source = x.creator if hasattr(x.creator, "recompute") else None
+    made_by = getattr(x, "creator", None)
+    source = made_by if hasattr(made_by, "recompute") else None
     return Conv2d(stride, padding, source)(x, weight)

@@ -13,6 +13,7 @@ x is (..., C), normalised per channel over all M = x.size / C rows:
 """
 
 from functools import singledispatch
+from math import prod
 
 import numpy as np
 
@@ -157,12 +158,14 @@ def batch_norm(
 
     running: (mean, variance), used in evaluation; in training updated in place,
     new = (1 - momentum) old + momentum batch, with the unbiased variance (divided by M - 1), as
-    in torch.
+    in torch. Raises ValueError for other shapes, or to train on less than two rows.
     """
+    if x.shape[-1:] != gamma.shape:
+        raise ValueError(f"batch norm of {gamma.shape} channels does not fit {x.shape}")
     inputs = (x, gamma, beta) if residual is None else (x, gamma, beta, residual)
     if not training:
         return BatchNorm(relu, eps, *running)(*inputs)
-    count = x.data.size // x.shape[-1]
+    count = prod(x.shape[:-1])
     if count < 2:
         raise ValueError(f"batch norm needs at least two rows to train on, not shape {x.shape}")
     function = BatchNorm(relu, eps)

@@ -121,7 +121,7 @@ def measure(
 
 def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """top1, top5 and ci95 of classes ranked (N, K), the likeliest first; y (N,) is right."""
-    right = ranked[:, :5] == labels_of(ranked, y)[:, None]  # (N, 5)
+    right = ranked[:, :5] == labels_of(ranked, y, ranked[0])[:, None]  # (N, 5)
     top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
     return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
 
@@ -146,7 +146,8 @@ def knn_score(
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(labels_of(X, y), return_inverse=True)
-    rows, K, test_y, right = xp.asarray(rows), len(classes), labels_of(test_X, test_y), 0
+    test_y = labels_of(test_X, test_y, classes)
+    rows, K, right = xp.asarray(rows), len(classes), 0
     for start in range(0, len(test_X), 512):  # similarities of 512 images at a time
         part = slice(start, start + 512)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)

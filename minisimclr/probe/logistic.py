@@ -51,7 +51,7 @@ class LogisticRegression:
 
     def score(self, X: Array, y: Any) -> float:
         """The fraction of X (N, D) whose class is predicted correctly."""
-        return float((self.predict(X) == labels_of(X, y)).mean())
+        return float((self.predict(X) == labels_of(X, y, self.classes_)).mean())
 
 
 class Problem:
@@ -168,10 +168,14 @@ def cubic_minimum(low: tuple[float, ...], high: tuple[float, ...]) -> float:
     return a + (b - a) * min(0.9, max(0.1, part))  # near a where f is not finite
 
 
-def labels_of(X: Array, y: Any) -> np.ndarray:
-    """y as an array. Raises DataError unless it is (N,), a label for each row of X (N, D)."""
+def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
+    """y as an array. Raises DataError unless it is (N,), a label for each row of X (N, D), and some
+    are among the `known` ones (K,), which a name and a number are not.
+    """
     if (labels := np.asarray(y)).shape != X.shape[:1]:
         raise DataError(f"a label for each image is needed, not {labels.shape} for {X.shape}")
+    if known is not None and set(known.tolist()).isdisjoint(labels.tolist()):
+        raise DataError(f"no label is one of those learned: {labels[:3]} and {known[:3]}")
     return labels
 
 

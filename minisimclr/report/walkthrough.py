@@ -206,10 +206,10 @@ def terms(w: Walk) -> str:
 def forces(w: Walk) -> str:
     """6. The gradient: who is pulled, who is pushed
 
-    Each picture has its own colour and marker. Arrows show the way downhill: to the partner and
-    away from the others, most of all from those that are near. They lie along the circle, as length
-    does not matter to the loss. Outlined: where the view is after the update below. That moves
-    weights, which all views share, so a view may not end up where its own arrow points.
+    Both views of a picture have its colour and marker. Arrows show the way downhill: to the partner
+    and away from the others, most of all from those that are near. They lie along the circle, as
+    length does not matter to the loss. Outlined: where the view is after the update below. That
+    moves weights, which all views share, so a view may not end up where its own arrow points.
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle
@@ -219,7 +219,8 @@ def forces(w: Walk) -> str:
         axes.plot(*np.array([np.cos(turn := np.linspace(0, 2 * np.pi, 181)), np.sin(turn)]),
                   color=MUTED, lw=1)  # fmt: skip
         for i, name in enumerate(names):
-            look = {"color": SERIES[i % n % 6], "marker": MARKERS[i % n % 6], "ls": ""}
+            k = i % n
+            look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "ls": ""}
             axes.plot(*u[i], ms=8, **look)
             axes.plot(*w.u_after[i], ms=11, mfc="none", mew=1.4, **look)
             arrow = {"arrowstyle": "->", "color": look["color"], "lw": 2}
