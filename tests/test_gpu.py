@@ -75,6 +75,17 @@ def cupy(monkeypatch):
     return real
 
 
+@pytest.fixture(autouse=True)
+def precisions(request, cupy):
+    """Cards before Ampere have neither bfloat16 nor TF32."""
+    if {"bfloat16", "precision"} & set(request.node.originalname.split("_")):
+        try:
+            with backend.precision("bf16", "cuda:0"):
+                pass
+        except ConfigError as error:
+            pytest.skip(str(error))
+
+
 def test_figures_arrive_from_pinned_memory(cupy):
     reads = [backend.later(cupy.arange(3.0) + i) for i in range(100)]
     assert [read()[0] for read in reads] == list(range(100))
