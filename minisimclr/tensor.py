@@ -92,10 +92,10 @@ class Tensor:
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
 
+    __array_function__ = __array__
+
     def __isub__(self, other: Any) -> Any:
-        """Raises TypeError for a leaf, whose place another Tensor would take. Else Python goes on
-        with `-`.
-        """
+        """TypeError for a leaf, which a Tensor would replace; else Python goes on with `-`."""
         if self.requires_grad and self.creator is None:
             raise TypeError("a leaf is not changed in place: change its .data")
         return NotImplemented
