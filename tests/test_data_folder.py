@@ -1,16 +1,18 @@
 """Folders of pictures, with any name and some junk in them, and the commands around them."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from minisimclr.cli import main
-from minisimclr.data import Options, open_dataset, prepare
+from minisimclr.data import Options, folder, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError
 
 
@@ -47,6 +49,16 @@ def test_class_folders(pictures):
         assert np.bincount(dataset.labels[dataset.split(name)]).tolist() == [share] * 3
     rows = np.concatenate([dataset.split(n) for n in ("pretrain", "labelled", "test")])
     assert sorted(rows) == list(range(120))
+    # The choice is part of what results mean: it must never change.
+    assert hashlib.sha256(dataset.splits.tobytes()).hexdigest()[:16] == "71f62d3284158212"
+
+
+def test_a_budget_of_labels_leaves_the_test_pictures_alone(pictures):
+    budgets = 1, 20, None  # the last is what other tests open
+    tests = [
+        prepare(pictures, 16, Options(labels_per_class=n)).split("test").tolist() for n in budgets
+    ]
+    assert len(tests[0]) == 24 and tests[0] == tests[1] == tests[2]
 
 
 def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
@@ -325,6 +337,21 @@ def test_skipped_pictures_are_listed(tmp_path, capsys):
     assert len(dataset.images) == len(dataset.labels) == len(dataset.file_names) == 250
     assert dataset.images[:, 8, 8, 0].tolist() == [i % 256 for i in range(250)]
     dataset.verify()
+
+
+def test_what_is_left_keeps_its_name_label_and_split(tmp_path):
+    for i in range(240):
+        save(tmp_path / "ab"[i % 2] / f"{i:03}.png", i)
+    (tmp_path / "a" / "000.jpg").write_bytes(b"junk")  # before all others
+    (tmp_path / "a" / "notes.txt").touch()
+    plan = folder.source(tmp_path, Options()).plan()
+    planned = dict(zip(plan.names, plan.splits.tolist(), strict=True))
+    left = prepare(tmp_path, 16, Options(skip_bad=True))
+    assert len(left.images) == 240 and left.notes["ignored_files"] == 1
+    for row, name in enumerate(left.file_names):
+        assert left.images[row, 8, 8, 0] == int(Path(name).stem)
+        assert left.class_names[left.labels[row]] == name[0]
+        assert left.splits[row] == planned[name]
 
 
 def test_too_many_bad_pictures(tmp_path, capsys):
