@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import struct
 import tarfile
 import tracemalloc
@@ -12,6 +13,7 @@ from contextlib import suppress
 import numpy as np
 import official_layout as layout
 import pytest
+from PIL import Image
 
 from minisimclr import data
 from minisimclr.data import Options, matlab, open_dataset, prepare, stanford_dogs
@@ -48,6 +50,13 @@ def test_order_of_the_archive_does_not_matter(dogs, tmp_path):
     assert other.fingerprint == open_dataset(dogs, 24).fingerprint
 
 
+def test_an_archive_that_changed_is_read_again(tmp_path):
+    dogs = layout.write_archives(tmp_path)
+    before = prepare(dogs, 24).recipe
+    os.utime(dogs / "images.tar", (0, 0))
+    assert prepare(dogs, 24).recipe != before
+
+
 def test_labels_per_class(dogs):
     chosen = {}
     for n in (1, 3):
@@ -62,15 +71,23 @@ def test_labels_per_class(dogs):
         prepare(dogs, 24, Options(labels_per_class=5))
 
 
-def test_boxes(dogs):
-    """The crop follows the annotation: Pillow's own crop of the box, made square."""
-    whole, boxes = prepare(dogs, 30), prepare(dogs, 20, Options(crop="boxes"))
-    # The box 5,5,25,20 of 40 x 30 grows to the square 5,2.5,25,22.5.
-    middle = np.asarray(whole.images[:, 4:20, 2:18], float).mean()
-    assert abs(np.asarray(boxes.images, float).mean() - middle) < 8
-    cropped = boxes.fingerprint
-    del boxes  # Windows replaces no cache that is open
-    assert cropped != prepare(dogs, 20).fingerprint
+def test_boxes(tmp_path):
+    """What is kept of each picture is its own box, which a colour of its own fills."""
+    images, notes, colours = [], [], []
+    for i, name in enumerate(sorted(TRAIN + TEST)):
+        box, colour = (i % 25, i % 17, i % 25 + 12, i % 17 + 12), (8 * i, 255 - 8 * i, 5 * i)
+        picture = Image.new("RGB", (40, 30), "white")
+        picture.paste(colour, box)
+        picture.save(buffer := io.BytesIO(), "PNG")
+        images.append((f"Images/{name}", buffer.getvalue()))
+        notes.append((f"Annotation/{name[:-4]}", layout.annotation(boxes=(box,))))
+        colours.append(colour)
+    dogs = layout.write_archives(tmp_path, images)
+    layout.tar(dogs / "annotation.tar", notes[::-1])
+    cropped = prepare(dogs, 12, Options(crop="boxes")).images
+    assert (cropped == np.array(colours)[:, None, None]).all()
+    del cropped  # Windows replaces no cache that is open
+    assert (prepare(dogs, 12).images == 255).any(axis=(1, 2, 3)).all()
 
 
 def test_open_follows_the_options_it_was_prepared_with(dogs):
@@ -306,6 +323,13 @@ def test_too_many_members_are_refused(tmp_path, monkeypatch):
         list(members(path))
 
 
+def test_an_archive_may_be_larger_than_a_member(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisimclr.data.archives.MAX_MEMBER_BYTES", 30_000)
+    path = layout.tar(tmp_path / "images.tar", layout.image_members())
+    assert path.stat().st_size > 30_000
+    assert list(members(path)) == layout.image_members()
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_compressed_archives(tmp_path, mode):
     images = layout.image_members()
@@ -394,6 +418,8 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     dataset = prepare("stanford-dogs", 24, archives=archives, allow_unverified=True)
     assert dataset.name == "stanford-dogs" and dataset.notes["verified"] is False
     assert open_dataset("stanford-dogs", 24).fingerprint == dataset.fingerprint
+    with pytest.raises(DataError, match="is not the official"):  # named, they are not passed over
+        prepare("stanford-dogs", 24, archives=archives)
     with monkeypatch.context() as patch:
         patch.setitem(data.DECODER, "pillow", "0")
         with pytest.raises(DataError, match="not prepared with 24 px and this Pillow: run"):
