@@ -3,14 +3,15 @@
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import official_layout as layout
 import pytest
 
 from minisimclr.cli import main
+from minisimclr.data import Options, open_dataset, prepare, stanford_dogs
 from minisimclr.data import download as module
-from minisimclr.data import open_dataset, stanford_dogs
 from minisimclr.data.download import Redirects, download
 from minisimclr.errors import DataError
 
@@ -115,6 +116,17 @@ def test_interrupted_download_goes_on(server, tmp_path):
     assert "Range" not in first
     assert (second["Range"], second["If-Range"]) == ("bytes=120000-", '"v1"')
     assert third["Range"] == "bytes=240000-"
+
+
+def test_content_is_on_the_disk_before_its_name_and_its_name_before_the_end(
+    server, tmp_path, monkeypatch
+):
+    order, rename = [], Path.replace
+    monkeypatch.setattr(module, "sync", lambda path: order.append(path.name))
+    monkeypatch.setattr(Path, "replace", lambda a, b: order.append("rename") or rename(a, b))
+    server.answers["file"] = whole()
+    fetch(server, tmp_path)
+    assert order == [".images.tar.part", "rename", tmp_path.name]
 
 
 def test_next_run_goes_on(server, tmp_path, monkeypatch):
@@ -241,11 +253,14 @@ def test_slow_servers_are_given_up(server, tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.parametrize(("code", "requests"), [(403, 1), (404, 1), (500, 4), (503, 4)])
-def test_error_codes(server, tmp_path, code, requests):
+def test_error_codes(server, tmp_path, code, requests, monkeypatch):
+    slept = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
     server.answers["file"] = lambda handler: handler.reply(code, {"Content-Length": 0})
     with pytest.raises(DataError, match=rf"{code}.*fetch images.tar in another way.*--images-tar"):
         fetch(server, tmp_path)
     assert len(server.requests) == requests
+    assert slept == [0.01, 0.02, 0.04][: requests - 1]
 
 
 def test_a_server_that_recovers(server, tmp_path):
@@ -360,3 +375,19 @@ def test_unverified_download(server, tmp_path, monkeypatch, capsys):
     assert exit.value.code == 0
     assert open_dataset("stanford-dogs").notes["verified"] is False
     assert "warning: not the official archives" in capsys.readouterr().err
+
+
+def test_each_address_has_downloads_of_its_own_and_shows_their_progress(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, images in (("a", layout.image_members()), ("b", layout.image_members()[::-1])):
+        for path in layout.write_archives(tmp_path / name, images).iterdir():
+            server.answers[f"{name}/{path.name}"] = whole(path.read_bytes())
+        told, size = [], (tmp_path / name / "images.tar").stat().st_size
+        prepare(
+            "stanford-dogs", 24, Options(), lambda *a, told=told: told.append(a),
+            url=f"{server.url}{name}", allow_unverified=True,
+        )  # fmt: skip
+        assert (size, size) in told and (31, 31) in told
+    assert len(server.requests) == 4
