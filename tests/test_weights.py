@@ -191,6 +191,24 @@ def test_keras_gives_inception_up_to_mixed8(tmp_path):
         weights.load(other, tmp_path / "k.h5", until="mixed12")
 
 
+def test_a_whole_keras_model_is_read_without_its_optimizer(tmp_path):
+    with h5py.File(tmp_path / "k.h5", "w") as f:
+        f["model_weights/conv2d/conv2d/kernel:0"] = np.zeros((3, 3, 3, 2), "f4")
+        f["optimizer_weights/Adam/conv2d/kernel:0"] = np.ones((3, 3, 3, 2), "f4")
+    stored = weights.read(tmp_path / "k.h5")
+    assert list(stored.specs) == ["conv2d/kernel"] and not stored.fetch("conv2d/kernel").any()
+
+
+def test_torchvision_s_second_classifier_is_left_out(tmp_path):
+    state = nn.inception_v3(seed=1).state_dict()
+    extra = {"AuxLogits.fc.weight": np.zeros((2, 3), "f4")}
+    extra["AuxLogits.conv0.conv.weight"] = np.zeros((4, 4, 1, 1), "f4")
+    safetensors.write(tmp_path / "a", state | extra, {})
+    loaded, preprocessing = weights.encoder(tmp_path / "a")
+    assert preprocessing == weights.Preprocessing(299, "symmetric")
+    assert_state(loaded, state)
+
+
 def test_safetensors_both_ways(tmp_path):
     official = pytest.importorskip("safetensors.numpy")
     net = nn.resnet10(width=4)
@@ -242,6 +260,12 @@ def test_the_stem_of_foreign_weights_is_the_usual_one(tmp_path, make, stem):
     """Of `small` and `cifar` only the stride differs, which no shape shows."""
     safetensors.write(tmp_path / "a.safetensors", make(width=4).state_dict(), {})
     assert weights.encoder(tmp_path / "a.safetensors")[0].stem == stem
+
+
+def test_large_networks_of_others_take_large_pictures(tmp_path):
+    net = nn.resnet18("imagenet", 4)
+    safetensors.write(tmp_path / "a", net.state_dict(), {})
+    assert weights.load(net, tmp_path / "a") == weights.Preprocessing(224, "imagenet")
 
 
 def test_weights_are_for_one_stem(tmp_path):
@@ -343,6 +367,17 @@ def test_command_line(tmp_path, capsys):
     }
     cli(["weights", "inspect", tmp_path / "absent"], 3)
     assert "absent: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_import_of_a_part_writes_that_part_alone(tmp_path):
+    part, out = tmp_path / "part.safetensors", tmp_path / "out.safetensors"
+    net = nn.inception_v3()
+    weights.save(net, part, weights.Preprocessing(299, "symmetric"), until="mixed4")
+    cli(["weights", "import", part, "--out", out, "--until", "mixed4"])
+    written, state = weights.read(out), net.state_dict()
+    assert written.specs == weights.read(part).specs and len(written.specs) < len(state)
+    for name in written.specs:
+        np.testing.assert_array_equal(written.fetch(name), state[name])
 
 
 def test_a_run_is_exported(tmp_path, capsys):
