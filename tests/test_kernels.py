@@ -502,17 +502,24 @@ def test_whose_matrix_products_are_used_is_told():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_is_reused():
-    import resource
-
-    def faults(n):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(n):
-            np.empty(1 << 26, np.uint8).fill(1)  # 64 MiB: 500 faults and more if they are new
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    assert cores.reuse_memory()
-    faults(1)
-    assert faults(4) < 100
+    """In a process of its own: after an allocation that failed, glibc serves a thread from another
+    part of the memory, which gives arrays as large as this one back to the system at once.
+    """
+    code = """if True:
+        import resource, numpy as np
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            np.empty(1 << 26, np.uint8).fill(1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        new = min(faults() for _ in range(5))
+        import minisimclr
+        faults()
+        print(new, min(faults() for _ in range(5)))
+    """  # the least of five, since a busy system may take a few pages away
+    options = {"env": os.environ | {"MINISIMCLR_KERNELS": "fast"}, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    new, reused = map(int, done.stdout.split())
+    assert new > 10 * reused
 
 
 def test_long_rows_hold_the_same_numbers():
