@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,17 @@ from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity, unit
 from minisimclr.run import log_line, new_run, open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss, training_step
-from minisimclr.train import Plan, draw, epoch_means, pretrain, quiet, resume, sample_views
+from minisimclr.train import (
+    Plan,
+    draw,
+    dry_run,
+    epoch_line,
+    epoch_means,
+    pretrain,
+    quiet,
+    resume,
+    sample_views,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +145,30 @@ def test_a_new_run_follows_the_settings():
     assert type(run.optimizer).__name__ == "LARS" and run.optimizer.weight_decay == 0.5
     assert run.model.encoder.conv1.weight.data.shape == (3, 3, 3, 4)  # up to 48 px: cifar's stem
     assert new_run(None, ms.TrainConfig(width=4)).optimizer.weight_decay == 1e-4
+
+
+def test_the_seed_decides_on_weights_and_on_batches(config, tmp_path, monkeypatch):
+    seen, once = [], train.training_step
+
+    def step(model, optimizer, images, *rest):
+        seen.append((model.encoder.conv1.weight.data.tobytes(), images.tobytes()))
+        return once(model, optimizer, images, *rest)
+
+    monkeypatch.setattr(train, "training_step", step)
+    for seed in (0, 1):
+        pretrain(replace(config, seed=seed), tmp_path / str(seed), time_limit=0, notify=quiet)
+    (weights, images), (other_weights, other_images) = seen
+    assert weights != other_weights and images != other_images
+
+
+def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(train, "peak_memory", lambda device: 3_400_000_000)
+    plan = dry_run(config, quiet, tmp_path / "run")
+    figures = {"seconds a step": 30, "minutes in all": 6, "peak memory, MB": 3400}
+    assert plan | figures == plan and plan["steps"] == "12 (4 an epoch)"
+    assert plan["run folder"] == str(tmp_path / "run")
 
 
 def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
@@ -372,6 +407,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
         open_run(run.path)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.data())
 def test_no_change_of_a_checkpoint_goes_unseen(finished, data):
     """And HDF5, which may crash on one, is not shown it."""
@@ -526,7 +562,8 @@ def test_a_run_that_knows_its_pixels_alone_goes_on(finished, config, tmp_path, m
 def test_a_run_keeps_its_settings(config, tmp_path):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     settings = json.loads((run.path / "config.json").read_text())
-    for name, value in (("epochs", config.epochs + 1), ("width", config.width * 2)):
+    others = {"epochs": config.epochs + 1, "width": 16, "lr": 0.5, "seed": 9, "temperature": 0.9}
+    for name, value in others.items():
         changed = settings | {name: settings[name] | {"value": value}}
         (run.path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=f"config.json has {name} {value}, training had"):
@@ -627,6 +664,14 @@ def test_an_epochs_line_is_about_all_its_steps(config, tmp_path):
         views = 2 * config.batch_size * len(of_epoch)
         taken = sum(step["seconds"] for step in of_epoch)
         assert each["views_per_second"] == pytest.approx(views / taken)
+
+
+def test_an_epochs_line_has_the_means_of_its_figures():
+    values = {"loss": 9.0, "mean_loss": 2.0, "chance": 3.0, "accuracy": 0.9, "mean_accuracy": 0.2}
+    values |= {"alignment": 0.5, "uniformity": -1.0, "effective_rank": 4.0}
+    values |= {"views_per_second": 1234.0, "data_wait": 0.5, "seconds": 2.0}
+    figures = "2/5 2.000 3.000 20% 0.50 -1.00 4.0 1,234 25.0%"
+    assert re.findall(r"-?\d[\d.,/%]*", epoch_line(2, 5, **values)) == figures.split()
 
 
 def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys):
