@@ -66,16 +66,17 @@ def test_training_learns_and_repeats():
 
 def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     X, y = clouds(60, spread=0.1)
-    events, epochs = [], []
+    events, epochs, seeds = [], [], []
 
     def counted(*arguments):
+        seeds.append(arguments[-1])
         for loss in epochs_of(*arguments):
             epochs.append(loss)
             yield loss
 
     monkeypatch.setattr(dense, "epochs_of", counted)
-    rows = dense.search(X, y, 3, 2, 100, 0, lambda event, values: events.append((event, values)))
-    assert [values["done"] for _, values in events] == [1, 2]
+    rows = dense.search(X, y, 3, 2, 100, 7, lambda event, values: events.append((event, values)))
+    assert [values["done"] for _, values in events] == [1, 2] and seeds == [7, 7]
     assert all(row["validation"] == 1 for row in rows)
     assert len(epochs) == sum(row["epochs"] + dense.PATIENCE for row in rows)
     epochs.clear()
@@ -93,14 +94,16 @@ def test_the_last_training_is_as_long_as_the_best_trial(monkeypatch):
 
     def counted(*arguments):
         for loss in epochs_of(*arguments):
-            lengths.append(loss)
+            lengths.append(arguments[-1])
             yield loss
 
     monkeypatch.setattr(dense, "search", lambda *_: others)
     monkeypatch.setattr(dense, "epochs_of", counted)
     few = Few()
-    dense.baseline(few, lambda rows: few.X[rows], 3, 40, 0, quiet)
-    assert len(lengths) == 3
+    dense.baseline(few, lambda rows: few.X[rows], 3, 40, 5, quiet)
+    assert lengths == [5] * 3  # of its seed
+    table = dense.table(others).splitlines()
+    assert [line.split()[-1] for line in table[1:]] == ["50.0%", "40.0%", "10.0%"]
 
 
 def test_the_random_network_has_batch_norm_statistics_of_the_data(pictures, monkeypatch):
@@ -208,3 +211,23 @@ def test_command_line(pictures, tmp_path, monkeypatch, capsys):
     assert len(values["trials"]) == 2
     code, _, err = run()
     assert code == 2 and "--weights FILE or, for the control, --random" in err
+
+
+def test_options_of_the_command_arrive(pictures, monkeypatch, capsys):
+    from minisimclr.cli import main
+
+    def inception(dataset, file, block, device, notify):
+        got.extend([str(file), block, device])
+
+    def baseline(dataset, extract, trials, epochs, seed, notify):
+        got.extend([dataset.images.shape[1], trials, epochs, seed])
+        return found
+
+    got, found = [], {"ci95": [0.4, 0.6], "top1": 0.5, "top5": 0.5, "labels": 1, "test": 1}
+    found |= {"classes": 2, "controls": {"chance": 0.5}, "trials": []}
+    monkeypatch.setattr(dense, "inception", inception)
+    monkeypatch.setattr(dense, "baseline", baseline)
+    options = "--block mixed3 --device cpu --image-size 20 --trials 3 --epochs 4 --seed 5"
+    with pytest.raises(SystemExit):
+        main(["baseline", "--weights", "w", "--data", str(pictures), *options.split()])
+    assert got == ["w", "mixed3", "cpu", 20, 3, 4, 5]
