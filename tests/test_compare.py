@@ -2,10 +2,12 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -317,13 +319,92 @@ def test_the_command_of_each_row_can_be_typed(run, dataset, cheap, tmp_path):
 
     odd = replace(dataset, name=str(tmp_path / "my photos"))
     file = weights_file(tmp_path / "the weights.h5", 1)
-    made = Comparison(run, odd, file, view=24)
+    made = Comparison(run, odd, file, epochs=7, view=24)
     parts = made.on_inception(), made.on_simclrv2(), made.probed(), made.on_random_inception()
-    for row in [row for part in parts for row in part.rows]:
+    for row in [row for part in (*parts, made.finetuned()) for row in part.rows]:
         _, name, *words = shlex.split(row["command"])
         given = group.get_command(None, name).make_context(name, [*words]).params
         assert given["data"] == "my photos" and given["view" if "RUN" in words else "image_size"]
         assert {"the weights.h5", "FILE", "RUN", "--random"} & {*words}
+        if row["method"] in ("finetune", "supervised"):
+            assert given["finetune"] and given["epochs"] == 7
+
+
+def test_each_part_is_kept_under_all_that_it_depends_on(run, dataset, cheap, tmp_path):
+    file = weights_file(tmp_path / "w", 0)
+
+    def keys(run=run, dataset=dataset, **options):
+        c = Comparison(run, dataset, file, **options)
+        parts = {"inception": c.on_inception(), "random": c.on_random_inception()}
+        parts |= {"probed": c.probed(), "finetuned": c.finetuned(), "curve": c.curve()}
+        return {name: part.key for name, part in parts.items()}
+
+    def differing(**options):
+        now = keys(**options)
+        return [name for name in whole if now[name] != whole[name]]
+
+    whole = keys()
+    assert differing() == []
+    assert differing(trials=3) == ["inception", "random"]
+    assert differing(epochs=3) == ["finetuned"]
+    of_the_run = ["probed", "finetuned", "curve"]
+    assert differing(view=19) == of_the_run
+    for other in ({"labels": dataset.labels[::-1].copy()}, {"class_names": ("a", "b", "c")}):
+        assert len(differing(dataset=replace(dataset, **other))) == 5
+    path = shutil.copytree(run.path, tmp_path / "run")
+    newest = max((path / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes() + b"x")
+    assert differing(run=replace(run, path=path)) == of_the_run
+    weights_file(file, 1)
+    assert differing() == ["inception", "curve"]
+
+
+def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
+    sides, tested, once = [], [], embed.features
+
+    def features(seen):
+        return lambda encode, images, rows, size, *rest: (
+            seen.append(size) or once(encode, images, rows, size, *rest)
+        )
+
+    monkeypatch.setattr(embed, "features", features(sides))
+    monkeypatch.setattr(finetune, "features", features(tested))
+    monkeypatch.setattr(finetune, "FACTORS", (1, 2, 4))
+    monkeypatch.setattr(compare, "BUDGETS", (1,))
+    made = Comparison(run, dataset, epochs=1, view=18)
+    made.probed().make()
+    assert sides == [18] * 4  # two systems, for training and testing
+    made.curve().make()
+    assert sides == [18] * 8
+    made.finetuned().make()
+    assert set(tested) == {18}
+    assert finetune.finetune(run, dataset, labels=12, epochs=1, view=19)["labels"] == 12
+    assert set(tested) == {18, 19}
+
+
+def test_steps_that_were_taken_twice_count_once(tmp_path):
+    path = tmp_path / "timings.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "seconds": 2.0}}\n' for step in (1, 2, 2, 3)))
+    assert compare.pretraining_seconds(path) == {"pretraining_seconds": 6.0}
+
+
+def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp_path, monkeypatch):
+    from minisimclr.cli import group
+
+    def call(*arguments):
+        return CliRunner().invoke(group, [*map(str, arguments)], catch_exceptions=False).stdout
+
+    dogs, said = replace(dataset, name="stanford-dogs"), "have seen the test photos"
+    monkeypatch.setattr("minisimclr.data.open_dataset", lambda *_: dogs)
+    file = tmp_path / "w.safetensors"
+    weights.save(run.model.encoder, file, weights.Preprocessing(16))
+    few = "--trials", 1, "--epochs", 1
+    assert said in call("probe", file) and said in call("baseline", "--weights", file, *few)
+    assert said not in call("baseline", "--random", *few)
+    made = Comparison(run, dogs)
+    for row in made.on_simclrv2().rows + made.on_inception().rows:
+        assert row["pretraining"] == "ImageNet, which holds Stanford Dogs, test photos too"
+    assert made.on_random_inception().rows[0]["pretraining"] == "none"
 
 
 def test_two_comparisons_may_write_to_one_file(run, dataset, cheap, tmp_path, monkeypatch):
@@ -417,6 +498,23 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     assert lines[-2] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"
     assert {line.count("|") for line in lines} == {10, 0, 5}
     assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+def test_options_of_the_command_arrive(run, pictures, tmp_path, monkeypatch):
+    from minisimclr.cli import main
+
+    made = []
+    empty = {"rows": [], "curve": [], "chance": 0.5}
+    monkeypatch.setattr(Comparison, "make", lambda self, out: made.append((self, out)) or empty)
+    photos = shutil.copytree(pictures, tmp_path / "photos")
+    options = {"inception": "i", "simclrv2": "s", "trials": 3, "epochs": 4, "view": 19}
+    options |= {"device": "cpu", "data": photos, "out": tmp_path / "results"}
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", str(run.path), *(f"--{k}={v}" for k, v in options.items())])
+    ((c, out),) = made
+    assert exit.value.code == 0 and out == tmp_path / "results"
+    assert (str(c.inception), str(c.simclrv2), c.trials, c.epochs, c.view) == ("i", "s", 3, 4, 19)
+    assert (c.run.config.device, c.dataset.name) == ("cpu", "photos")
 
 
 def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
