@@ -41,9 +41,24 @@ def sound(config, tmp_path_factory):
 
 def test_a_sound_run_has_no_fault(sound):
     assert faults(sound) == {}
-    level, words = headline(judge(read(sound)))
+    level, words = headline(found := judge(read(sound)))
+    assert "The run stopped before its end" not in [finding.title for finding in found]
     assert level != FAULT
     assert words
+
+
+def test_faults_come_before_warnings(monkeypatch):
+    def rule(level):
+        def finding(facts):
+            """The run is as it is."""
+            return verdict.Finding(level, "")
+
+        return finding
+
+    monkeypatch.setattr(verdict, "RULES", [rule(level) for level in (GOOD, WARNING, FAULT)])
+    found = judge(None)
+    assert [each.level for each in found] == [FAULT, WARNING, GOOD]
+    assert headline(found)[0] == FAULT
 
 
 def no_rate(monkeypatch, config):
@@ -244,6 +259,37 @@ def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
     monkeypatch.setattr(verdict, "written_out", lambda *_: values)
     found = verdict.another_loss(facts)
     assert seen in found.title.lower() if seen else found is None
+
+
+def test_an_epoch_is_the_mean_of_its_own_steps(sound):
+    facts = read(sound)
+    assert len(facts.epochs) == facts.config.epochs
+    for end in facts.epochs:
+        steps = [row for row in facts.files["metrics"] if row["epoch"] == end["epoch"]]
+        for figure in ("loss", "accuracy"):
+            assert end[figure] == pytest.approx(np.mean([row[figure] for row in steps]))
+
+
+def test_of_many_test_pictures_some_of_each_class_are_shown(sound, monkeypatch):
+    monkeypatch.setattr("minisimclr.report.facts.MOST", 6)
+    facts = read(sound)
+    assert np.bincount(facts.dataset.labels[facts.test_rows]).tolist() == [2, 2, 2]
+
+
+def test_pictures_that_changed_since_the_training_are_left_out(sound, monkeypatch):
+    changed = replace(read(sound).dataset, fingerprint="0" * 64)
+    monkeypatch.setattr("minisimclr.report.facts.open_training_data", lambda *_: changed)
+    facts = read(sound)
+    assert facts.run is facts.dataset is None
+    assert any("has changed since this run" in words for words in facts.missing)
+
+
+def test_a_damaged_checkpoint_is_told(sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    facts = read(tmp_path / "run")
+    assert facts.run and any("trying the one before" in words for words in facts.missing)
 
 
 def test_a_probe_of_an_earlier_step_is_left_out(sound, tmp_path):
