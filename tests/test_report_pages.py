@@ -20,6 +20,7 @@ from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
+from minisimclr.probe import standardize
 from minisimclr.report import charts, panels, walkthrough
 from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
@@ -113,6 +114,10 @@ def test_a_view_is_described_as_it_was_made():
         assert "blur" not in small  # which apply_views leaves sharp
         assert ("blur" in large) == bool(views.sigmas[0, i])
         assert ("mirrored" in small) == views.flips[0, i] and ("grey" in small) == views.greys[0, i]
+        left, top, width, height = views.boxes[0, i]
+        assert f"crop {width:.0f}×{height:.0f} at {left:.0f},{top:.0f}" in small
+        factors = views.factors[0, i]  # brightness, contrast, saturation, hue
+        assert (f"hue {360 * factors[3]:+.0f}°" in small) == (factors != (1, 1, 1, 0)).any()
 
 
 def test_the_report_is_whole_and_self_contained(page):
@@ -234,6 +239,64 @@ def test_charts_take_names_of_any_folder():
     for name in ("柴犬", r"a\q", r"\1", "$x$", '<"&'):
         page = Reader(charts.lines("title", "x", {name: ([0, 1], [1, 2])}))
         assert page.charts == [f"title by x: {name} from 1 to 2"] and page.open == []
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What charts are asked to draw: (arguments, those with names) of each."""
+    asked = []
+    for chart in ("lines", "scatter", "bars"):
+        monkeypatch.setattr(panels, chart, lambda *a, **named: asked.append((a, named)) or "")
+    return asked
+
+
+def test_axes_are_what_they_are_called(run, drawn):
+    facts = report.read(run)
+    panels.training(facts)
+    assert [series[title][0] for (title, _, series), _ in drawn] == [[*range(1, 7)]] * 4
+    drawn.clear()
+    panels.sphere(facts)
+    ((_, x, path), named), _ = drawn
+    last = facts.epochs[-1]
+    assert (x, named["y"]) == ("uniformity", "alignment")
+    assert path["last"] == ([last["uniformity"]], [last["alignment"]])
+    drawn.clear()
+    panels.similarities(facts)
+    shares = [sum(ys) for (_, _, pairs), _ in drawn for _, ys in pairs.values()]
+    assert shares == pytest.approx([1] * 6)
+
+
+def test_the_map_has_the_main_axes(run, drawn):
+    panels.feature_map(facts := report.read(run))
+    groups = drawn[0][0][3].values()
+    x, y = (np.concatenate([points[k] for points in groups]) for k in (0, 1))
+    variances = np.linalg.svd(standardize(facts.test_h[0])[0], compute_uv=False) ** 2
+    np.testing.assert_allclose([(x**2).sum(), (y**2).sum()], variances[:2], rtol=0.02)
+
+
+def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
+    panels.hot_spots(facts := report.read(run))
+    (_, _, unit, groups), named = drawn[-1]
+    peak, band = facts.profile["roofline"].values()
+    x, y = named["roof"]
+    np.testing.assert_allclose(y, np.minimum(peak, band * x) / 1e9)
+    ops = [op for op in facts.profile["ops"] if op["direction"] == "forward" and op["flops"]]
+    rates = [op["flops"] / op["seconds"] / 1e9 for op in ops]
+    assert unit == "GFLOP/s" and groups["forward"][1] == pytest.approx(rates)
+
+
+def test_tiles_and_the_comparison_show_the_figures_they_name(run):
+    facts = report.read(run)
+    facts.files["probe"] |= {"top1": 0.61, "ci95": [0.51, 0.71]}
+    last, tiles = facts.epochs[-1], report.tiles(facts)
+    for value, name in (
+        (f"{last['loss']:.2f}", f"loss (chance {last['chance']:.2f})"),
+        (f"{last['accuracy']:.0%}", "contrastive accuracy"),
+        (f"{last['views/s']:,.0f}", "views per second"),
+        ("61.0%", "probe top-1 (chance 33.3%)"),
+    ):
+        assert f"<div><b>{value}</b><span>{name}</span></div>" in tiles
+    assert "<td>61.0%</td><td>51.0% – 71.0%</td>" in report.compare.results({"a": facts})
 
 
 def harmed(value):
@@ -436,6 +499,13 @@ def test_a_matrix_outlines_partners(monkeypatch):
     assert axes.collections[0].get_offsets().tolist() == [[0, 2], [1, 3], [2, 0], [3, 1]]
 
 
+def test_error_bars_end_where_their_ranges_do(monkeypatch):
+    show = lambda: charts.bars("t", "%", {"a": 40.0, "b": 30.0}, [[35, 50], [30, 30]])  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, show)
+    (errors,) = axes.collections
+    assert [line[:, 0].tolist() for line in errors.get_segments()] == [[35, 50], [30, 30]]
+
+
 @pytest.fixture(scope="module")
 def dataset(pictures):
     return ms.data.open_dataset(pictures, 20)
@@ -487,11 +557,26 @@ def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     np.testing.assert_allclose(ways, downhill * 0.5 / abs(downhill).max(), atol=1e-6)
 
 
+def test_each_view_is_told_its_strongest_forces(step, monkeypatch):
+    tables = []
+    monkeypatch.setattr(walkthrough, "table", lambda *given: tables.append(list(given[-1])) or "")
+    monkeypatch.setattr(walkthrough, "chart", lambda *_: "")
+    walkthrough.forces(step)
+    partners = step.partner, step.force.argmax(axis=1)  # pulled together, pushed apart most
+    for i, (_, *said) in enumerate(tables[0]):
+        pull, push = (step.force[i, j[i]] for j in partners)
+        names = [step.names[j[i]] for j in partners]
+        assert said[:4] == [names[0], -pull, names[1], push]
+
+
 def test_the_walkthrough_page(dataset):
     page = report.build_walkthrough(dataset, 3).decode()
     assert "ln 5 = 1.6094" in page
     check(page)
     assert page == report.build_walkthrough(dataset, 3).decode()
+    other = report.build_walkthrough(dataset, 3, seed=1).decode()
+    numbers = [each.partition('<section id="encoder"')[2] for each in (page, other)]
+    assert numbers[0] != numbers[1] and all(numbers)
     few = replace(dataset, splits=np.where(np.arange(len(dataset.splits)) < 2, 0, 1))
     assert "on 2 pictures of" in report.build_walkthrough(few, 3).decode()
     few.splits[0] = 1
