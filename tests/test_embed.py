@@ -6,17 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import minisimclr as ms
-from minisimclr import doctor, embed
+from minisimclr import baseline, compare, doctor, embed, finetune, report
 from minisimclr.augment import center_view
 from minisimclr.cli import group
+from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.report import facts
@@ -112,6 +116,114 @@ def test_kept_features_are_of_this_network_alone(pictures):
     assert len({features.tobytes() for features in made}) == 3
 
 
+def test_kept_features_are_of_these_pictures_rows_pixels_and_block(pictures):
+    dataset, net, rows = ms.data.open_dataset(pictures, 20), ms.nn.inception_v3(), np.arange(3)
+    negative = replace(dataset, images=255 - dataset.images, fingerprint="other")
+    prep, other = Preprocessing(80, "symmetric"), Preprocessing(80, "imagenet")
+    made = [
+        embed.published(net, pixels, data, block, "cpu", quiet)(some).tobytes()
+        for data, some, pixels, block in (
+            (dataset, rows, prep, "mixed0"),
+            (negative, rows, prep, "mixed0"),
+            (dataset, rows + 1, prep, "mixed0"),
+            (dataset, rows, other, "mixed0"),
+            (dataset, rows, prep, "mixed1"),
+        )
+    ]
+    assert len(set(made)) == len(made)
+
+
+ROW = {"top1": 0.5, "top5": 0.5, "ci95": [0.4, 0.6], "warning": ""}
+FOUND = {"labels": 1, "test": 1, "classes": 2, "controls": {"chance": 0.5}, "rows": {"a": ROW}}
+
+
+@pytest.mark.parametrize("tuned", [(), ("--finetune", "--epochs", 3)])
+def test_options_of_a_probe_arrive_and_only_one_without_them_is_kept(
+    tuned, run, tmp_path, monkeypatch
+):
+    def probe_run(run, dataset, labels, view, notify):
+        asked.append((labels, view))
+        return FOUND
+
+    def finetuned(run, dataset, labels, epochs, view, notify):
+        asked.append((labels, view, epochs))
+        return FOUND
+
+    monkeypatch.setattr(embed, "probe_run", probe_run)
+    monkeypatch.setattr(finetune, "finetune", finetuned)
+    path, asked = shutil.copytree(run.path, tmp_path / "run"), []
+    kept = path / ("finetune.json" if tuned else "probe.json")
+    kept.write_text("{}")
+    for options in (("--labels", 7), ("--view", 18), ("--data", run.config.data)):
+        assert call("probe", path, *tuned, *options).exit_code == 0
+        assert kept.read_text() == "{}"
+    assert call("probe", path, *tuned).exit_code == 0
+    assert json.loads(kept.read_text()) == FOUND
+    given = (7, None), (None, 18), (None, None), (None, None)
+    assert asked == [(*each, *tuned[2:]) for each in given]
+
+
+def test_options_of_a_probe_of_weights_arrive(run, pictures, tmp_path, monkeypatch):
+    def probe_weights(path, dataset, block, labels, device, notify):
+        asked.append((path, dataset.images.shape[1], block, labels, device))
+        return FOUND
+
+    file, asked = tmp_path / "w.safetensors", []
+    ms.weights.save(run.model.encoder, file, Preprocessing(16))
+    monkeypatch.setattr(embed, "probe_weights", probe_weights)
+    options = "--image-size=20", "--block=mixed3", "--labels=7", "--device=cuda:1"
+    assert call("probe", file, "--data", pictures, *options).exit_code == 0
+    assert asked == [(file, 20, "mixed3", 7, "cuda:1")]
+
+
+PREPARING, FEATURES, PENALTY = "preparing data", "features", "choosing the penalty"
+TUNING = "SimCLR, fine-tuned, rate x 1"
+
+
+@pytest.mark.parametrize(
+    "command, shown",
+    [
+        ("data prepare {new}", {PREPARING}),
+        ("embed {run} {new} --out {out}/h.npy", {PREPARING, FEATURES}),
+        ("neighbors {run} {query} --data {new}", {PREPARING, FEATURES}),
+        ("probe {run} --data {new}", {PREPARING, FEATURES, PENALTY}),
+        ("probe {run} --finetune --epochs 1", {TUNING}),
+        ("probe {weights} --data {new}", {PREPARING, FEATURES, PENALTY}),
+        ("baseline --random --trials 1 --epochs 1 --data {new}", {PREPARING, FEATURES, "trials"}),
+        ("walkthrough --data {new} --out {out}/w.html", {PREPARING}),
+        ("report {run} --out {out}/r.html", {FEATURES}),
+        ("profile --steps 1 --batch-size 2 --width 4", {"profiling"}),
+        ("train --data {new} --out {out}/run --width 4 --image-size 16 --batch-size 16"
+         " --time-limit 0", {PREPARING, FEATURES, PENALTY, "training"}),
+        ("compare {run} --data {new} --epochs 1 --out {out}",
+         {PREPARING, FEATURES, PENALTY, TUNING, "label-efficiency curve"}),
+    ],
+)  # fmt: skip
+def test_what_takes_long_is_shown_by_every_command(
+    command, shown, run, pictures, tmp_path, monkeypatch
+):
+    def inception(dataset, file, block, device, notify):
+        notify("progress", {"done": 1, "total": 1, "label": FEATURES})
+        return lambda rows: dataset.images[rows].mean((1, 2)).astype("f4")
+
+    if command.startswith(("report", "walkthrough")):
+        pytest.importorskip("matplotlib")
+    roof, told = {"flops_per_second": 1.0, "bytes_per_second": 1.0}, set()
+    for target, name, value in (
+        (Display, "on_progress", lambda self, done, total, label, item="": told.add(label)),
+        (baseline, "inception", inception),
+        (doctor.profile, "roofline", lambda *_: roof),
+        (finetune, "FACTORS", (1, 2, 4)),
+        (compare, "BUDGETS", (1,)),
+    ):
+        monkeypatch.setattr(target, name, value)
+    ms.weights.save(run.model.encoder, tmp_path / "w.safetensors", Preprocessing(16))
+    places = {"run": run.path, "new": shutil.copytree(pictures, tmp_path / "new"), "out": tmp_path}
+    places |= {"query": pictures / "blob" / "00.png", "weights": tmp_path / "w.safetensors"}
+    assert call(*(word.format(**places) for word in command.split())).exit_code == 0
+    assert shown <= told
+
+
 def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
     pictures, tmp_path, monkeypatch
 ):
@@ -173,6 +285,19 @@ def test_neighbors_finds_the_picture_itself_first(run, pictures, tmp_path):
     assert "check/03.png" in call("neighbors", run.path, query).stdout
 
 
+def test_neighbors_are_of_the_data_that_is_named(run, pictures, tmp_path):
+    shutil.copytree(pictures / "blob", tmp_path / "flat")
+    query, sheet = pictures / "check" / "03.png", tmp_path / "sheet.png"
+    done = call(
+        "neighbors", run.path, query, "--data", tmp_path / "flat", "--sheet", sheet, "--json"
+    )
+    found = json.loads(done.stdout)[str(query)]
+    assert all((tmp_path / "flat" / row["file"]).exists() for row in found)
+    assert {row["class"] for row in found} == {""}  # that of no label, and not the last of some
+    with Image.open(sheet) as image, Image.open(query) as first:
+        np.testing.assert_array_equal(np.asarray(image)[:20, 150:170], np.asarray(first))
+
+
 def test_a_picture_is_not_where_json_goes(run, pictures, tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes((pictures / "check" / "03.png").read_bytes())
@@ -194,6 +319,7 @@ def test_a_run_of_a_gpu_is_used_on_a_cpu(run, pictures, tmp_path):
     assert len(np.load(new)) == len(ms.data.open_dataset(pictures, 20).images)
     query = pictures / "check" / "03.png"
     assert "check/03.png" in call("neighbors", moved, query, "--device", "cpu").stdout
+    assert len(facts.read(moved).test_h[0])
 
 
 def test_epochs_without_finetuning_are_refused(run):
@@ -224,6 +350,29 @@ def test_the_doctor_finds_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     ok, said = doctor.disk()
     assert not ok and f"{tmp_path} cannot be written: name another in XDG_CACHE_HOME" in said
+
+
+def test_the_doctor_finds_a_disk_that_is_almost_full(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "cache_folder", lambda: tmp_path)
+    (tmp_path / "a.h5").write_bytes(bytes(3_000_000))
+    usage = namedtuple("usage", "free")
+    for free, sound in ((900_000_000, False), (1_100_000_000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
+        ok, said = doctor.disk()
+        assert ok == sound and f"1 data sets, 3 MB; {free / 1e9:.1f} GB free" in said
+
+
+def test_the_doctor_misses_what_is_needed(monkeypatch):
+    monkeypatch.setattr(doctor, "NEEDED", ("no-such-library",))
+    ok, said = doctor.versions()
+    assert not ok and "no-such-library is not installed" in said
+
+
+def test_the_doctor_s_rates_are_in_their_units(monkeypatch):
+    rates = {"flops_per_second": 12e9, "bytes_per_second": 3.4e9}
+    monkeypatch.setattr(doctor.profile, "roofline", lambda *_: rates)
+    said = doctor.speed()[1]
+    assert "12 GFLOP/s in matrix products" in said and "3.4 GB/s" in said
 
 
 def test_the_doctor_finds_a_cache_that_is_no_folder(monkeypatch, tmp_path):
@@ -284,6 +433,22 @@ def test_a_report_from_the_command_line(run, tmp_path):
     assert (run.path / "report.html").exists()
     assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
     assert "One step of SimCLR" in out.read_text("utf-8")
+
+
+def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    other = shutil.copytree(run.path, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert call("report", run.path, other).exit_code == 0
+    assert "2 runs compared" in Path("comparison.html").read_text("utf-8")
+
+
+def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "build_walkthrough", lambda _, *given: asked.append(given) or b"")
+    options = "--images", 3, "--seed", 5, "--out", tmp_path / "w.html"
+    assert call("walkthrough", "--data", pictures, *options).exit_code == 0
+    assert asked == [(3, 5)]
 
 
 def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp_path):
