@@ -25,6 +25,8 @@ from minisimclr.cli import REFUSED, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
+from minisimclr.errors import DataError
+from minisimclr.profile import table
 from minisimclr.run import open_run
 
 SMALL = [
@@ -78,13 +80,15 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     assert 0 <= low <= result["top1"] <= high <= 1
 
 
-def test_probe_of_a_run_repeats_the_table(trained):
+def test_probe_of_a_run_repeats_the_table(trained, tmp_path):
     out, done = trained
     again = run("probe", out)
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout
-    values = run("probe", out, "--json")
-    assert json.loads(values.stdout) == json.loads((out / "probe.json").read_text())
+    copy = shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("probe.json"))
+    values = json.loads(run("probe", copy, "--json").stdout)
+    assert values == json.loads((copy / "probe.json").read_text())
+    assert values == json.loads((out / "probe.json").read_text())
 
 
 def test_resume_of_a_finished_run_says_so(trained):
@@ -105,15 +109,15 @@ def test_a_damaged_checkpoint_is_a_line_of_warning(trained, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_ctrl_c_saves_and_says_how_to_go_on(name, code, pictures, tmp_path):
+@pytest.mark.parametrize("sent, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_and_says_how_to_go_on(sent, code, pictures, tmp_path):
     out = tmp_path / "my run"
     command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
-    child.send_signal(signal.Signals[name])
+    child.send_signal(signal.Signals[sent])
     _, said = child.communicate(timeout=60)
     assert child.returncode == code, said
     assert f"minisimclr train --resume '{out}'" in said  # to be copied, blanks and all
@@ -140,6 +144,20 @@ def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
     os.close(mine)
     child.wait(timeout=60)
     assert list((out / "checkpoints").glob("step-*.h5"))
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_may_be_limited(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("minisimclr.cli.train.show_probe", lambda run: None)
+    arguments = ["train", "--data", pictures, "--out", tmp_path / "run", *SMALL]
+    for how in (arguments, ["train", "--resume", tmp_path / "run"]):
+        with pytest.raises(SystemExit) as exit:
+            main([*map(str, how), "--time-limit", "0"])
+        assert not exit.value.code
+    said = capsys.readouterr().err
+    assert "going on from step 1 of 8" in said
+    assert "stopped at step 2 (time limit), state saved" in said
 
 
 def test_help_tells_of_every_command_in_a_line(monkeypatch):
@@ -210,13 +228,14 @@ def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
     assert "72 unlabelled images of photos (2 other files left out); run folder" in done.stderr
 
 
-def test_settings_come_from_flag_environment_file_default_in_this_order(pictures, tmp_path):
+def test_settings_come_from_flag_environment_file_preset_default_in_this_order(pictures, tmp_path):
     toml = tmp_path / "recipe.toml"
     toml.write_text(
         f"\ufeffdata = '{pictures}'\nlr = 0.01\ntemperature = 0.3\nseed = 5\nwidth = 4\n", "utf-8"
     )
     out = tmp_path / "run"
-    flags = f"--out {out} --config {toml} --seed 7 --image-size 16 --time-limit 1s".split()
+    flags = f"--out {out} --config {toml} --seed 7 --image-size 16 --time-limit 0".split()
+    flags += ["--preset", "dogs-cpu"]
     environment = {
         "MINISIMCLR_TEMPERATURE": "0.4",
         "MINISIMCLR_SEED": "6",
@@ -228,7 +247,9 @@ def test_settings_come_from_flag_environment_file_default_in_this_order(pictures
     assert settings["seed"] == {"value": 7, "origin": "flag"}
     assert settings["temperature"] == {"value": 0.4, "origin": "environment"}
     assert settings["lr"] == {"value": 0.01, "origin": str(toml)}
-    assert settings["epochs"]["origin"] == "default"
+    assert settings["epochs"] == {"value": 40, "origin": "preset dogs-cpu"}
+    assert settings["width"] == {"value": 4, "origin": str(toml)}
+    assert settings["weight_decay"]["origin"] == "default"
 
 
 def test_a_bad_value_in_the_environment_is_named():
@@ -411,6 +432,15 @@ def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, monkeypatch):
     assert sys.stderr.getvalue() == ("" if label == "features" else "trials: 2 done\n")
 
 
+def test_a_bar_ends_with_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    with pytest.raises(DataError), Display() as display:
+        display.on_progress(1, 2, "features")
+        raise DataError("what is said next needs a line of its own")
+    assert sys.stderr.getvalue().endswith("\n")
+
+
 def test_divergence_is_said_once(pictures, tmp_path):
     out, settings = tmp_path / "run", [*SMALL[:-1], "2"]
     done = run("train", "--data", pictures, "--out", out, *settings, "--lr", 1e12)
@@ -485,7 +515,9 @@ def test_help_of_every_command():
 
 
 def test_presets_are_valid_recipes():
-    for path in Path(minisimclr.__file__).parent.glob("presets/*.toml"):
+    presets = sorted(Path(minisimclr.__file__).parent.glob("presets/*.toml"))
+    assert [path.stem for path in presets] == ["dogs-cpu", "dogs-gpu"]
+    for path in presets:
         TrainConfig(**tomllib.loads(path.read_text()))
 
 
@@ -510,6 +542,25 @@ def test_where_json_cannot_go_is_said_before_any_work(tmp_path):
     fails(
         4, "cannot write to", "probe", tmp_path / "no run", "--json", tmp_path / "file" / "a.json"
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "embed {run} --out {file}/h.npy",
+        "compare {run} --out {file}",
+        "report {run} --out {file}/r.html",
+        "walkthrough --out {file}/w.html",
+    ],
+)
+def test_where_output_cannot_go_is_said_before_any_work(command, trained, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("embed.opened", "report.build_report", "data.open_dataset"):
+        monkeypatch.setattr(f"minisimclr.{name}", Mock(side_effect=AssertionError))
+    words = command.split()
+    with pytest.raises(SystemExit) as exit:
+        main([word.format(run=trained[0], file=tmp_path / "file") for word in words])
+    assert exit.value.code == 4
 
 
 def test_profile_of_nothing_is_refused(tmp_path):
@@ -559,6 +610,20 @@ def test_profile(tmp_path):
     assert sum(e["dur"] for e in events) == pytest.approx(spent)
     for before, after in pairwise(events):
         assert before["ts"] + before["dur"] <= after["ts"]
+
+
+def test_the_table_of_the_profile_has_the_units_it_names():
+    op = {"name": "Linear", "direction": "forward", "calls": 2, "seconds": 0.5}
+    op |= {"flops": 4e9, "bytes": 2e8}
+    ops = [op, op | {"direction": "backward", "seconds": 1.5}]
+    result = {"ops": ops, "roofline": {"flops_per_second": 16e9, "bytes_per_second": 1e9}}
+    result |= {"step_seconds": 0.25, "views_per_second": 512.0, "peak_bytes": 3e8}
+    head, line, _, last = table(result | {"device": "cpu", "threads": 2}).splitlines()
+    names = "calls ms share GFLOP MB GF/s GB/s of roof"
+    figures = "2 500.00 25.0% 4.00 200.0 8.0 0.4 50%"
+    assert re.sub(" +", " ", head).endswith(names) and line.split()[2:] == figures.split()
+    for figure in ("250.0 ms", "512 views/s", "300 MB on cpu", "16 GF/s", "1.0 GB/s"):
+        assert figure in last
 
 
 def test_profile_has_the_network_that_is_trained():
