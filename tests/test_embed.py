@@ -183,19 +183,19 @@ TUNING = "SimCLR, fine-tuned, rate x 1"
 @pytest.mark.parametrize(
     "command, shown",
     [
-        ("data prepare {new}", {PREPARING}),
-        ("embed {run} {new} --out {out}/h.npy", {PREPARING, FEATURES}),
-        ("neighbors {run} {query} --data {new}", {PREPARING, FEATURES}),
-        ("probe {run} --data {new}", {PREPARING, FEATURES, PENALTY}),
-        ("probe {run} --finetune --epochs 1", {TUNING}),
-        ("probe {weights} --data {new}", {PREPARING, FEATURES, PENALTY}),
-        ("baseline --random --trials 1 --epochs 1 --data {new}", {PREPARING, FEATURES, "trials"}),
-        ("walkthrough --data {new} --out {out}/w.html", {PREPARING}),
-        ("report {run} --out {out}/r.html", {FEATURES}),
+        ("data prepare {data}", {PREPARING}),
+        ("embed {run} {data} --out {out}/h.npy", {PREPARING, FEATURES}),
+        ("neighbors {run} {query} --data {data}", {PREPARING, FEATURES}),
+        ("probe {run} --data {data}", {PREPARING, FEATURES, PENALTY}),
+        ("probe {run} --finetune --epochs 1", {PREPARING, TUNING}),
+        ("probe {weights} --data {data}", {PREPARING, FEATURES, PENALTY}),
+        ("baseline --random --trials 1 --epochs 1 --data {data}", {PREPARING, FEATURES, "trials"}),
+        ("walkthrough --data {data} --out {out}/w.html", {PREPARING}),
+        ("report {run} --out {out}/r.html", {PREPARING, FEATURES}),
         ("profile --steps 1 --batch-size 2 --width 4", {"profiling"}),
-        ("train --data {new} --out {out}/run --width 4 --image-size 16 --batch-size 16"
+        ("train --data {data} --out {out}/run --width 4 --image-size 16 --batch-size 16"
          " --time-limit 0", {PREPARING, FEATURES, PENALTY, "training"}),
-        ("compare {run} --data {new} --epochs 1 --out {out}",
+        ("compare {run} --data {data} --epochs 1 --out {out}",
          {PREPARING, FEATURES, PENALTY, TUNING, "label-efficiency curve"}),
     ],
 )  # fmt: skip
@@ -217,8 +217,9 @@ def test_what_takes_long_is_shown_by_every_command(
         (compare, "BUDGETS", (1,)),
     ):
         monkeypatch.setattr(target, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is made yet
     ms.weights.save(run.model.encoder, tmp_path / "w.safetensors", Preprocessing(16))
-    places = {"run": run.path, "new": shutil.copytree(pictures, tmp_path / "new"), "out": tmp_path}
+    places = {"run": run.path, "data": pictures, "out": tmp_path}
     places |= {"query": pictures / "blob" / "00.png", "weights": tmp_path / "w.safetensors"}
     assert call(*(word.format(**places) for word in command.split())).exit_code == 0
     assert shown <= told
