@@ -160,6 +160,17 @@ def test_a_resumed_run_says_where_it_goes_on_and_may_be_limited(
     assert "stopped at step 2 (time limit), state saved" in said
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no full device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_figures_that_find_no_room_are_no_success(unbuffered, pictures):
+    run("data", "prepare", pictures)
+    how = {"stderr": subprocess.PIPE, "text": True}
+    how["env"] = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command_line("data", "info", pictures, "--json"), stdout=full, **how)
+    assert done.returncode == 4 and done.stderr == "error: output: No space left on device\n"
+
+
 def test_help_tells_of_every_command_in_a_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for group in ((), ("data",), ("weights",)):

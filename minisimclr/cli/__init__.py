@@ -111,7 +111,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
         case click.ClickException():
             text, code = error.format_message(), error.exit_code
         case BrokenPipeError():  # the reader, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            close_output()
             return 0
         case MinisimclrError():
             code = error.exit_code
@@ -119,6 +119,15 @@ def explain(error: Exception | str, code: int = 1) -> int:
             advice = "lower --batch-size, --image-size, --view or --width"
             text, code = f"out of memory: {advice} ({error})", 2
         case OSError():
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python would fail with it once more, at exit
+                close_output()
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     click.echo(f"error: {' '.join(text.split())}", err=True)
     return code
+
+
+def close_output() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
