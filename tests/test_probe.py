@@ -236,6 +236,7 @@ def test_other_bad_input():
     for calls in (
         lambda y: tight().fit(X, y),
         lambda y: tight().fit(X, np.arange(len(X)) % 3).score(X, y),
+        lambda y: measure(X, y, X, np.arange(len(X))),
         lambda y: knn_score(X, y, X, np.arange(len(X))),
         lambda y: knn_score(X, np.arange(len(X)), X, y),
         lambda y: scores(np.tile(np.arange(5), (len(X), 1)), y),

@@ -111,6 +111,7 @@ def measure(
     X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0, notify: Notify | None = None
 ) -> dict[str, Any]:
     """Choose C, fit again to all of X (N, D), test once: top1, top5, ci95, knn, C, warning."""
+    y = labels_of(X, y)
     C, warning = select_c(X, y, seed=seed, notify=notify)
     fit_X, rest_X = standardize(X, test_X)
     model = LogisticRegression(C).fit(fit_X, y)
