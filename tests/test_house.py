@@ -129,15 +129,15 @@ def test_budget():
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
     assert kernels <= 1218
-    assert count.pop("weights", 0) <= 459
+    assert count.pop("weights", 0) <= 467
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
-    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1046
-    assert sum(count.get(room, 0) for room in TEACHES) <= 1720, count
+    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1048
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1721, count
     assert count.pop("data") <= 1197  # every fault of archives, pictures, caches, downloads
-    assert count.pop("cli") <= 797
+    assert count.pop("cli") <= 799
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 640
-    assert sum(count.values()) <= 3024, count
+    assert sum(count.values()) <= 3025, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

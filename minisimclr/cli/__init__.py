@@ -58,8 +58,10 @@ def group() -> None:
 
 
 # What Python says where the system refuses something, and what to do.
-REFUSED = {"Could not determine home directory.": "set HOME or XDG_CACHE_HOME"}
-REFUSED |= {"can't start new thread": "allow more processes (ulimit -u)"}
+REFUSED = {
+    "Could not determine home directory.": "set HOME or XDG_CACHE_HOME",
+    "can't start new thread": "allow more processes (ulimit -u)",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,8 +19,10 @@ from .module import Module
 AVERAGE, MAX = "average", "max"  # 3x3 pools, of stride 1 and 2
 ROW, COLUMN = (1, 7), (7, 1)
 
-STEM = [("Conv2d_1a_3x3", 32, 3, 2), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), MAX]
-STEM += [("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), MAX]  # (N, 35, 35, 192)
+STEM = [
+    ("Conv2d_1a_3x3", 32, 3, 2), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), MAX,
+    ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), MAX,
+]  # fmt: skip
 
 
 def chain(name: str, *convolutions: tuple) -> list:

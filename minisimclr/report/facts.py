@@ -38,8 +38,10 @@ LOGS = {
     ),
     "timings": dict.fromkeys(("step", "seconds", "data_wait", "views_per_second"), float),
 }
-END = {"alignment": float, "uniformity": float, "effective_rank": float}
-END |= {"positives": (float,) * 20, "negatives": (float,) * 20}  # type: ignore[dict-item]
+END: dict[str, Any] = {
+    "alignment": float, "uniformity": float, "effective_rank": float,
+    "positives": (float,) * 20, "negatives": (float,) * 20,
+}  # fmt: skip
 FOUND = {"top1": float, "top5": float, "ci95": (float, float), "knn": float, "C": float}
 PROBE = FOUND | {
     "controls": {"chance": float}, "rows": {None: FOUND | {"warning": str}}, "labels": float,

@@ -15,9 +15,11 @@ import numpy as np
 from ..files import write_bytes
 from .stored import Spec, Stored, checked, decode
 
-DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-DTYPES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "C64": "complex64"}
-DTYPES |= {"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+DTYPES = {
+    "BOOL": "bool", "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "C64": "complex64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
 
 
 def read(path: Path) -> Stored:

@@ -19,8 +19,10 @@ from ..errors import DataError
 NAME_LIMIT = 1000  # characters; one long piece shared by many names would fill the memory
 
 # What libraries raise, or warn of, on damaged input.
-DAMAGE: tuple = (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, OSError)
-DAMAGE += (EOFError, Warning, zipfile.BadZipFile)
+DAMAGE: tuple = (
+    ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, OSError, EOFError, Warning,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class Spec(NamedTuple):

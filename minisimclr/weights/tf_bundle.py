@@ -23,7 +23,8 @@ def read(path: Path) -> Stored:
     """Raises ValueError, LookupError or TypeError for what is not an index of whole tensors."""
     index = path.read_bytes()
     footer = BytesIO(index[-48:])
-    varint(footer), varint(footer)  # a block that TensorFlow leaves empty
+    for _ in ("offset", "size"):  # of a block that TensorFlow leaves empty
+        varint(footer)
     entries: dict[str, dict[int, Any]] = {}
     for _, place in block(index, footer):
         for key, value in block(index, BytesIO(place)):

@@ -17,8 +17,10 @@ import numpy as np
 
 from .stored import NAME_LIMIT, Spec, Stored, checked, decode
 
-DTYPES = {"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"}
-DTYPES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
+DTYPES = {
+    "Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64",
+    "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+}  # fmt: skip
 CONVERT = "{}; convert it: python -c \"import torch; torch.save({}, 'NEW.pth')\""
 
 Name = namedtuple("Name", "text")  # of a class or function, "module name"; never looked up
@@ -26,9 +28,10 @@ Storage = namedtuple("Storage", "dtype key")
 Tensor = namedtuple("Tensor", "storage offset shape strides")  # counted in numbers, not bytes
 
 # How many values an instruction takes from the stack; None: all since the last mark.
-TAKES: dict[str, int | None] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 1}
-TAKES |= {"APPEND": 1, "SETITEM": 2, "BINPERSID": 1, "STOP": 1}
-TAKES |= {"TUPLE": None, "APPENDS": None, "SETITEMS": None}
+TAKES: dict[str, int | None] = {
+    "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 1, "APPEND": 1, "SETITEM": 2,
+    "BINPERSID": 1, "STOP": 1, "TUPLE": None, "APPENDS": None, "SETITEMS": None,
+}  # fmt: skip
 
 
 def read(path: Path) -> Stored:
