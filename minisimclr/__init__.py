@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "data", "pretrain", "probe", "simclr", "train", "weights"]
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -177,10 +177,11 @@ def separable(x: Array, rows: Array, columns: Array) -> Array:
 
 
 def xp_of_views(x: Array):
-    """xp_of(x). Raises TypeError unless x holds floats, as views do, whose values are in [0, 1]."""
-    if x.dtype.kind != "f":
+    """xp_of(x). Raises TypeError if x holds bytes, as pictures do: a view has floats in [0, 1]."""
+    xp = xp_of(x)
+    if x.dtype.kind in "biu":
         raise TypeError(f"views hold floats in [0, 1], not {x.dtype}: center_view makes them")
-    return xp_of(x)
+    return xp
 
 
 def colour_jitter(x: Array, factors: np.ndarray, orders: np.ndarray) -> Array:

@@ -27,7 +27,7 @@ def xp_of(array: Array) -> Any:
     """The library (numpy or cupy) that `array` belongs to. Raises TypeError for anything else."""
     if isinstance(array, (np.ndarray, np.generic)):
         return np
-    if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
+    if isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
         return cupy()
     raise TypeError(f"this takes arrays (np.asarray, Tensor.data), not a {type(array).__name__}")
 

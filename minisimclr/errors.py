@@ -40,5 +40,8 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended training, and its state is saved; `run` is the Run, as `pretrain` returns."""
 
     def __init__(self, run: Any):
-        super().__init__(f"{run.stopped}: saved at step {run.step} of {run.path}")
+        super().__init__(run)
         self.run = run
+
+    def __str__(self) -> str:
+        return f"{self.run.stopped}: saved at step {self.run.step} of {self.run.path}"

@@ -61,9 +61,11 @@ class SGD:
     ):  # fmt: skip
         self.parameters: dict[str, Parameter] = {}
         for pair in named_parameters:
-            if not (isinstance(pair, tuple) and isinstance(pair[-1], Parameter)):
-                raise TypeError("an optimizer takes what named_parameters() gives: name, Parameter")
-            name, p = pair
+            match pair:
+                case (str(name), Parameter() as p):
+                    pass
+                case _:
+                    raise TypeError("an optimizer takes named_parameters(): of name and Parameter")
             if name in self.parameters:
                 raise ValueError(f"two parameters are called {name!r}: put a prefix before names")
             self.parameters[name] = p

@@ -222,8 +222,8 @@ def log_line(log: Any, values: dict[str, Any]) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[dict[str, str]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (a terminal that closes) into a note for the loop; a
-    second one acts at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a terminal that closes) into a note for the loop. A
+    second one acts at once, but for SIGHUP, which shells send twice.
     """
     note: dict[str, str] = {}
     if threading.current_thread() is not threading.main_thread():
@@ -238,7 +238,8 @@ def stop_signals() -> Iterator[dict[str, str]]:
         with suppress(OSError):  # there may be no one to read it
             os.write(2, STOPPING)  # print could interrupt itself in a handler
         for s, handler in before.items():
-            signal.signal(s, handler)
+            if signal.Signals(s).name != "SIGHUP":
+                signal.signal(s, handler)
 
     for s in before:
         signal.signal(s, handle)

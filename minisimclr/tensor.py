@@ -92,8 +92,6 @@ class Tensor:
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
 
-    __array_function__ = __array__
-
     def __isub__(self, other: Any) -> Any:
         """TypeError for a leaf, which a Tensor would replace; else Python goes on with `-`."""
         if self.requires_grad and self.creator is None:

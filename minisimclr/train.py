@@ -58,7 +58,7 @@ def pretrain(
     stored with it. time_limit: seconds after which to save and stop; it never changes the schedule.
     notify: called with ("prepare" | "start" | "step" | "epoch" | "warning", values); `quiet`
     ignores them. Raises ConfigError, DataError, OutputError, DivergedError if the loss stops being
-    a number, and Interrupted once the state is saved after Ctrl-C.
+    a number, and Interrupted once the state is saved after SIGINT (Ctrl-C), SIGTERM or SIGHUP.
     """
     path = Run.path_for(out and Path(out), config)  # fail before long work, not after it
     set_threads(config.threads)
@@ -221,6 +221,7 @@ def train(
                     found = means["mean_accuracy"], 1 / (2 * n - 1)
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance, *found)})
                     warned = True
+        run.stopped = stop.get("signal", run.stopped)  # perhaps while the last step was saved
 
 
 def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:

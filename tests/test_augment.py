@@ -191,6 +191,8 @@ def test_colours_of_bytes_are_refused():
     ):
         with pytest.raises(TypeError, match=r"floats in \[0, 1\], not uint8"):
             change(images)
+        with pytest.raises(TypeError, match="takes arrays"):
+            change(images.tolist())
         assert change(images / np.float32(255)).max() > 0
 
 

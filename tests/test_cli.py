@@ -108,12 +108,16 @@ def test_a_damaged_checkpoint_is_a_line_of_warning(trained, tmp_path):
     assert done.stderr.splitlines() == [f"warning: {said}"]
 
 
+def unlike_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
 @pytest.mark.parametrize("sent, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_saves_and_says_how_to_go_on(sent, code, pictures, tmp_path):
     out = tmp_path / "my run"
     command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=unlike_nohup)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
@@ -131,18 +135,21 @@ def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
     import pty
     import termios
 
+    def begin():
+        unlike_nohup()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     mine, theirs = pty.openpty()
     out = tmp_path / "run"
     child = subprocess.Popen(
         command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000),
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=begin,
     )  # fmt: skip
     os.close(theirs)
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         os.read(mine, 1 << 16)
     os.close(mine)
-    child.wait(timeout=60)
+    assert child.wait(timeout=60) == 129
     assert list((out / "checkpoints").glob("step-*.h5"))
 
 

@@ -132,12 +132,12 @@ def test_budget():
     assert count.pop("weights", 0) <= 467
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1048
-    assert sum(count.get(room, 0) for room in TEACHES) <= 1721, count
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1726, count
     assert count.pop("data") <= 1197  # every fault of archives, pictures, caches, downloads
-    assert count.pop("cli") <= 799
+    assert count.pop("cli") <= 809
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 640
-    assert sum(count.values()) <= 3025, count
+    assert sum(count.values()) <= 3034, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -149,6 +149,7 @@ def test_files_stay_short(path):
 
 def test_what_is_public_is_shown():
     assert set(minisimclr.__all__) <= set(dir(minisimclr))
+    assert len(set(dir(minisimclr))) == len(dir(minisimclr))
 
 
 def test_heavy_libraries_wait():

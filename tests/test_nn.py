@@ -316,7 +316,7 @@ def test_modules_that_nobody_would_find_are_refused():
     for ask in (net.state_dict, net.eval, lambda: list(net.named_parameters())):
         with pytest.raises(TypeError, match="modules in a list are not found: make layers a Seq"):
             ask()
-    net.layers = ms.nn.Sequential(layer)
+    net.first = layer  # found there
     assert len(net.state_dict()) == 2
     with pytest.raises(NotImplementedError, match="Module has no forward"):
         net(Tensor(np.ones((2, 3))))

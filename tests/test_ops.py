@@ -73,6 +73,9 @@ def test_fold_is_the_transpose_of_unfold(image, kernel, stride, padding):
     patches = unfold(x, kernel, stride, padding, size)
     u = randn(*patches.shape, seed=1)
     folded = fold(u, np.empty_like(x), kernel, stride, padding, size)
+    fold(u[:0], np.empty_like(x[:0]), kernel, stride, padding, size)  # of no image
+    with pytest.raises(ValueError, match="cannot reshape"):
+        fold(u[:, :-1], np.empty_like(x), kernel, stride, padding, size)
     np.testing.assert_allclose((patches * u).sum(), (x * folded).sum(), rtol=1e-10, atol=1e-10)
 
 

@@ -76,9 +76,11 @@ def test_parameters_of_one_name_are_refused():
 def test_what_is_no_named_parameter_is_refused():
     weight, bias = Parameter(np.ones((2, 5))), Parameter(np.ones(2))
     wide = Parameter(np.ones((3, 2)))  # whose rows would unpack, as a pair's would
-    for named in ([weight, bias], [wide], [("w", weight.data)], [("w", Tensor(np.ones(2), True))]):
+    pairs = [("w", weight.data), ("w", Tensor(np.ones(2), True)), (None, bias), ()]
+    for named in ([weight, bias], [wide], *([pair] for pair in pairs)):
         with pytest.raises(TypeError, match=r"named_parameters\(\)"):
             SGD(named, lr=0.1)
+    assert SGD([["w", bias]], lr=0.1).parameters == {"w": bias}
     with pytest.raises(ValueError, match="no parameters to move"):
         SGD(iter([]), lr=0.1)
 

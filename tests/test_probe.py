@@ -250,8 +250,9 @@ def test_other_bad_input():
         lambda: measure(X, y, X, names),
         lambda: tight().fit(X, names).score(X, y),
     ):
-        with pytest.raises(DataError, match="no label is one of those learned"):
+        with pytest.raises(DataError, match=r"labels are .*, but those learned are"):
             call()
+    assert tight().fit(X[y < 2], y[y < 2]).score(X[y == 2], y[y == 2]) == 0.0
     with pytest.raises(DataError, match="empty"):
         tight().fit(X[:0], y[:0])
     for C in (-1, np.inf, np.nan):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from minisimclr.data import Dataset, Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
 from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity, unit
-from minisimclr.run import log_line, new_run, open_run, read_config, stop_signals
+from minisimclr.run import Run, log_line, new_run, open_run, read_config, stop_signals
 from minisimclr.simclr import chance_loss, training_step
 from minisimclr.train import (
     Plan,
@@ -290,6 +291,30 @@ def test_a_second_signal_acts_at_once():
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="has no such signal")
+def test_a_terminal_may_close_twice():
+    """Shells send the signal twice, at nearly the same time."""
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    with stop_signals() as note:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert note == {"signal": "SIGHUP"}
+    assert signal.signal(signal.SIGHUP, before) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_ctrl_c_while_the_last_state_is_saved_is_no_less(limit, config, tmp_path, monkeypatch):
+    def save(run):
+        once(run)
+        signal.raise_signal(signal.SIGTERM)
+
+    once = Run.save
+    monkeypatch.setattr(Run, "save", save)
+    with pytest.raises(Interrupted) as raised:
+        pretrain(replace(config, epochs=1), tmp_path / "run", time_limit=limit, notify=quiet)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # between processes
 
 
 def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):

@@ -7,6 +7,7 @@ written; 5 diverged; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 import os
 import sys
 import warnings
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -126,7 +127,8 @@ def explain(error: Exception | str, code: int = 1) -> int:
             except OSError:  # Python would fail with it once more, at exit
                 close_output()
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
-    click.echo(f"error: {' '.join(text.split())}", err=True)
+    with suppress(OSError):  # there may be no one to read it
+        click.echo(f"error: {' '.join(text.split())}", err=True)
     return code
 
 

@@ -3,12 +3,24 @@
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 # What is of no interest once it is done.
 PASSING = ("preparing data", "features", "choosing the penalty", "profiling")
+
+
+@contextmanager
+def unless_gone() -> Iterator[None]:
+    """Within the block, it is no error if the terminal is gone: training still has to be saved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 class Display:
@@ -24,7 +36,8 @@ class Display:
     def __exit__(self, *exception: Any) -> None:
         if isinstance(exception[1], BrokenPipeError):  # nobody listens: work was cut short
             raise click.exceptions.Exit(1) from exception[1]
-        self.close_bar()
+        with unless_gone():
+            self.close_bar()
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -64,11 +77,8 @@ class Display:
                 click.echo("\033[A\033[K", err=True, nl=False)
 
     def notify(self, event: str, values: dict[str, Any]) -> None:
-        try:
+        with unless_gone():
             getattr(self, f"on_{event}")(**values)
-        except OSError as error:
-            if error.errno != errno.EIO:  # the terminal is gone: SIGHUP comes, training saves
-                raise
 
     def on_prepare(self, done: int, total: int) -> None:
         self.on_progress(done, total, "preparing data")

@@ -87,7 +87,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     To show it, a linear probe scores its features, beside controls that have learned nothing.
     """
     from .. import train as training
-    from .display import Display
+    from .display import Display, unless_gone
 
     came = given(ctx)
     device = ctx.params["device"] if came.pop("device", None) else None
@@ -112,7 +112,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     path = list2cmdline([run.path]) if os.name == "nt" else shlex.quote(str(run.path))
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
-        click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)
+        with unless_gone():
+            click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)
     if run.stopped.startswith("SIG"):
         return 128 + signal.Signals[run.stopped]
     try:

@@ -32,11 +32,13 @@ class Module:
         return self.forward(x, *others, **named)
 
     def children(self) -> Iterator[tuple[str, Module]]:
+        found = {id(value) for value in vars(self).values()}
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, (list, tuple)) and any(isinstance(v, Module) for v in value):
-                raise TypeError(f"modules in a list are not found: make {name} a Sequential")
+            for each in value if isinstance(value, (list, tuple)) else ():
+                if isinstance(each, Module) and id(each) not in found:
+                    raise TypeError(f"modules in a list are not found: make {name} a Sequential")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(what their names begin with, module): this one and all below, in definition order."""

@@ -49,7 +49,7 @@ def sum_windows(
     """
     (n, h, w, c), ((top, bottom), (left, right)) = x_shape, padding
     gx = xp_of(gy).zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
-    for window, part in zip(windows(gx, kernel, stride, gy.shape[1:3]), parts, strict=False):
+    for window, part in zip(windows(gx, kernel, stride, gy.shape[1:3]), parts, strict=True):
         window += part
     return gx[:, top : top + h, left : left + w]
 
@@ -72,7 +72,8 @@ def unfold(x: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair) -> A
 @singledispatch
 def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, size: Pair):
     """The transpose of `unfold`: each pixel of `out` (N, H, W, C) sums its copies in patches."""
-    patches = patches.reshape(len(out), *size, -1, out.shape[3])  # (N, OH, OW, KH*KW, C)
+    # (N, OH, OW, KH*KW, C)
+    patches = patches.reshape(len(out), *size, kernel[0] * kernel[1], out.shape[3])
     parts, (ph, pw) = patches.transpose(3, 0, 1, 2, 4), padding
     out[...] = sum_windows(parts, patches, out.shape, kernel, stride, ((ph, ph), (pw, pw)))
     return out

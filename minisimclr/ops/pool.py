@@ -77,7 +77,8 @@ class AveragePool(Pool):
         return sum(windows(xp.pad(x, around), kernel, stride, size)) / self.count
 
     def backward(self, gy):
-        return sum_windows(repeat(gy / self.count), gy, self.shapes[0], *self.geometry)
+        parts = repeat(gy / self.count, prod(self.geometry[0]))
+        return sum_windows(parts, gy, self.shapes[0], *self.geometry)
 
 
 def max_pool(

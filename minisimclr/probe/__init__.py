@@ -122,7 +122,7 @@ def measure(
 
 def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """top1, top5 and ci95 of classes ranked (N, K), the likeliest first; y (N,) is right."""
-    right = ranked[:, :5] == labels_of(ranked, y, ranked[0])[:, None]  # (N, 5)
+    right = ranked[:, :5] == labels_of(ranked, y, ranked)[:, None]  # (N, 5)
     top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
     return {"top1": top1, "top5": top5, "ci95": wilson_interval(top1, len(y))}
 
