@@ -32,12 +32,12 @@ class Module:
         return self.forward(x, *others, **named)
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        found = {id(value) for value in vars(self).values()}
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            for each in value if isinstance(value, (list, tuple)) else ():
-                if isinstance(each, Module) and id(each) not in found:
+            elif isinstance(value, (list, tuple)):
+                modules = (id(each) for each in value if isinstance(each, Module))
+                if any(each not in map(id, vars(self).values()) for each in modules):
                     raise TypeError(f"modules in a list are not found: make {name} a Sequential")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:

@@ -180,6 +180,6 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     if x.shape[3] != weight.shape[2] or min(size) < 1:
         fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
         raise ValueError(f"conv2d: {fit}")
-    made_by = getattr(x, "creator", None)
+    made_by = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes
     source = made_by if hasattr(made_by, "recompute") else None
     return Conv2d(stride, padding, source)(x, weight)

@@ -112,7 +112,7 @@ class BatchNorm(Function):
 
     In training the statistics are those of x, kept in self.mean and self.variance (biased);
     otherwise they are the given constants. Saved: x, the convolution's output, rather than x^; and
-    y, if `recompute` could not recompute it, or not cheaply.
+    y, where `recompute` cannot make it again, or not cheaply.
     """
 
     def __init__(self, relu: bool, eps: float, mean: Array = None, variance: Array = None):

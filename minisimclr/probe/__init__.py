@@ -96,12 +96,12 @@ def select_c(
     return best_of("C", grid, right)
 
 
-def best_of(name: str, tried: Sequence[float], scores: Any) -> tuple[float, str]:
-    """The one of those `tried`, in order, with the best of the scores: among equals the middle one.
+def best_of(name: str, tried: Sequence[float], reached: Any) -> tuple[float, str]:
+    """The one of those `tried`, in order, that reached most: among equals the middle one.
 
     Also returns a warning if it is the first or the last, or "".
     """
-    equals = np.flatnonzero(np.asarray(scores) == max(scores))
+    equals = np.flatnonzero(np.asarray(reached) == max(reached))
     best = tried[equals[len(equals) // 2]]
     edge = f"the best {name}, {best:g}, is at the edge of those tried: a better one may lie beyond"
     return best, edge if best in (tried[0], tried[-1]) else ""
