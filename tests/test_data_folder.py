@@ -192,14 +192,14 @@ def test_classes_inside_another_folder_are_pointed_out(tmp_path):
 
 
 def test_what_does_not_count(tmp_path, capsys):
-    for name in ("a/1.jpg", "a/2.webp", "b/3.jpeg", ".hidden/4.png", "b/.5.png", "b/.c/6.png"):
+    for name in ("a/1.jpg", "a/2.webp", "b/3.TIF", ".hidden/4.png", "b/.5.png", "b/.c/6.png"):
         save(tmp_path / name)
     (tmp_path / "README.txt").write_text("hello")
     (tmp_path / "a/labels.csv").write_text("hello")
     link(tmp_path / "c", tmp_path / "a")
     link(tmp_path / "a/loop", tmp_path)
     dataset = open_dataset(tmp_path, 16)
-    assert dataset.file_names == ("a/1.jpg", "a/2.webp", "b/3.jpeg", "c/1.jpg", "c/2.webp")
+    assert dataset.file_names == ("a/1.jpg", "a/2.webp", "b/3.TIF", "c/1.jpg", "c/2.webp")
     assert dataset.notes == {"ignored_files": 3}  # README and twice labels.csv
 
 

@@ -55,6 +55,7 @@ def palette(**options) -> bytes:
     return encode(image, **options)
 
 
+DEEP = RAMP.astype(np.uint16) * 256 + 77
 WHITE_LEFT = grey(np.where(np.arange(24) < 12, 255, RAMP).astype(np.uint8))
 COLOUR = np.broadcast_to(np.array([200, 100, 50], np.uint8), (24, 24, 3))
 WHITE = np.full((24, 24, 3), 255, np.uint8)
@@ -62,7 +63,10 @@ MODES = {
     "RGB": (encode(Image.fromarray(grey(RAMP))), grey(RAMP)),
     "grey": (encode(Image.fromarray(RAMP)), grey(RAMP)),
     "bilevel": (encode(Image.new("1", (24, 24), 1)), WHITE),
-    "grey, 16 bit": (encode(Image.fromarray(RAMP.astype(np.uint16) * 256 + 77)), grey(RAMP)),
+    "grey, 16 bit": (encode(Image.fromarray(DEEP)), grey(RAMP)),
+    "grey, 16 bit, PGM": (b"P5 24 24 65535\n" + DEEP.astype(">u2").tobytes(), grey(RAMP)),
+    "grey, 16 bit, TIFF": (encode(Image.fromarray(DEEP), "TIFF"), grey(RAMP)),
+    "BMP": (encode(Image.fromarray(grey(RAMP)), "BMP"), grey(RAMP)),
     "alpha": (encode(half_transparent()), WHITE_LEFT),
     "alpha, WebP": (encode(half_transparent(), "WEBP", lossless=True), WHITE_LEFT),
     "grey and alpha": (encode(half_transparent().convert("LA")), WHITE_LEFT),
@@ -85,7 +89,7 @@ def test_modes(mode):
     )
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright(orientation, kind):
     """A picture stored turned or mirrored, with the tag that says so, comes out as it was."""
@@ -104,7 +108,7 @@ def test_upright(orientation, kind):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {} if kind == "PNG" else {"quality": 95}
+    options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     content = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
     for size in (12, 48):  # with and without a JPEG draft
         corner = size // 4
@@ -167,7 +171,8 @@ BAD = {
     "truncated by half": (NOISE[: len(NOISE) // 2], "truncated"),
     "truncated by a little": (NOISE[:-40], "truncated"),
     "GIF": (encode(Image.new("L", (24, 24)), "GIF"), "cannot be decoded"),
-    "BMP": (encode(Image.new("L", (24, 24)), "BMP"), "cannot be decoded"),
+    "32 bits": (encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32 bits"),
+    "floats": (encode(Image.fromarray(RAMP / np.float32(255)), "TIFF"), "32 bits"),
     "1 x 1": (encode(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     "sliver": (encode(Image.new("RGB", (2000, 30)), "JPEG"), "neither 20 times"),
     "0 x 0": (png_header(0, 0), "0 x 0|cannot be decoded"),
@@ -187,7 +192,8 @@ def test_bad_pictures_are_refused(kind):
 
 def test_any_damage_is_decoded_or_refused():
     rng = np.random.default_rng(0)
-    for content in (NOISE, MODES["alpha"][0], MODES["alpha, WebP"][0], MODES["palette"][0]):
+    kinds = "alpha", "alpha, WebP", "palette", "BMP", "grey, 16 bit, PGM", "grey, 16 bit, TIFF"
+    for content in (NOISE, *(MODES[kind][0] for kind in kinds)):
         for _ in range(60):
             damaged = bytearray(content)
             for position in rng.integers(0, len(content), 4):

@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG, PNG or WebP file to one square of RGB pixels, or a reason why not.
+"""From the bytes of a picture's file to one square of RGB pixels, or a reason why not.
 
 The picture is turned upright (EXIF), cropped to a square and resized with Pillow's antialiased
 bicubic filter. Transparency is laid on white, 16-bit grey keeps its high byte, CMYK and palettes
@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 FILTER = "bicubic, JPEG draft down to 1.5 times the side"
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
@@ -50,7 +50,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError("cannot be decoded (no JPEG, PNG or WebP picture)") from error
+        raise DataError(f"cannot be decoded (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # on junk, Pillow raises whatever its parsers stumble over
         raise DataError(f"cannot be decoded ({error or type(error).__name__})") from error
 
@@ -91,6 +91,8 @@ def square(width: int, height: int, box: Box | None) -> tuple[float, float, floa
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode that FORMATS can hold to RGB."""
+    if image.format == "TIFF" and image.mode in ("I", "F"):  # whatever is white in them
+        raise DataError("has pixels of 32 bits: save it with 8 or 16")
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
