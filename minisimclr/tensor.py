@@ -109,6 +109,9 @@ class Tensor:
     def __float__(self) -> float:
         return float(self.data)
 
+    def __format__(self, spec: str) -> str:
+        return format(self.numpy(), spec) if spec else repr(self)
+
     def __repr__(self) -> str:
         history = f", by {type(self.creator).__name__}" if self.creator else ""
         return f"Tensor({self.data}{history})"
@@ -162,9 +165,7 @@ class Function:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self.parents or self.used_up:
-            raise RuntimeError(
-                f"this {type(self).__name__} was applied before: make one for each use"
-            )
+            raise RuntimeError(f"{type(self).__name__} was applied before: make one for each use")
         for x in inputs:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{type(self).__name__} takes Tensors, not a {type(x).__name__}")
@@ -248,9 +249,7 @@ def _count_children(root: Function) -> dict[Function, int]:
     while stack:  # no recursion: graphs get deeper than Python's stack
         function = stack.pop()
         if function.used_up:
-            raise RuntimeError(
-                "this graph was used up by an earlier backward(); run the forward again"
-            )
+            raise RuntimeError("an earlier backward() used this graph up: run the forward again")
         for parent in function.parents:
             if isinstance(parent, Function):
                 if parent not in children:

@@ -214,10 +214,10 @@ def test_an_operation_is_applied_once():
     double = ms.ops.basic.Exp()
     x = Tensor(randn(2), requires_grad=True)
     y = double(x)
-    with pytest.raises(RuntimeError, match="this Exp was applied before"):
+    with pytest.raises(RuntimeError, match="Exp was applied before"):
         double(x)
     y.sum().backward()
-    with pytest.raises(RuntimeError, match="this Exp was applied before"):
+    with pytest.raises(RuntimeError, match="Exp was applied before"):
         double(x)
 
 
@@ -365,7 +365,7 @@ def test_second_backward_raises():
     x = Tensor(np.ones(3), requires_grad=True)
     y = (x * x).sum()
     y.backward()
-    with pytest.raises(RuntimeError, match="used up"):
+    with pytest.raises(RuntimeError, match="used this graph up"):
         y.backward()
 
 
@@ -434,7 +434,10 @@ def test_one_input_may_need_no_gradient(f, asks):
 def test_a_tensor_tells_what_made_it():
     x = Tensor([1.0, 2.0], requires_grad=True)
     assert repr(x) == "Tensor([1. 2.])" and repr(x * 2) == "Tensor([2. 4.], by Multiply)"
+    assert f"{x}" == repr(x) and f"{x.sum():.2f}" == "3.00"
     assert len(x) == 2 and float(x.sum()) == 3.0
+    with pytest.raises(TypeError, match=r"^Tensor\.mean\(\) got an unexpected"):
+        np.mean(x)
     assert Tensor(0.5) and not Tensor(0.0) and not Tensor([0.0])
 
 

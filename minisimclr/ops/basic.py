@@ -266,6 +266,7 @@ for _name, _method in {
     "transpose": lambda self, *axes: Transpose(_listed(axes) or None)(self),
     "exp": lambda self: Exp()(self),
     "log": lambda self: Log()(self),
-    "relu": relu,
+    "relu": lambda self: relu(self),
 }.items():
+    _method.__qualname__ = f"Tensor.{_name}"  # what errors call it
     setattr(Tensor, _name, _method)
