@@ -60,10 +60,12 @@ def publish(path: Path) -> Iterator[Path]:
 def target(path: Path) -> Path:
     """The file that writing to `path` replaces: a link itself stays, and its target is replaced.
 
-    Raises FileExistsError for what is no file.
+    Raises FileExistsError for what is no file, PermissionError for a file that is write-protected.
     """
     if path.exists() and not path.is_file():  # renaming over it would replace a device
         raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
+    if path.exists() and not os.access(path, os.W_OK):  # to rename asks the folder only
+        raise PermissionError(errno.EACCES, "is write-protected", str(path))
     return Path(os.path.realpath(path))
 
 

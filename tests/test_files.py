@@ -57,6 +57,19 @@ def test_what_was_private_stays_so(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_write_protected_is_never_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write_bytes(path, b"old")
+    path.chmod(0o444)
+    # Those who may do anything are asked to obey, too.
+    monkeypatch.setattr(os, "access", lambda p, mode: bool(Path(p).stat().st_mode & mode << 6))
+    with pytest.raises(OutputError, match=r"cannot write to .*x\.json: is write-protected"):
+        files.require_writable(path)
+    with pytest.raises(PermissionError):
+        files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
     files.require_writable(tmp_path / ("x" * 200))
     with pytest.raises(OutputError, match="cannot write to"):
