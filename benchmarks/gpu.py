@@ -3,11 +3,12 @@
     python benchmarks/gpu.py [--out gpu.json] [--minutes 9]
 
 Runs the tests marked gpu, then measures: the GPU's own ceilings, every kernel beside the readable
-pass, convolutions, augmentation (beside torchvision), LARS (beside torch._foreach), and whole steps
-beside what the ceilings allow and beside PyTorch. Every part runs in its own process, so that a
-failure costs no other part. Writes one JSON after each, so that a run cut short keeps what it has,
-and prints one table. Times are medians of CUDA events over inputs taken in turn. Parts that do not
-fit into the time left, or need what is not installed, say so. --small is for trying the script out.
+pass, convolutions beside cuDNN's, augmentation beside torchvision, LARS beside torch._foreach, and
+whole steps beside what the ceilings allow and beside PyTorch. Every part runs in its own process,
+so that a failure costs no other part. Writes one JSON after each, so that a run cut short keeps
+what it has, and prints one table. Times are medians of CUDA events over inputs taken in turn. Parts
+that do not fit into the time left, or need what is not installed, say so. --small is for trying the
+script out.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
+from itertools import product as product_of
 from pathlib import Path
 
 import numpy as np
@@ -259,27 +261,114 @@ def convolutions(sizes: Sizes) -> Iterator[dict]:
 
     The flops are those of the plain algorithm; Winograd's method needs a quarter of them.
     """
-    kinds = [kind for kind, against in usable().items() if not against]
-    for x, w, s in sizes.convs:
-        stride, padding = (s, s), (w[0] // 2, w[1] // 2)
-        gy = (x[0], *output_size(x, w, stride, padding), w[3])
-        flops = 2 * int(np.prod(gy)) * int(np.prod(w[:3]))
-        images, weight, gradient = randn(*x), randn(*w), randn(*gy)
-        for which in ("output", "input", "weight"):
-            name = f"{which} {'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
-            for kind in kinds:
-                with precision(kind, "cuda:0"):
-                    a, b = (y.astype(activations.get() or y.dtype) for y in (images, gradient))
-                    f, *given = {
-                        "output": (conv.conv_output, a, weight),
-                        "input": (conv.conv_input_gradient, b, weight, x),
-                        "weight": (conv.conv_weight_gradient, b, a, w),
-                    }[which]
-                    inputs = [(*given, stride, padding)]
-                    taken = seconds(f, inputs, sizes.rounds)
-                    patches = seconds(f.dispatch(object), inputs, max(2, sizes.rounds // 4))
-                yield {"pass": name, "precision": kind, "ms": taken * 1e3,
+    for (x, w, s), kind in product_of(sizes.convs, kinds()):
+        with precision(kind, "cuda:0"):
+            for which, (f, given) in passes_of(x, w, s).items():
+                taken = seconds(f, [given], sizes.rounds)
+                patches = seconds(f.dispatch(object), [given], max(2, sizes.rounds // 4))
+                flops = 2 * x[0] * int(np.prod(output_size(x, w, *given[-2:]))) * int(np.prod(w))
+                yield {"pass": f"{which} {named(x, w, s)}", "precision": kind, "ms": taken * 1e3,
                        "by_patches_ms": patches * 1e3, "tflops": flops / taken / 1e12}  # fmt: skip
+
+
+def kinds() -> list[str]:
+    return [kind for kind, against in usable().items() if not against]
+
+
+def named(x: tuple, w: tuple, s: int) -> str:
+    return f"{'x'.join(map(str, x))} * {'x'.join(map(str, w))}/{s}"
+
+
+def passes_of(x: tuple, w: tuple, s: int) -> dict[str, tuple]:
+    """The three passes of a convolution and what each is given, in the precision in force."""
+    at = (s, s), (w[0] // 2, w[1] // 2)
+    gy = (x[0], *output_size(x, w, *at), w[3])
+    a, b = (y.astype(activations.get() or y.dtype) for y in (randn(*x), randn(*gy)))
+    return {
+        "output": (conv.conv_output, (a, randn(*w), *at)),
+        "input": (conv.conv_input_gradient, (b, randn(*w), x, *at)),
+        "weight": (conv.conv_weight_gradient, (b, a, w, *at)),
+    }
+
+
+def torch_convolutions(sizes: Sizes) -> Iterator[dict]:
+    """The same passes by PyTorch and cuDNN, in both layouts."""
+    for (x, w, s), kind in product_of(sizes.convs, kinds()):
+        for layout in ("channels_last", "contiguous_format"):
+            for which, run in torch_passes(x, w, s, kind, layout).items():
+                taken = torch_seconds(run, max(2, sizes.rounds // 2))
+                yield {"pass": f"{which} {named(x, w, s)}", "precision": kind, "layout": layout,
+                       "ms": taken * 1e3}  # fmt: skip
+
+
+def torch_passes(
+    x: tuple, w: tuple, s: int, kind: str, layout: str, device: str = "cuda"
+) -> dict[str, Callable]:
+    """cuDNN tries its algorithms whenever it meets new shapes."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    form = {"dtype": torch.bfloat16 if kind == "bf16" else torch.float32, "device": device}
+    (n, height, width, c), (kh, kw, _, o) = x, w
+    images, weight = (
+        torch.randn(shape, **form).contiguous(memory_format=getattr(torch, layout))
+        for shape in ((n, c, height, width), (o, c, kh, kw))
+    )
+    at = [s, s], [kh // 2, kw // 2], [1, 1], False, [0, 0], 1
+    output = lambda: torch.convolution(images, weight, None, *at)  # noqa: E731
+    gy = torch.randn_like(output())  # in the same layout
+    gradient = torch.ops.aten.convolution_backward
+    return {
+        "output": output,
+        "input": lambda: gradient(gy, images, weight, None, *at, [True, False, False])[0],
+        "weight": lambda: gradient(gy, images, weight, None, *at, [False, True, False])[1],
+    }
+
+
+def torch_seconds(run: Callable, rounds: int) -> float:
+    """`seconds` on PyTorch's stream."""
+    import torch
+
+    much, times = torch.randn(BUSY, BUSY, device="cuda"), []
+    for _ in range(rounds + 2):  # the first two are to warm up
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        much @ much
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times[2:])
+
+
+def blocks(sizes: Sizes) -> Iterator[dict]:
+    """Convolutions in blocks of other sizes: do those pay that stay in the GPU's cache?
+
+    All three passes together, in the last of the precisions; host_ms is what Python needs to ask
+    for them.
+    """
+    kind, chosen = kinds()[-1], conv.GPU_WORKSPACE
+    for (x, w, s), shift in product_of(sizes.convs, (-5, -4, -3, -2, -1, 0, 1)):
+        if w[:2] == (1, 1):  # has no patches
+            continue
+        conv.GPU_WORKSPACE = int(chosen * 2.0**shift)
+        try:
+            with precision(kind, "cuda:0"):
+                given = passes_of(x, w, s).values()
+
+                def run(given=given) -> None:
+                    for f, each in given:
+                        f(*each)
+
+                taken = seconds(run, [()], max(2, sizes.rounds // 2))
+                begin = time.perf_counter()
+                run()
+                asked = time.perf_counter() - begin
+        finally:
+            conv.GPU_WORKSPACE = chosen
+        yield {"blocks": named(x, w, s), "precision": kind, "numbers": int(chosen * 2.0**shift),
+               "ms": taken * 1e3, "host_ms": asked * 1e3}  # fmt: skip
 
 
 def views(sizes: Sizes) -> Iterator[dict]:
@@ -352,18 +441,9 @@ def lars(sizes: Sizes) -> Iterator[dict]:
         torch._foreach_add_(v, d)
         torch._foreach_sub_(w, v)
 
-    much, times = torch.randn(BUSY, BUSY, device="cuda"), []
-    for _ in range(sizes.rounds + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        much @ much
-        start.record()
-        foreach()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
     # Even there, scaling by a list of numbers on the device is a launch for each parameter.
     name = "torch._foreach LARS, with a launch for each parameter"
-    yield {"pass": name, "ms": statistics.median(times[2:])}
+    yield {"pass": name, "ms": torch_seconds(foreach, sizes.rounds) * 1e3}
 
 
 def shares(sizes: Sizes) -> Iterator[dict]:
@@ -373,7 +453,7 @@ def shares(sizes: Sizes) -> Iterator[dict]:
     TF32 its products stay float32, and no kernel can bring them to the ceiling of the others.
     """
     band = profile.roofline("cuda:0", sizes.matrix, sizes.vector)["bytes_per_second"]
-    for kind in (kind for kind, against in usable().items() if not against):
+    for kind in kinds():
         flops = product(sizes, kind)
         for encoder, width, size, n in sizes.steps:
             with precision(kind, "cuda:0"):
@@ -412,7 +492,10 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-PARTS = (facts, tests, ceilings, kernels, losses, convolutions, views, lars, shares, steps)
+PARTS = (
+    *(facts, tests, ceilings, kernels, losses, convolutions, torch_convolutions, blocks),
+    *(views, lars, shares, steps),
+)
 
 
 def rows_of(name: str, sizes: Sizes) -> Iterator[list[dict]]:

@@ -647,12 +647,14 @@ def script(name):
 
 def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    parts = ["facts", "ceilings", "kernels", "losses", "convolutions", "views", "lars", "shares"]
+    parts = ["facts", "ceilings", "kernels", "losses", "convolutions", "blocks", "views", "lars"]
+    parts += ["shares"]
     out = tmp_path / "gpu.json"
     results = script("gpu").main(["--small", "--here", "--out", str(out), "--part", *parts])
     assert list(results) == parts and json.loads(out.read_text()) == results
     assert not [row for rows in results.values() for row in rows if "failed" in row]
     assert results["lars"][0]["ms"] == 1.0
+    assert len({row.get("numbers") for row in results["blocks"]}) == 8
     assert all(row["share"] > 0 for row in results["shares"][:-1]) and len(results["shares"]) == 4
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
 
@@ -680,6 +682,20 @@ def test_what_a_precision_lacks_is_said_and_costs_no_other(cupy, monkeypatch, tm
     assert "needs CuPy 14" in results["ceilings"][-2]["skipped"]
     assert {row.get("precision") for row in results["shares"][:-1]} == {"fp32", "tf32"}
     assert len(results["convolutions"]) == 7
+
+
+def test_cudnn_is_given_the_same_convolutions(cupy):
+    torch = pytest.importorskip("torch")
+    gpu = script("gpu")
+    for layout in "channels_last", "contiguous_format":
+        theirs = gpu.torch_passes((2, 6, 5, 4), (3, 3, 4, 7), 2, "fp32", layout, "cpu")
+        ours = gpu.passes_of((2, 6, 5, 4), (3, 3, 4, 7), 2)
+        for which, (f, given) in ours.items():
+            y, reference = theirs[which](), f(*given)
+            nhwc = y.permute(2, 3, 1, 0) if which == "weight" else y.permute(0, 2, 3, 1)
+            assert nhwc.shape == reference.shape and y.is_contiguous(
+                memory_format=getattr(torch, layout)
+            )
 
 
 CHILD = """
@@ -713,7 +729,7 @@ def apart(monkeypatch, tmp_path):
 def test_a_process_that_dies_or_hangs_costs_its_part_alone(apart):
     main, out = apart
     results = main("--minutes", "1")
-    assert json.loads(out.read_text()) == results and len(results) == 10
+    assert json.loads(out.read_text()) == results and len(results) == 12
     assert "its process ended with" in results.pop("kernels")[1]["failed"]
     assert results.pop("losses")[1]["failed"] == "no end after 1 s"
     assert all(len(rows) == 1 for rows in results.values())
