@@ -137,7 +137,7 @@ def choose_device(name: str) -> tuple[str, str]:
     """
     if name == "cpu":
         return "cpu", "asked for"
-    if name != "auto" and not (name.startswith("cuda:") and name[5:].isdigit()):
+    if name != "auto" and not (name.startswith("cuda:") and name[5:].isdecimal()):
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda:0, cuda:1, ...")
     index = 0 if name == "auto" else int(name[5:])
     try:

@@ -341,6 +341,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--time-limit", "soon"], 2, "soon"),
         (["--image-size", "900"], 2, "1125"),
         (["--device", "gpu"], 2, "gpu"),
+        (["--device", "cuda:²"], 2, "unknown device"),
         (["--device", "cuda:0"], 2, "CuPy|CUDA"),
     ],
 )
