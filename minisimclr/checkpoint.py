@@ -45,7 +45,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     def read(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            if item.external or item.is_virtual or item.nbytes > path.stat().st_size:
+            whole = item.shape is not None and item.nbytes <= path.stat().st_size
+            if item.external or item.is_virtual or not whole:
                 raise DataError(f"{path}: {name} is not plain data")
             arrays[name] = item[()]
 
@@ -59,7 +60,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with h5py.File(path, "r") as f:
             f.visititems(read)
         return arrays, json.loads(arrays.pop("state").tobytes())
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a readable checkpoint ({error})") from error
 
 
@@ -69,8 +70,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def listed(folder: Path) -> list[Path]:
     """Checkpoints of a run by name, the newest last."""
-    names = folder.glob("step-*.h5")
-    return sorted(p for p in names if re.fullmatch(r"step-\d{8}\.h5", p.name))
+    return sorted(p for p in folder.glob("step-*.h5") if re.fullmatch(r"step-\d{8}\.h5", p.name))
 
 
 def prune(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import minisimclr as ms
 from minisimclr import nn, weights
+from minisimclr.augment import center_view
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.run import make_run_folder, new_run
 from minisimclr.tensor import Tensor, no_grad
@@ -179,7 +180,10 @@ def test_keras_gives_inception_up_to_mixed8(tmp_path):
     state = {n: a + 1 if "running_var" in n else a for n, a in state.items()}
     state["Conv2d_1a_3x3.conv.weight"][0, 0, 0, 2] = 9
     write_keras(tmp_path / "k.h5", state, ("beta", "moving_mean", "moving_variance"))
+    with h5py.File(tmp_path / "k.h5", "a") as f:  # the classifier, which is left out
+        f["predictions/predictions/kernel:0"] = np.zeros((2048, 10), "f4")
     other = nn.inception_v3(seed=1)
+    other.Conv2d_1a_3x3.bn.weight.data[:] = 2  # in the file, it is 1 and left out
     later = other.state_dict()["Mixed_7b.branch1x1.conv.weight"]
     preprocessing = weights.load(other, tmp_path / "k.h5", until="mixed8")
     assert preprocessing == weights.Preprocessing(299, "symmetric")
@@ -227,6 +231,7 @@ def test_safetensors_both_ways(tmp_path):
     stored = weights.read(tmp_path / "ours.safetensors")
     assert stored.metadata["encoder"] == "x" and stored.metadata["step"] == "7"
     assert len(stored.metadata["sha256"]) == 64
+    assert int.from_bytes((tmp_path / "ours.safetensors").read_bytes()[:8], "little") % 8 == 0
 
 
 @pytest.mark.parametrize(
@@ -235,6 +240,7 @@ def test_safetensors_both_ways(tmp_path):
         lambda: nn.resnet_small("cifar", 4),
         lambda: nn.resnet10("small", 4),
         lambda: nn.resnet18("imagenet", 4),
+        lambda: nn.resnet34("cifar", 4),
         lambda: nn.resnet50("simclr", 4),
         lambda: nn.inception_v3(),
     ],
@@ -282,6 +288,8 @@ def test_weights_are_for_one_stem(tmp_path):
         ):
             weights.load(nn.resnet_small("cifar", width=4), path)
         weights.load(nn.resnet_small(width=4), path)
+    with pytest.raises(DataError, match=r"is for the stem 'simclr', and this .* 'imagenet'"):
+        weights.load(nn.resnet50("imagenet", 1), SIMCLR)
 
 
 def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
@@ -326,6 +334,12 @@ def test_preprocessing():
     assert weights.Preprocessing(9, "symmetric")(images).shape == (2, 9, 9, 3)
     x = weights.Preprocessing(6, "symmetric")(images)
     np.testing.assert_allclose(x, images / 127.5 - 1, atol=1e-5)
+    np.testing.assert_array_equal(weights.Preprocessing(4)(images), center_view(images, 4))
+    wide = np.zeros((1, 6, 8, 3), np.uint8)
+    wide[:, :, 4:] = 255
+    x = weights.Preprocessing(4, "symmetric")(wide)
+    assert (x[:, :, 0] == -1).all() and (x[:, :, 3] == 1).all()
+    weights.Preprocessing(4096)
     for bad in ((0, "unit"), (5000, "unit"), (9, "pixels")):
         with pytest.raises(ValueError, match="unknown preprocessing"):
             weights.Preprocessing(*bad)

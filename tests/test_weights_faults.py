@@ -1,5 +1,6 @@
 """Damaged and hostile files of weights: one DataError each, nothing executed, nothing loaded."""
 
+import hashlib
 import io
 import pickle
 import struct
@@ -11,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from minisimclr import nn, weights
+from minisimclr import checkpoint, nn, weights
 from minisimclr.errors import DataError
 from minisimclr.weights import safetensors
 from minisimclr.weights.tf_bundle import MAGIC, masked_crc32c
@@ -449,6 +450,11 @@ def replace(f, make):
     make(f, place, array)
 
 
+def put(f, place, value):
+    del f[place]
+    f[place] = value
+
+
 def elsewhere(shape):
     layout = h5py.VirtualLayout(shape, "f4")
     layout[...] = h5py.VirtualSource("b.h5", "x", shape)
@@ -476,6 +482,7 @@ KERAS_FAULTS = {
     "integers": lambda f, place, a: f.create_dataset(place, data=a.astype("i4")),
     "turned": lambda f, place, a: f.create_dataset(place, data=a.T),
     "group": lambda f, place, a: f.create_group(place),
+    "nothing": lambda f, place, a: f.create_dataset(place, data=h5py.Empty("f4")),
 }
 
 
@@ -487,6 +494,33 @@ def test_keras_files(tmp_path, fault):
         replace(f, KERAS_FAULTS[fault])
     attempt(path, refused=False)
     attempt(path)
+
+
+def odd_type(f, place, array):
+    h5py.h5d.create(f.id, place.encode(), h5py.h5t.UNIX_D32LE, h5py.h5s.create(h5py.h5s.SCALAR))
+
+
+CHECKPOINT_FAULTS = {
+    **{name: (KERAS_FAULTS[name], "not plain data") for name in ("external bytes", "virtual")},
+    **{name: (KERAS_FAULTS[name], "not plain data") for name in ("never written", "nothing")},
+    "no state": (lambda f, place, a: f.pop("state"), "not a readable checkpoint"),
+    "state of text": (lambda f, place, a: put(f, "state", "{}"), "not a readable checkpoint"),
+    "no JSON": (lambda f, place, a: put(f, "state", np.uint8([9])), "not a readable checkpoint"),
+    "odd type": (odd_type, "not a readable checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", CHECKPOINT_FAULTS)
+def test_forged_checkpoints(tmp_path, fault):
+    """Their first line is right."""
+    path = tmp_path / "a.h5"
+    checkpoint.save(path, {"conv2d/conv2d/kernel:0": STATE["conv1.weight"]}, {})
+    change, said = CHECKPOINT_FAULTS[fault]
+    with h5py.File(path, "a") as f:
+        replace(f, change)
+    content = path.read_bytes()[checkpoint.BLOCK :]
+    path.write_bytes(checkpoint.first_line(hashlib.sha256(content).hexdigest()) + content)
+    assert said in attempt(path)
 
 
 def edit(**fields):
@@ -533,6 +567,28 @@ def test_tensorflow_files(tmp_path, expected):
     attempt(path, refused=False)
     bundle(path, **BUNDLE_FAULTS[expected])
     assert re.search(expected, attempt(path))
+
+
+@pytest.mark.parametrize("name, code", [("float16", 19), ("float64", 2), ("bfloat16", 14)])
+def test_tensorflow_s_other_floats(tmp_path, name, code):
+    kernel = np.ascontiguousarray(STATE["conv1.weight"].transpose(2, 3, 1, 0))
+    if name == "bfloat16":
+        raw = (kernel.view("<u4") >> 16).astype("<u2").tobytes()  # its upper half
+    else:
+        raw = kernel.astype(name).tobytes()
+    path, crc = tmp_path / "a.index", masked_crc32c(raw)
+    bundle(path, edit(f1=(1, code), f4=(4, 0), f5=(5, len(raw)), f6=(6, crc)))
+    path.with_name("a.data-00000-of-00001").write_bytes(raw)
+    found = weights.read(path).fetch("base_model/conv2d/kernel")
+    np.testing.assert_allclose(found, kernel, rtol=2**-7 if name == "bfloat16" else 2**-10)
+
+
+def test_a_negative_variance_is_refused_by_any_name(tmp_path):
+    path = tmp_path / "a.h5"
+    as_keras(path)
+    with h5py.File(path, "a") as f:
+        f["batch_normalization/batch_normalization/moving_variance:0"][0] = -1
+    assert "or a negative variance" in attempt(path)
 
 
 def test_no_weights_at_all(tmp_path):

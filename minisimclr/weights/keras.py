@@ -21,7 +21,7 @@ def read(path: Path) -> Stored:
         if isinstance(item, h5py.Dataset) and not place.startswith("optimizer_weights/"):
             name = "/".join(place.split(":")[0].split("/")[-2:])
             plain = item.chunks is None and not item.external and not item.is_virtual
-            if not plain or name in specs:
+            if not plain or item.shape is None or name in specs:
                 raise ValueError(f"{place!a} is not a plain array, or two are called {name!a}")
             specs[name], places[name] = Spec(item.shape, item.dtype.name), place
 
