@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,16 @@ def test_reuse_and_reasons_to_build_again(pictures, home, monkeypatch, tmp_path)
     assert len(builds) == 3
     (source / "blob/01.png").unlink()
     assert len(open_dataset(source, 16).images) == 119 and len(builds) == 4
+    (source / "blob/02.png").rename(source / "blob/02a.png")
+    assert open_dataset(source, 16).file_names[1] == "blob/02a.png"
+    file, before = source / "blob/03.png", (source / "blob/03.png").stat()
+    file.write_bytes(file.read_bytes() + b"x")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    monkeypatch.chdir(source)
+    assert open_dataset(".", 16).name == "source" and len(builds) == 6
+    open_dataset(source, 16)
+    assert len(builds) == 6
+    del builds[4:]
     monkeypatch.setitem(data.DECODER, "filter", "other")
     open_dataset(source, 16)
     assert len(builds) == 5
@@ -528,8 +539,16 @@ def die(x):
     os._exit(7)
 
 
+def run_out_of_memory(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def refuse(x):
     raise DataError("refused")
+
+
+def divide(x):
+    return x / 0
 
 
 def wait_to_be_let_go(path):
@@ -577,10 +596,25 @@ def test_what_nobody_waits_for_is_not_made(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"go", "0", "1", "2"}
 
 
-@pytest.mark.parametrize(("function", "text"), [(die, "ended .exit status 7"), (refuse, "refused")])
-def test_failing_worker(function, text):
-    with pytest.raises(DataError, match=text):
+ENDS = [
+    (die, DataError, r"ended \(exit status 7\) while preparing data: see above"),
+    (run_out_of_memory, DataError, r"ended \(exit status -9\) .*: free some memory"),
+    (refuse, DataError, "refused"),
+    (divide, ZeroDivisionError, "division by zero"),
+]
+
+
+@pytest.mark.parametrize(("function", "error", "text"), ENDS)
+def test_failing_worker(function, error, text):
+    if function is run_out_of_memory and not hasattr(signal, "SIGKILL"):
+        pytest.skip("Windows has another status")
+    with pytest.raises(error, match=text):
         list(parallel_map(function, range(5), 2))
+
+
+def test_workers_have_the_environment_of_their_parent():
+    seen = parallel_map(os.getenv, ["XDG_CACHE_HOME", "OPENBLAS_NUM_THREADS"], 2)
+    assert list(seen) == [os.environ["XDG_CACHE_HOME"], "1"]
 
 
 def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from minisimclr import data
-from minisimclr.data import Options, matlab, open_dataset, prepare, stanford_dogs
+from minisimclr.data import Options, matlab, open_dataset, prepare, prepared, stanford_dogs
 from minisimclr.data.archives import MAX_MEMBER_BYTES, members
 from minisimclr.errors import ConfigError, DataError
 
@@ -45,16 +45,22 @@ def test_small_layout(dogs):
 
 def test_order_of_the_archive_does_not_matter(dogs, tmp_path):
     images = layout.image_members()
-    mixed = images[20:] + images[:20][::-1]
+    mixed = [(f"deep/{name}", content) for name, content in images[20:] + images[:20][::-1]]
     other = open_dataset(layout.write_archives(tmp_path, mixed), 24)
     assert other.fingerprint == open_dataset(dogs, 24).fingerprint
 
 
-def test_an_archive_that_changed_is_read_again(tmp_path):
-    dogs = layout.write_archives(tmp_path)
+def test_an_archive_that_changed_is_read_again(tmp_path, monkeypatch):
+    dogs = layout.write_archives(tmp_path / "dogs")
     before = prepare(dogs, 24).recipe
     os.utime(dogs / "images.tar", (0, 0))
-    assert prepare(dogs, 24).recipe != before
+    older = prepare(dogs, 24).recipe
+    with (dogs / "images.tar").open("ab") as file:
+        file.write(bytes(512))
+    os.utime(dogs / "images.tar", (0, 0))
+    monkeypatch.chdir(dogs)
+    larger = prepare(".", 24)
+    assert larger.name == "dogs" and before != older != larger.recipe
 
 
 def test_labels_per_class(dogs):
@@ -185,6 +191,15 @@ def test_missing_list_is_named(tmp_path):
     path = layout.tar(tmp_path / "lists.tar", layout.list_members()[:1])
     with pytest.raises(DataError, match=r"has no test_list\.mat"):
         stanford_dogs.read_lists(path)
+
+
+def test_lists_may_be_in_a_folder_and_breeds_without_a_number(tmp_path):
+    lists = [
+        (f"lists/{name}_list.mat", layout.mat([f.replace("n01-", "") for f in files], labels))
+        for name, files, labels in (("train", TRAIN, LABELS), ("test", TEST, layout.numbered(TEST)))
+    ]
+    names = stanford_dogs.read_lists(layout.tar(tmp_path / "lists.tar", lists))[2]
+    assert names == ["Alpha", "flat-coated_beta", "Gamma"]
 
 
 @pytest.mark.parametrize("deflate", [False, True])
@@ -335,11 +350,15 @@ def test_compressed_archives(tmp_path, mode):
     images = layout.image_members()
     path = layout.tar(tmp_path / "images.tar", images, mode)
     assert list(members(path)) == images
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2 :] = b""
-    path.write_bytes(damaged)
-    with pytest.raises(DataError):
-        list(stanford_dogs.pictures(path, sorted(TRAIN + TEST)))
+    layout.tar(path, [("large", b"".join(b"%d" % i for i in range(1 << 16)))], mode)
+    content = path.read_bytes()
+    damaged = [content[: len(content) // 2]]
+    for place in (99, len(content) * 3 // 4):
+        damaged.append(content[:place] + b"\xff" * 99 + content[place + 99 :])
+    for each in damaged:
+        path.write_bytes(each)
+        with pytest.raises(DataError):
+            list(stanford_dogs.pictures(path, sorted(TRAIN + TEST)))
 
 
 def test_mutated_archives_are_read_or_refused(tmp_path):
@@ -392,11 +411,12 @@ def test_real_annotation(test_data):
     assert boxes["n02110958-pug/n02110958_5834.jpg"] == (170, 247, 311, 387, 375, 500)
 
 
-def test_folder_with_half_of_the_layout(tmp_path):
-    layout.tar(tmp_path / "images.tar", [])
+@pytest.mark.parametrize("name", ["images", "lists"])
+def test_folder_with_half_of_the_layout(tmp_path, name):
+    layout.tar(tmp_path / f"{name}.tar", [])
     with pytest.raises(DataError, match=r"both images\.tar and lists\.tar"):
         open_dataset(tmp_path)
-    (tmp_path / "images.tar.gz").write_bytes(b"")
+    (tmp_path / f"{name}.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="keep one"):
         open_dataset(tmp_path)
 
@@ -418,6 +438,16 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     dataset = prepare("stanford-dogs", 24, archives=archives, allow_unverified=True)
     assert dataset.name == "stanford-dogs" and dataset.notes["verified"] is False
     assert open_dataset("stanford-dogs", 24).fingerprint == dataset.fingerprint
+    assert prepared("stanford-dogs", 24).fingerprint == dataset.fingerprint
+    recipes = [dataset.recipe["source"]]
+    for name, contents in (("images", layout.image_members()), ("lists", layout.list_members())):
+        other = archives | {name: layout.tar(tmp_path / f"{name}.tar", contents[::-1])}
+        made = prepare("stanford-dogs", 16, archives=other, allow_unverified=True)
+        assert made.recipe["source"] not in recipes
+        recipes.append(made.recipe["source"])
+        del made  # Windows replaces no cache that is open
+    with pytest.raises(DataError, match=r"with 20 px, only as stanford-dogs-16px\.h5: run"):
+        open_dataset("stanford-dogs", 20)
     with pytest.raises(DataError, match="is not the official"):  # named, they are not passed over
         prepare("stanford-dogs", 24, archives=archives)
     with monkeypatch.context() as patch:

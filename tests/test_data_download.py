@@ -9,6 +9,7 @@ import numpy as np
 import official_layout as layout
 import pytest
 
+from minisimclr import data
 from minisimclr.cli import main
 from minisimclr.data import Options, open_dataset, prepare, stanford_dogs
 from minisimclr.data import download as module
@@ -64,11 +65,11 @@ def server(monkeypatch):
         server.shutdown()
 
 
-def whole(content=CONTENT, etag='"v1"', breaks_at=None, ranges=True):
+def whole(content=CONTENT, etag='"v1"', breaks_at=None, ranges=True, mark="ETag"):
     """A server that can resume; with `breaks_at` it closes after so many bytes of an answer."""
 
     def answer(handler):
-        begin, headers = 0, {"ETag": etag} if etag else {}
+        begin, headers = 0, {mark: etag} if etag else {}
         wanted = handler.headers.get("Range")
         if ranges and wanted and handler.headers.get("If-Range") in (None, etag):
             begin = int(wanted.removeprefix("bytes=").rstrip("-"))
@@ -109,12 +110,17 @@ def test_wrong_file_in_place_is_replaced(server, tmp_path):
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
-def test_interrupted_download_goes_on(server, tmp_path):
-    server.answers["file"] = whole(breaks_at=120_000)
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
+@pytest.mark.parametrize(
+    ("mark", "version"), [("ETag", '"v1"'), ("Last-Modified", "Sat, 01 Oct 2011 12:00:00 GMT")]
+)
+def test_interrupted_download_goes_on(server, tmp_path, mark, version):
+    server.answers["file"] = whole(etag=version, mark=mark, breaks_at=120_000)
+    told = []
+    path = fetch(server, tmp_path, progress=lambda *a: told.append(a))
+    assert path.read_bytes() == CONTENT and told == sorted(told)
     first, second, third = server.requests
     assert "Range" not in first
-    assert (second["Range"], second["If-Range"]) == ("bytes=120000-", '"v1"')
+    assert (second["Range"], second["If-Range"]) == ("bytes=120000-", version)
     assert third["Range"] == "bytes=240000-"
 
 
@@ -148,6 +154,14 @@ def test_changed_file_starts_again(server, tmp_path, monkeypatch):
     server.answers["file"] = whole()
     assert fetch(server, tmp_path).read_bytes() == CONTENT
     assert server.requests[-1]["If-Range"] == '"v0"'
+
+
+def test_a_mark_is_that_of_the_part_beside_it(server, tmp_path):
+    old = whole(b"x" * 300_000, '"v0"', breaks_at=120_000)
+    answers = iter([old, whole(etag=None, breaks_at=100_000), whole()])
+    server.answers["file"] = lambda handler: next(answers)(handler)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert ["Range" in request for request in server.requests] == [False, True, False]
 
 
 @pytest.mark.parametrize("options", [{"ranges": False}, {"etag": None}, {"etag": 'W/"v1"'}])
@@ -220,6 +234,12 @@ def test_compressed_answers_are_not_unpacked(server, tmp_path):
     assert server.requests[0]["Accept-Encoding"] == "identity"
 
 
+def test_a_server_need_not_say_how_much_comes(server, tmp_path):
+    server.answers["file"] = lambda handler: handler.reply(200, {}, CONTENT)
+    download(server.url + "file", tmp_path / "images.tar", 2 * len(CONTENT), None)
+    assert (tmp_path / "images.tar").read_bytes() == CONTENT
+
+
 def test_endless_body_is_cut(server, tmp_path):
     def endless(handler):
         handler.reply(200, {})
@@ -264,11 +284,12 @@ def test_error_codes(server, tmp_path, code, requests, monkeypatch):
 
 
 def test_a_server_that_recovers(server, tmp_path):
-    codes = iter([500, 503])
+    codes = iter([500, 503, 0])
 
     def answer(handler):
-        code = next(codes, None)
-        return handler.reply(code, {"Content-Length": 0}) if code else whole()(handler)
+        if code := next(codes, None):
+            return handler.reply(code, {"Content-Length": 0})
+        return whole()(handler) if code is None else handler.wfile.write(b"no HTTP\r\n")
 
     server.answers["file"] = answer
     assert fetch(server, tmp_path).read_bytes() == CONTENT
@@ -360,6 +381,10 @@ def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
     assert dataset.notes["verified"] is True and len(dataset.images) == 31
     del dataset  # Windows replaces no cache that is open
     assert code() == 0 and len(server.requests) == 2  # nothing to do
+    with monkeypatch.context() as patch:
+        patch.setitem(data.DECODER, "pillow", "0")
+        assert code() == 0 and len(server.requests) == 2
+        assert open_dataset("stanford-dogs", 24).recipe["pillow"] == "0"
     assert code("--crop", "boxes") == 0 and len(server.requests) == 3
     assert open_dataset("stanford-dogs", 24).options.crop == "boxes"
     assert code("--url", "file:///etc") == 3
@@ -370,11 +395,13 @@ def test_unverified_download(server, tmp_path, monkeypatch, capsys):
     for path in layout.write_archives(tmp_path / "served").iterdir():
         server.answers[path.name] = whole(path.read_bytes())
     arguments = ["data", "prepare", "stanford-dogs", "--url", server.url, "--allow-unverified"]
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 0
-    assert open_dataset("stanford-dogs").notes["verified"] is False
-    assert "warning: not the official archives" in capsys.readouterr().err
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 0
+        assert open_dataset("stanford-dogs").notes["verified"] is False
+        assert "warning: not the official archives" in capsys.readouterr().err
+    assert len(server.requests) == 2  # what is there is taken
 
 
 def test_each_address_has_downloads_of_its_own_and_shows_their_progress(

@@ -1,5 +1,6 @@
 """Folders of pictures, with any name and some junk in them, and the commands around them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -102,6 +103,7 @@ def test_options_go_along_to_other_sizes(tmp_path, capsys):
     made = [open_dataset(tmp_path, size) for size in (16, 24, 32)]
     assert [len(dataset.split("labelled")) for dataset in made] == [4, 2, 4]
     assert str(made[2].path) in run(capsys, "data", "info", tmp_path)[1]  # the last one made
+    assert run(capsys, "data", "info", tmp_path, "--image-size", 33)[0] == 3
     with pytest.raises(ConfigError, match="is a finished cache: prepare its source"):
         prepare(made[2].path, options=Options(labels_per_class=2))
     for given in ("--image-size=33", "--images-tar=x", "--url=http://x", "--allow-unverified"):
@@ -141,9 +143,18 @@ def test_unlabelled_folder(tmp_path):
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [5, 0, 0]
 
 
-@pytest.mark.parametrize("others", [("test",), ("valid",), ("Testing", "val")])
-def test_folders_that_are_split_already(tmp_path, others):
-    for top in ("Train", *others):
+@pytest.mark.parametrize(
+    "train, others",
+    [
+        ("Train", ("test",)),
+        ("Training", ("valid",)),
+        ("train", ("Testing", "val")),
+        ("training", ("validation",)),
+        ("train", ("dev",)),
+    ],
+)
+def test_folders_that_are_split_already(tmp_path, train, others):
+    for top in (train, *others):
         for i in range(20):
             save(tmp_path / top / "ab"[i % 2] / f"{i}.png", i)
     dataset = open_dataset(tmp_path, 16)
@@ -158,7 +169,7 @@ def test_folders_that_are_split_already(tmp_path, others):
 
 def test_a_split_may_have_pictures_without_labels(tmp_path):
     for i in range(30):
-        top = "Train_set/a", "Train_set/b", "test-set/a", "unlabeled", "unlabeled/deep/er"
+        top = "Train_set/a", "Train_set/b", "test-set/a", "unlabeled", "unlabelled/deep/er"
         save(tmp_path / top[i % 5] / f"{i}.png", i)
     dataset = open_dataset(tmp_path, 16)
     assert dataset.class_names == ("a", "b")
@@ -187,6 +198,10 @@ def test_classes_inside_another_folder_are_pointed_out(tmp_path):
     with pytest.warns(UserWarning, match=f"one class, 'images': .*name .*{tmp_path.name}.images$"):
         assert open_dataset(tmp_path, 16).class_names == ("images",)
     assert open_dataset(tmp_path / "images", 16).class_names == ("a", "b")
+    for name in ("train/a/deep/1.png", "test/a/deep/2.png"):
+        save(tmp_path / "split" / name)
+    assert open_dataset(tmp_path / "split", 16).class_names == ("a",)  # and no warning
+    shutil.rmtree(tmp_path / "split")
     save(tmp_path / "images/3.png")  # a class with folders in it
     assert open_dataset(tmp_path, 16).class_names == ("images",)
 
@@ -247,6 +262,16 @@ def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
         open_dataset(tmp_path, 16)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(tmp_path / "a" / "1.png")
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"[\\/]a: cannot be read \(Permission denied\)$"):
+        open_dataset(tmp_path, 16)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
 def test_a_pipe_is_no_picture(tmp_path):
     for i in range(3):
@@ -266,8 +291,9 @@ def test_missing_folder_broken_link_and_bad_values(tmp_path):
     for options in ({"crop": "boxes"}, {"labels_per_class": 0}, {"crop": "left"}):
         with pytest.raises(ConfigError):
             prepare(tmp_path, 16, Options(**options))
-    with pytest.raises(ConfigError, match="for stanford-dogs only"):
-        prepare(tmp_path, 16, allow_unverified=True)
+    for given in ({"allow_unverified": True}, {"url": "http://x"}, {"archives": {"lists": "x"}}):
+        with pytest.raises(ConfigError, match="for stanford-dogs only"):
+            prepare(tmp_path, 16, **given)
     with pytest.raises(ConfigError, match="toydogs has no"):
         prepare("toydogs", 16, Options(skip_bad=True))
     link(tmp_path / "a/2.png", tmp_path / "gone")
@@ -326,6 +352,7 @@ def test_bad_picture_is_an_error_that_names_it(tmp_path, capsys):
     code, _, err = run(capsys, "data", "prepare", bad_folder(tmp_path, 30, 1))
     assert code == 3
     assert "'000.jpg' cannot be decoded" in err and "--skip-bad" in err and err.count("\n") == 1
+    assert run(capsys, "data", "prepare", tmp_path, "--skip-bad")[0] == 0  # one may always be bad
 
 
 def test_skipped_pictures_are_listed(tmp_path, capsys):
@@ -346,7 +373,9 @@ def test_what_is_left_keeps_its_name_label_and_split(tmp_path):
     (tmp_path / "a" / "notes.txt").touch()
     plan = folder.source(tmp_path, Options()).plan()
     planned = dict(zip(plan.names, plan.splits.tolist(), strict=True))
-    left = prepare(tmp_path, 16, Options(skip_bad=True))
+    told = []
+    left = prepare(tmp_path, 16, Options(skip_bad=True), lambda *a: told.append(a))
+    assert (241, 241) in told
     assert len(left.images) == 240 and left.notes["ignored_files"] == 1
     for row, name in enumerate(left.file_names):
         assert left.images[row, 8, 8, 0] == int(Path(name).stem)

@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -143,6 +143,14 @@ def test_square_around_a_box(box, square):
     np.testing.assert_array_equal(decode(encode(image), side, (*box, 50, 30)), expected)
 
 
+def test_a_small_box_keeps_its_detail():
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    content = encode(Image.fromarray(noise), "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(content)))[90:120, 200:230]
+    found = decode(content, 30, (200, 90, 230, 120, 400, 300))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_box_of_another_picture_is_refused():
     with pytest.raises(DataError, match="24 x 24 pixels, its annotation says 25 x 24"):
         decode(MODES["RGB"][0], 12, (0, 0, 10, 10, 25, 24))
@@ -166,7 +174,7 @@ NOISE = encode(
 )
 BAD = {
     "empty": (b"", "cannot be decoded"),
-    "text": (b"no picture at all", "cannot be decoded"),
+    "text": (b"no picture at all", r"cannot be decoded \(no JPEG, PNG or WebP picture\)"),
     "HTML": (b"<!doctype html><title>404</title>", "cannot be decoded"),
     "truncated by half": (NOISE[: len(NOISE) // 2], "truncated"),
     "truncated by a little": (NOISE[:-40], "truncated"),
@@ -190,6 +198,10 @@ def test_bad_pictures_are_refused(kind):
         decode(content, 24)
 
 
+def test_a_narrow_picture_is_still_one():
+    assert decode(encode(Image.new("RGB", (8, 160))), 24).shape == (24, 24, 3)
+
+
 def test_any_damage_is_decoded_or_refused():
     rng = np.random.default_rng(0)
     kinds = "alpha", "alpha, WebP", "palette", "BMP", "grey, 16 bit, PGM", "grey, 16 bit, TIFF"
@@ -209,16 +221,21 @@ def test_no_warning_leaves():
         decode(encode(Image.new("RGB", (24, 24)), "JPEG", exif=exif), 8)
 
 
-def test_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        decode_file(tmp_path, 8)
+def test_file_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        decode_file(tmp_path / "none", 8)
+    monkeypatch.setattr("minisimclr.data.images.MAX_BYTES", 1 << 20)
+    for size in (0, 1):
+        (tmp_path / "file").write_bytes(NOISE.ljust((1 << 20) + size, b"\0"))
+        with pytest.raises(DataError, match="has more than 1 MiB") if size else nullcontext():
+            decode_file(tmp_path / "file", 8)
 
 
 def test_contact_sheet():
     images = np.full((3, 20, 20, 3), 77, np.uint8)
-    sheet = Image.open(io.BytesIO(contact_sheet([("a", images), ("b", images[:2])])))
+    sheet = Image.open(io.BytesIO(contact_sheet([("a", images[:2]), ("b", images)])))
     assert sheet.size == (150 + 60, 40)
-    assert sheet.getpixel((150 + 45, 10)) == (77, 77, 77)
-    assert sheet.getpixel((150 + 45, 30)) == (255, 255, 255)
+    assert sheet.getpixel((150 + 45, 10)) == (255, 255, 255)
+    assert sheet.getpixel((150 + 45, 30)) == (77, 77, 77)
     captions = np.asarray(sheet)[:, :150].reshape(2, 20, 150, 3)
     assert (captions.min(axis=(1, 2, 3)) < 50).all()
