@@ -481,6 +481,10 @@ def test_precision_is_set_for_the_training_alone(config, cupy, monkeypatch, tmp_
     with backend.precision("tf32", "cuda:0"):
         assert cupy.compute_type == 7
     assert cupy.compute_type == 2
+    monkeypatch.setattr(backend, "bfloat16", lambda: np.float16)
+    with backend.precision("bf16", "cuda:0"):
+        assert backend.activations.get() is np.float16 and cupy.compute_type == 2
+    assert backend.activations.get() is None
     cupy.compute_type = 1
     pretrain(replace(config, epochs=1), tmp_path / "plain")
     assert set(kinds) == {7, 1}
@@ -496,7 +500,7 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
     class Old(cupy.cuda.Device):
         def __init__(self, index=0):
             super().__init__(index)
-            self.compute_capability = "75"
+            self.compute_capability = "90" if index else "75"
 
     bf16 = replace(config, precision="bf16")
     with pytest.raises(ConfigError, match="bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS"):
@@ -514,6 +518,8 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
     with pytest.raises(ConfigError, match="compute capability 8"):
         pretrain(tf32, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with backend.precision("tf32", "cuda:1"):  # a newer one
+        pass
 
 
 def test_what_else_runs_on_the_device(config, cupy, tmp_path):
@@ -561,6 +567,13 @@ def test_a_gpu_that_works_is_named(cupy, monkeypatch):
     with pytest.raises(ConfigError, match="this machine has 1 CUDA device"):
         backend.choose_device("cuda:1")
     assert doctor.gpu() == (True, f"a kernel, a matrix product and eigenvalues ran on {said}")
+    names = lambda index: {"name": b"Fake %d" % index}  # noqa: E731
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", names)
+    assert backend.choose_device("cuda:1") == ("cuda:1", said.replace("Fake", "Fake 1", 1))
+    assert cupy.device_in_use == 1
+    with pytest.raises(ConfigError, match="no device cuda:7: this machine has 2 CUDA device"):
+        backend.choose_device("cuda:7")
 
 
 BROKEN = {
@@ -615,7 +628,7 @@ def test_the_wheel_that_is_there_is_the_one_to_mend(cupy, monkeypatch):
     monkeypatch.setattr(backend, "distributions", lambda: [there])
     for version, name in (
         (12040, "cupy-cuda12x"),
-        (13010, "cupy-cuda13x"),
+        (13000, "cupy-cuda13x"),
     ):  # if the driver runs it
         backend.try_gpu.cache_clear()
         driver(monkeypatch, version)
