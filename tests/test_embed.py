@@ -24,6 +24,7 @@ from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.report import facts
+from minisimclr.run import moved
 from minisimclr.train import pretrain, quiet, resume
 from minisimclr.weights import Preprocessing
 
@@ -256,6 +257,13 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
     project.rename(tmp_path / "elsewhere")
     run = embed.open_trained(tmp_path / "elsewhere" / "runs" / "a")
     assert run.config.data == str(tmp_path / "elsewhere" / "photos")
+    monkeypatch.chdir(run.path.parent)
+    assert embed.open_trained(Path("a")).config.data == run.config.data
+    alone = shutil.copytree(run.path, tmp_path / "alone")
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the pictures are
+    assert embed.open_trained(alone).config.data == run.config.data
+    run.path.with_name("toydogs").mkdir()
+    assert moved(run.path, "toydogs") == "toydogs"
     assert resume(run.path, time_limit=0, notify=quiet).step == 2
     shutil.rmtree(tmp_path / "elsewhere" / "photos")
     with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such folder")):

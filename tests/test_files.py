@@ -111,6 +111,9 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch, named
     with pytest.raises(OSError, match="No space left") as raised:
         files.write_bytes(tmp_path / "file", b"new")
     assert raised.value.filename == str(tmp_path / "file")
+    with pytest.raises(FileNotFoundError) as raised, files.publish(tmp_path / "file"):
+        (tmp_path / "source").read_bytes()
+    assert raised.value.filename == str(tmp_path / "source")
 
 
 def test_interrupt_while_writing_removes_the_temporary_file(tmp_path):
@@ -225,7 +228,7 @@ def test_lock_is_held_and_dies_with_its_process(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, 524])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524])
 def test_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, code):
     if files.fcntl is None:
         pytest.skip("no flock here")

@@ -5,13 +5,17 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
+from io import FileIO
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,7 +41,6 @@ from minisimclr.train import (
     pretrain,
     quiet,
     resume,
-    sample_views,
 )
 
 
@@ -67,7 +70,8 @@ def stopped(config, path, step, number=signal.SIGTERM):
         if event == "step" and values["step"] == step:
             signal.raise_signal(number)
 
-    with pytest.raises(Interrupted, match=f"{number.name}: saved at step") as raised:
+    said = rf"{number.name}: saved at step \d+ of {re.escape(str(path))}$"
+    with pytest.raises(Interrupted, match=said) as raised:
         pretrain(config, path, notify=stop)
     return raised.value.run
 
@@ -144,7 +148,9 @@ def test_a_new_run_follows_the_settings():
     config = ms.TrainConfig(optimizer="lars", weight_decay=0.5, width=4, encoder="resnet10")
     run = new_run(None, config)
     assert type(run.optimizer).__name__ == "LARS" and run.optimizer.weight_decay == 0.5
-    assert run.model.encoder.conv1.weight.data.shape == (3, 3, 3, 4)  # up to 48 px: cifar's stem
+    for size, side in ((32, 3), (48, 3), (49, 7)):  # up to 48 px: cifar's stem
+        run = new_run(None, replace(config, image_size=size))
+        assert run.model.encoder.conv1.weight.data.shape == (side, side, 3, 4)
     assert new_run(None, ms.TrainConfig(width=4)).optimizer.weight_decay == 1e-4
 
 
@@ -163,13 +169,18 @@ def test_the_seed_decides_on_weights_and_on_batches(config, tmp_path, monkeypatc
 
 
 def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch):
-    clock = iter(range(0, 1000, 30))
+    clock = accumulate(chain([0, 90, 0, 30, 0, 60], repeat(0)))  # three steps
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    assert 2e7 < train.peak_memory("cpu") < 1e12  # bytes
     monkeypatch.setattr(train, "peak_memory", lambda device: 3_400_000_000)
     plan = dry_run(config, quiet, tmp_path / "run")
     figures = {"seconds a step": 30, "minutes in all": 6, "peak memory, MB": 3400}
     assert plan | figures == plan and plan["steps"] == "12 (4 an epoch)"
     assert plan["run folder"] == str(tmp_path / "run")
+    assert plan["images"] == f"72 unlabelled of {Path(config.data).name}"
+    weights = new_run(None, config).model.named_parameters()
+    assert plan["parameters"] == sum(p.data.size for _, p in weights)
+    assert plan["first layers"] == "small" and plan["runs on"].startswith("cpu (")
 
 
 def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
@@ -238,7 +249,7 @@ def test_a_checkpoint_has_the_batch_norm_statistics_of_its_weights(
     step, finished, config, tmp_path
 ):
     run = stopped(config, tmp_path / "run", step) if step else finished
-    views = sample_views(open_dataset(config.data, 20), config.image_size, "cpu")
+    views = ms.augment.center_view(open_dataset(config.data, 20).sample(256), config.image_size)
     assert config.at_once == 32 and replace(config, batch_size=4096).at_once == 256
     views = views[:64]  # whole batches
     model = open_run(run.path)[0].model
@@ -284,9 +295,11 @@ def test_a_signal_is_noted_where_nobody_can_be_told(monkeypatch):
 
 def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents ignore it
+    other = signal.getsignal(signal.SIGTERM)
     with stop_signals() as note:
+        assert signal.getsignal(signal.SIGTERM) != other
         signal.raise_signal(signal.SIGINT)
-        assert note == {"signal": "SIGINT"}
+        assert note == {"signal": "SIGINT"} and signal.getsignal(signal.SIGTERM) == other
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -302,6 +315,19 @@ def test_a_terminal_may_close_twice():
         signal.raise_signal(signal.SIGHUP)
         assert note == {"signal": "SIGHUP"}
     assert signal.signal(signal.SIGHUP, before) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="has no such signal")
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals() as note:
+        signal.raise_signal(signal.SIGHUP)
+    assert note == {} and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_training_in_another_thread_leaves_signals_alone():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stop_signals().__enter__).result() == {}
 
 
 @pytest.mark.parametrize("limit", [None, 0])
@@ -432,6 +458,15 @@ def test_a_damaged_checkpoint_is_passed_over(finished, config, tmp_path):
         open_run(run.path)
 
 
+def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tmp_path):
+    for name in ("1", "2", "3", "9-best"):
+        (tmp_path / f"step-0000000{name}.h5").touch()
+    checkpoint.prune(tmp_path)
+    kept = checkpoint.listed(tmp_path)
+    assert [path.name for path in kept] == ["step-00000002.h5", "step-00000003.h5"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.data())
 def test_no_change_of_a_checkpoint_goes_unseen(finished, data):
@@ -477,6 +512,16 @@ def test_a_full_disk_names_the_log():
     assert error.value.filename == "/dev/full"
 
 
+def test_a_line_of_the_log_may_be_taken_in_parts(tmp_path):
+    class Disk(FileIO):
+        def write(self, line):
+            return super().write(line[:5])
+
+    with Disk(tmp_path / "log", "ab") as log:
+        log_line(log, {"step": 1})
+    assert (tmp_path / "log").read_bytes() == b'{"step": 1}\n'
+
+
 @pytest.mark.parametrize("name", ["config.json", "env.json"])
 def test_a_disk_that_fills_up_leaves_no_part_of_a_run_folder(name, config, tmp_path, monkeypatch):
     def full(path, content):
@@ -498,14 +543,14 @@ def test_a_checkpoint_comes_after_its_log(config, tmp_path, monkeypatch):
     assert order == ["metrics.jsonl", ".h5"]
 
 
-def test_another_device_can_go_on(config, tmp_path):
+def test_another_device_can_go_on_with_other_threads(config, tmp_path):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     settings = json.loads((run.path / "config.json").read_text())
-    settings["device"]["value"] = "cuda:0"
+    settings["device"]["value"], settings["threads"]["value"] = "cuda:0", 2
     (run.path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="cpu"):
         resume(run.path)
-    assert resume(run.path, device="cpu").config.device == "cpu"
+    assert resume(run.path, device="cpu").config == replace(run.config, device="cpu", threads=2)
 
 
 def test_only_the_first_step_sizes_the_memory_of_a_gpu(config, tmp_path, monkeypatch):
@@ -576,29 +621,32 @@ def test_other_data_is_refused(finished, config, tmp_path, pictures):
     resume(run.path)
 
 
-def test_a_run_that_knows_its_pixels_alone_goes_on(finished, config, tmp_path, monkeypatch):
+def test_a_run_that_knows_less_goes_on(finished, config, tmp_path, monkeypatch):
     """As those of earlier versions do."""
+    without = {k: v for k, v in config.to_dict().items() if k != "precision"}
     with monkeypatch.context() as earlier:
         earlier.setattr(Dataset, "identity", property(lambda self: self.fingerprint))
+        earlier.setattr(ms.TrainConfig, "to_dict", lambda self: without)
         run = pretrain(config, tmp_path / "run", time_limit=0)
-    assert resume(run.path).step == finished.step
+    run = resume(run.path)
+    assert run.step == finished.step and run.data == finished.data
 
 
 def test_a_run_keeps_its_settings(config, tmp_path):
-    run = pretrain(config, tmp_path / "run", time_limit=0)
+    run = pretrain(config, tmp_path / "run", time_limit=0, origins={"lr": "flag"})
     settings = json.loads((run.path / "config.json").read_text())
+    assert settings["lr"] == {"value": 0.05, "origin": "flag"}
     others = {"epochs": config.epochs + 1, "width": 16, "lr": 0.5, "seed": 9, "temperature": 0.9}
     for name, value in others.items():
         changed = settings | {name: settings[name] | {"value": value}}
         (run.path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=f"config.json has {name} {value}, training had"):
             resume(run.path)
-    (run.path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match="not a run folder"):
-        read_config(run.path)
-    (run.path / "config.json").write_text("[]")
-    with pytest.raises(DataError, match="not a run folder"):
-        resume(run.path)
+    odd = "[]", '{"lr": 5}', '{"lr": {}}', '{"lr": {"value": 0}}', '{"x": {"value": 1}}'
+    for content in ("[" * 100_000, *odd):
+        (run.path / "config.json").write_text(content)
+        with pytest.raises(DataError, match="not a run folder"):
+            resume(run.path)
 
 
 def test_a_rate_that_never_reaches_its_peak_is_said(config, tmp_path):
@@ -607,6 +655,10 @@ def test_a_rate_that_never_reaches_its_peak_is_said(config, tmp_path):
     pretrain(short, tmp_path / "run", notify=lambda event, values: said.append((event, values)))
     texts = [values["text"] for event, values in said if event == "warning"]
     assert texts[0] == "the rate rises for 1.5 epochs, but the run has 1: lower --warmup-epochs"
+    said.clear()
+    short = replace(short, warmup_epochs=1.0)
+    pretrain(short, tmp_path / "b", notify=lambda event, _: said.append(event), time_limit=0)
+    assert "warning" not in said
 
 
 def test_a_log_that_is_gone_is_missed(config, tmp_path):
@@ -624,7 +676,7 @@ def test_settings_that_cannot_be_leave_no_folder(config, tmp_path):
         replace(config, data="")
 
 
-def test_divergence_keeps_the_last_good_state(config, tmp_path):
+def test_divergence_keeps_the_last_good_state(finished, config, tmp_path):
     wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(DivergedError, match="step") as raised, np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
@@ -639,6 +691,12 @@ def test_divergence_keeps_the_last_good_state(config, tmp_path):
     for path in checkpoint.listed(tmp_path / "run" / "checkpoints"):
         arrays, _ = checkpoint.load(path)
         assert all(np.isfinite(a).all() for a in arrays.values())
+    run, _ = open_run(shutil.copytree(finished.path, tmp_path / "copy"))
+    newest = checkpoint.listed(run.path / "checkpoints")[-1]
+    assert str(run.diverged(13, "it")).endswith(f"; the last good state is {newest}")
+    run.model.encoder.conv1.weight.data[:] = np.nan
+    with np.errstate(all="ignore"), pytest.raises(DivergedError, match="outputs are not finite"):
+        train.monitor(run, open_dataset(config.data, 20), "cpu")
 
 
 def test_a_run_on_the_chance_line_says_so(config, tmp_path):
@@ -707,6 +765,8 @@ def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys
     ]
     pretrain(config, tmp_path / "b", notify=quiet)
     assert capsys.readouterr() == ("", "")
+    train.say("warning", {"text": "the loss"})
+    assert capsys.readouterr().err == "the loss\n"
 
 
 def test_pictures_are_not_taken_for_views(finished):
@@ -717,7 +777,7 @@ def test_pictures_are_not_taken_for_views(finished):
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(config, tmp_path):
-    with pytest.raises(ConfigError, match="larger than the"):
+    with pytest.raises(ConfigError, match=r"larger than the 72 unlabelled images of .*pictures"):
         pretrain(ms.TrainConfig(**config.to_dict() | {"batch_size": 1000}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -725,7 +785,12 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(conf
 @pytest.mark.parametrize(
     "bad, said",
     [
-        ({"temperature": -1.0}, "temperature must be greater than 0"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, not 0"),
+        ({"lr": 0}, "lr must be greater than 0"),
+        ({"crop_min": 0.0}, "crop_min must be greater than 0"),
+        ({"warmup_epochs": -1.0}, r"warmup_epochs must be at least 0, not -1\.0"),
+        ({"image_size": 7}, "image_size must be at least 8"),
+        ({"seed": 2**63}, r"seed must be less than 2\*\*63"),
         ({"lr": float("nan")}, "lr must be a finite number"),
         ({"warmup_epochs": 1e308}, "warmup_epochs must be a finite number below 1e100"),
         ({"encoder": "resnet19"}, "encoder must be one of"),
@@ -739,6 +804,11 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(conf
 def test_bad_settings_are_all_named(bad, said):
     with pytest.raises(ConfigError, match=said):
         ms.TrainConfig(**bad)
+
+
+def test_settings_may_be_at_their_limits():
+    least = {"image_size": 8, "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "strength": 0}
+    ms.TrainConfig(**least, weight_decay=0, crop_min=1, temperature=1e-9, lr=1e-9, seed=2**63 - 1)
 
 
 def test_checkpoints_hold_no_clock(finished, tmp_path):
