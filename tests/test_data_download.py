@@ -296,13 +296,33 @@ def test_a_server_that_recovers(server, tmp_path):
 
 
 def test_nobody_there(tmp_path, server):
-    for url in ("http://127.0.0.1:1/x", "http://no.such.host.invalid/x"):
+    urls = (
+        "http://127.0.0.1:1/x",
+        "http://no.such.host.invalid/x",
+        "http://[x",
+        "http://\u00fc/\u00fc",
+    )
+    for url in urls:
         with pytest.raises(DataError, match="in another way"):
             download(url, tmp_path / "images.tar", 1, SHA256)
 
 
 def redirect(target):
     return lambda handler: handler.reply(302, {"Location": target, "Content-Length": 0})
+
+
+ODD = {
+    "a length that is no number": lambda it: it.reply(200, {"Content-Length": "x"}, CONTENT),
+    "an address that is none": redirect("http://[x"),
+    "no range where none was asked for": lambda it: it.reply(416, {"Content-Length": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_answers_that_make_no_sense_are_given_up(server, tmp_path, kind):
+    server.answers["file"] = ODD[kind]
+    with pytest.raises(DataError, match=r"file: .*: fetch images\.tar in another way"):
+        fetch(server, tmp_path)
 
 
 def test_redirects_are_followed_a_few_times(server, tmp_path):

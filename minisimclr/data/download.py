@@ -4,9 +4,9 @@ What has arrived waits in a hidden file beside the final one, along with the ser
 version of the file (ETag or date), so that the next attempt or run asks only for the rest.
 """
 
-import http.client
 import ssl
 import time
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ ATTEMPTS = 4
 BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one after it
 TIMEOUT = 30.0  # seconds of silence
 SLOWEST = 5_000  # bytes per second on average, once TIMEOUT has passed
-BROKEN = (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
 
 
 def download(
@@ -31,7 +31,7 @@ def download(
     A right file that is already there is kept. Raises DataError if the server does not deliver it,
     OSError if the disk cannot take it.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http:", "https:")):
         raise DataError(f"{url}: is not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     part, mark = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "mark"))
@@ -76,7 +76,7 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
     except HTTPError as error:
         error.close()  # the error is the response, too
         if error.code == 416:  # the server's file does not continue ours
-            part.unlink()
+            part.unlink(missing_ok=True)
         raise
     with response, part.open("ab") as file:
         resumed = (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
