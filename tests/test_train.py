@@ -17,6 +17,7 @@ from datetime import datetime
 from io import FileIO
 from itertools import accumulate, chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import hypothesis
@@ -699,6 +700,21 @@ def test_divergence_keeps_the_last_good_state(finished, config, tmp_path):
         train.monitor(run, open_dataset(config.data, 20), "cpu")
 
 
+def test_divergence_tells_what_was_seen(config, tmp_path, monkeypatch):
+    step = SimpleNamespace(finite=False, figures={"loss": 1.5, "gradient_norm": np.inf})
+    monkeypatch.setattr(train, "training_step", lambda *_: step)
+    said = r"at step 1: loss 1\.5, gradient norm inf; lower --lr or raise --temperature$"
+    with pytest.raises(DivergedError, match=said):
+        pretrain(config, tmp_path / "run", notify=quiet)
+
+
+def test_preparation_tells_how_far_it_is(config):
+    heard = []
+    other = replace(config, image_size=24)
+    train.open_training_data(other, lambda event, values: heard.append((event, values["done"])))
+    assert len(heard) > 2 and heard == sorted(set(heard)) and heard[-1] == ("prepare", 120)
+
+
 def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     heard = []
     flat = ms.TrainConfig(**config.to_dict() | {"lr": 1e-9, "temperature": 1e6, "epochs": 4})
@@ -726,7 +742,8 @@ def test_a_loss_that_has_left_the_chance_line_is_no_warning(
 
     heard = []
     monkeypatch.setattr("minisimclr.train.epoch_means", means)
-    pretrain(config, tmp_path / "run", notify=lambda event, _: heard.append(event))
+    late = replace(config, epochs=4, warmup_epochs=3.0)  # the third epoch is early days, too
+    pretrain(late, tmp_path / "run", notify=lambda event, _: heard.append(event))
     assert heard.count("warning") == warned
 
 
