@@ -330,7 +330,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--seed", "9223372036854775808"], 2, "less than 2"),
         (["--colour", "red"], 2, "--colour"),
         (["--config", "nonexistent.toml"], 2, "nonexistent.toml"),
-        (["--config", "{typo}"], 2, "did you mean 'temperature'"),
+        (["--config", "{typo}"], 2, r"typo\.toml: unknown key .*did you mean 'temperature'"),
         (["--config", "{torn}"], 2, "torn.toml"),
         (["--config", "{huge}"], 2, r"lr must be less than 2\*\*63 in size, not 1000"),
         (["--config", "{endless}"], 2, r"endless\.toml: .*digits"),

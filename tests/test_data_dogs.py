@@ -416,7 +416,7 @@ def test_folder_with_half_of_the_layout(tmp_path, name):
     layout.tar(tmp_path / f"{name}.tar", [])
     with pytest.raises(DataError, match=r"both images\.tar and lists\.tar"):
         open_dataset(tmp_path)
-    (tmp_path / f"{name}.tar.gz").write_bytes(b"")
+    (tmp_path / f"{name}-80px.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="keep one"):
         open_dataset(tmp_path)
 

@@ -69,7 +69,7 @@ def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
     assert sorted(rows[2]) == dataset.split("pretrain").tolist()
     assert rows[1] == rows[2][:24] and rows[0] == rows[1][:5]
     assert np.bincount(dataset.labels[rows[1]], minlength=3).min() >= 4
-    assert dataset.sample(5).tobytes() == open_dataset(pictures, 16).sample(5).tobytes()
+    assert rows[0] == [60, 62, 15, 86, 96]  # for ever
 
 
 def test_a_sample_without_pretrain_is_of_what_there_is(tmp_path):
