@@ -823,6 +823,14 @@ def test_bad_settings_are_all_named(bad, said):
         ms.TrainConfig(**bad)
 
 
+def test_the_defaults_are_those_of_the_readme_s_table():
+    config = ms.TrainConfig()
+    assert (config.encoder, config.image_size, config.batch_size) == ("resnet_small", 32, 128)
+    assert (config.optimizer, config.lr, config.lr_scaling) == ("sgd", 0.3, "none")
+    assert (config.epochs, config.warmup_epochs, config.weight_decay) == (20, 1.0, 1e-4)
+    assert (config.temperature, config.strength, config.crop_min) == (0.2, 0.8, 0.2)
+
+
 def test_settings_may_be_at_their_limits():
     least = {"image_size": 8, "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "strength": 0}
     ms.TrainConfig(**least, weight_decay=0, crop_min=1, temperature=1e-9, lr=1e-9, seed=2**63 - 1)
