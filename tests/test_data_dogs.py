@@ -130,7 +130,7 @@ def test_lists_as_scipy_reads_them(test_data):
 def test_matlab_numbers_and_text_as_scipy_writes_them():
     scipy_io = pytest.importorskip("scipy.io")
     values = {
-        "small": np.array([[7]], np.uint8),
+        "one": np.array([[7]], np.uint8),  # with its name in a small element
         "doubles": np.array([[1.5, np.nan, -2.0]]),
         "int32": np.arange(300, dtype=np.int32)[:, None],
         "words": np.array(["a", "bc", "é", "long " * 9], object)[:, None],
@@ -140,7 +140,7 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
         scipy_io.savemat(buffer, values, do_compression=packed)
         ours = matlab.load(buffer.getvalue(), tuple(values))
         assert ours["words"] == list(values["words"][:, 0])
-        for name in ("small", "doubles", "int32"):
+        for name in ("one", "doubles", "int32"):
             np.testing.assert_array_equal(ours[name], values[name].ravel())
 
 
@@ -162,6 +162,7 @@ BAD_LISTS = {
         "ends behind the file",
     ),
     "no labels": (layout.mat(TRAIN, LABELS, deflate=False).replace(b"labels", b"lapels"), "lacks"),
+    "fewer files": (layout.mat(TRAIN[1:], LABELS), "11 files, but 12 labels"),
     "fewer labels": (layout.mat(TRAIN, LABELS[1:]), "12 files, but 11 labels"),
     "label 0": (layout.mat(TRAIN, LABELS - 1), "no whole numbers from 1"),
     "label 200": (
@@ -251,9 +252,9 @@ def test_members_that_could_escape_are_refused(tmp_path, monkeypatch, fault):
     assert not list((tmp_path / "cache").rglob("*.h5"))
 
 
-def test_setuid_member_is_only_read(tmp_path):
-    first, *rest = layout.image_members()
-    images = [named(first[0], first[1], mode=0o6777, uid=0), *rest]
+def test_setuid_and_old_members_are_only_read(tmp_path):
+    first, second, *rest = layout.image_members()
+    images = [named(*first, mode=0o6777, uid=0), named(*second, type=tarfile.AREGTYPE), *rest]
     assert len(open_dataset(layout.write_archives(tmp_path / "d", images), 24).images) == 31
 
 
@@ -288,8 +289,8 @@ def test_pictures_must_be_those_on_the_lists(tmp_path):
     assert len(read([*notes, *images])) == 31  # other files do not matter
     with pytest.raises(DataError, match=r"1 of 31 .* missing, 0 are on no list: 'n01-Alpha/n01_0"):
         read(images[1:])
-    with pytest.raises(DataError, match=r"0 of 31 .* 1 are on no list: 'n09-Wolf/n09_1.jpg'"):
-        read([*images, ("Images/n09-Wolf/n09_1.jpg", b"")])
+    with pytest.raises(DataError, match=r"0 of 31 .* 1 are on no list: 'n09-Wolf/n09_1.JPG'"):
+        read([*images, ("Images/n09-Wolf/n09_1.JPG", b"")])
     with pytest.raises(DataError, match="9 of 31"):
         read([m for m in images if "n01" not in m[0]])
     with pytest.raises(DataError, match="twice"):
@@ -379,7 +380,8 @@ def test_mutated_archives_are_read_or_refused(tmp_path):
 
 BAD_BOXES = {
     "none": layout.annotation(boxes=()),
-    "empty": layout.annotation(boxes=((5, 5, 5, 9),)),
+    "narrow": layout.annotation(boxes=((5, 5, 5, 9),)),
+    "flat": layout.annotation(boxes=((5, 5, 9, 5),)),
     "no size": layout.annotation().replace(b"width", b"weight"),
     "bomb": b'<!DOCTYPE a [<!ENTITY x "&x;&x;">]><annotation>&x;</annotation>',
     "not XML": b"\xff\xfe",

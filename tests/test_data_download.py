@@ -303,8 +303,8 @@ def test_nobody_there(tmp_path, server):
         "http://\u00fc/\u00fc",
     )
     for url in urls:
-        with pytest.raises(DataError, match="in another way"):
-            download(url, tmp_path / "images.tar", 1, SHA256)
+        with pytest.raises(DataError, match=r"lists\.tar in another way .* --lists-tar"):
+            download(url, tmp_path / "lists.tar", 1, SHA256)
 
 
 def redirect(target):

@@ -257,8 +257,8 @@ def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
     link(tmp_path / "a" / "ring", tmp_path / "a" / "ring")
     link(tmp_path / "ring", tmp_path / "ring")
     assert len(open_dataset(tmp_path, 16).images) == 3
-    link(tmp_path / "a" / "x.png", tmp_path / "gone")
-    with pytest.raises(DataError, match=r"x\.png: cannot be read"):
+    link(tmp_path / "a" / "x.PNG", tmp_path / "gone")
+    with pytest.raises(DataError, match=r"x\.PNG: cannot be read"):
         open_dataset(tmp_path, 16)
 
 
