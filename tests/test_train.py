@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import checkpoint, cores, train
+from minisimclr.backend import choose_device
 from minisimclr.data import Dataset, Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
 from minisimclr.files import locked
@@ -181,7 +182,8 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     assert plan["images"] == f"72 unlabelled of {Path(config.data).name}"
     weights = new_run(None, config).model.named_parameters()
     assert plan["parameters"] == sum(p.data.size for _, p in weights)
-    assert plan["first layers"] == "small" and plan["runs on"].startswith("cpu (")
+    assert plan["first layers"] == "small"
+    assert plan["runs on"] == "{} ({})".format(*choose_device("auto"))
 
 
 def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
@@ -576,7 +578,8 @@ def test_no_threads_means_all_cores(config, tmp_path):
     run = pretrain(replace(config, epochs=1, threads=0), tmp_path / "all")
     assert cores.threads() == cores.available_cores()
     environment = json.loads((run.path / "env.json").read_text())
-    assert environment["threads"] == cores.threads()
+    assert environment["threads"] == cores.threads() and environment["cores"] == os.cpu_count()
+    assert environment["device"] == "{} ({})".format(*choose_device("auto"))
     assert environment["blas_kernels"] == cores.blas_kernels()
 
 

@@ -324,6 +324,10 @@ def test_classifiers_and_counters_may_be_there_or_not(tmp_path):
     safetensors.write(tmp_path / "a", state | extra, {})
     weights.load(net, tmp_path / "a")
     assert_state(net, state)
+    average = {"ema.conv1.weight": np.zeros((4, 3, 3, 3), "f4")}  # a part of another model
+    safetensors.write(tmp_path / "b", average | {f"net.{n}": a for n, a in state.items()}, {})
+    weights.load(other := nn.resnet10(width=4), tmp_path / "b")
+    assert_state(other, state)
 
 
 def test_preprocessing():
