@@ -175,7 +175,9 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
     assert 2e7 < train.peak_memory("cpu") < 1e12  # bytes
     monkeypatch.setattr(train, "peak_memory", lambda device: 3_400_000_000)
+    cores.set_threads(2)
     plan = dry_run(config, quiet, tmp_path / "run")
+    assert cores.threads() == config.threads == 1
     figures = {"seconds a step": 30, "minutes in all": 6, "peak memory, MB": 3400}
     assert plan | figures == plan and plan["steps"] == "12 (4 an epoch)"
     assert plan["run folder"] == str(tmp_path / "run")
@@ -644,7 +646,8 @@ def test_a_run_keeps_its_settings(config, tmp_path):
     for name, value in others.items():
         changed = settings | {name: settings[name] | {"value": value}}
         (run.path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(ConfigError, match=f"config.json has {name} {value}, training had"):
+        was = f"config.json has {name} {value}, training had {getattr(config, name)}: set it back"
+        with pytest.raises(ConfigError, match=was):
             resume(run.path)
     odd = "[]", '{"lr": 5}', '{"lr": {}}', '{"lr": {"value": 0}}', '{"x": {"value": 1}}'
     for content in ("[" * 100_000, *odd):
