@@ -1,9 +1,11 @@
 """Folders of pictures, with any name and some junk in them, and the commands around them."""
 
+import cProfile
 import errno
 import hashlib
 import json
 import os
+import pstats
 import shutil
 import time
 from pathlib import Path
@@ -465,6 +467,15 @@ def test_real_photos(test_data):
     dataset = open_dataset(test_data / "dog-photos", 96)
     assert dataset.images.shape == (80, 96, 96, 3) and len(dataset.class_names) == 10
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [40, 20, 20]
+
+
+def test_a_million_pictures_are_listed_soon(tmp_path):  # nothing can be shown before that
+    (tmp_path / "a").mkdir()
+    for i in range(200):
+        (tmp_path / "a" / f"{i}.png").touch()
+    with cProfile.Profile() as profile:
+        folder.source(tmp_path, Options())
+    assert pstats.Stats(profile).total_calls < 40 * 200  # with a Path for each it was 100 each
 
 
 def test_mtime_of_any_value(tmp_path):

@@ -29,20 +29,18 @@ def source(root: Path, options: Options) -> Source:
     """The pictures below `root`, except hidden ones. Raises DataError if there are none."""
     if options.crop == "boxes":
         raise ConfigError(f"{root} has no annotation to crop by: only Stanford Dogs has boxes")
-    found = {path.relative_to(root): stat for path, stat in files(root)}
-    # By parts, because Windows would ignore case when sorting paths.
-    pictures = sorted((p for p in found if p.suffix.lower() in SUFFIXES), key=lambda p: p.parts)
+    found = dict(files(root))
+    pictures = sorted(parts for parts in found if parts[-1].lower().endswith(SUFFIXES))
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     tests = for_testing(root, pictures)
     depth = 1 if tests else 0  # of the class folders
-    inner = [() if tests and split_name(p) in LOOSE else p.parts[depth:] for p in pictures]
+    inner = [() if tests and split_name(p) in LOOSE else p[depth:] for p in pictures]
     classes = sorted({parts[0] for parts in inner if len(parts) > 1})
-    loose = [path for path, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
+    loose = [p for p, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
-        raise DataError(
-            f"{root} has class folders, but {str(loose[0])!r} and maybe more are in none: move them"
-        )
+        said = f"{root} has class folders, but {str(Path(*loose[0]))!r} and maybe more"
+        raise DataError(f"{said} are in none: move them")
 
     def plan() -> Plan:
         if len(classes) == 1 and not tests and all(len(parts) > 2 for parts in inner):
@@ -50,35 +48,35 @@ def source(root: Path, options: Options) -> Source:
             warnings.warn(f"{said}, name {root / classes[0]}", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
-        testing = np.array([split_name(path) in tests for path in pictures])
+        testing = np.array([split_name(parts) in tests for parts in pictures])
 
         def jobs(size: int) -> Iterator[Job]:
-            return ((i, decode_file, (root / path, size)) for i, path in enumerate(pictures))
+            return ((i, decode_file, (root.joinpath(*p), size)) for i, p in enumerate(pictures))
 
-        names = [path.as_posix() for path in pictures]
+        names = ["/".join(parts) for parts in pictures]
         notes = {"ignored_files": len(found) - len(pictures)}
         splits = split_classes(labels, testing, classes, options.labels_per_class)
         return Plan(names, labels, classes, splits, jobs, notes)
 
-    listing = [(str(p), found[p].st_size, found[p].st_mtime_ns) for p in pictures]
+    listing = [(os.sep.join(parts), *found[parts]) for parts in pictures]  # noqa: PTH118
     identity = hashlib.sha256(repr(listing).encode()).hexdigest()
     return Source(root.resolve().name, identity, plan)
 
 
-def split_name(path: Path) -> str:
+def split_name(parts: tuple[str, ...]) -> str:
     """The top folder of a picture, spelt as a split would be: Train_Set as train."""
-    return re.sub("(?<=.)[ _-]?set$", "", path.parts[0].lower()) if len(path.parts) > 1 else ""
+    return re.sub("(?<=.)[ _-]?set$", "", parts[0].lower()) if len(parts) > 1 else ""
 
 
-def for_testing(root: Path, pictures: list[Path]) -> set[str]:
+def for_testing(root: Path, pictures: list[tuple[str, ...]]) -> set[str]:
     """Which splits in `root` hold pictures to test with; none if its folders are classes.
 
     Raises DataError if they are splits that do not suffice, or if only some of them are splits.
     """
-    names = {split_name(path) for path in pictures}
+    names = set(map(split_name, pictures))
     trains, tests = names & {*TRAINS}, names & {*TESTS} or names & {*CHECKS}
     others = names - {*TRAINS, *CHECKS, *TESTS, *LOOSE}
-    said = " and ".join(sorted({path.parts[0] for path in pictures}))
+    said = " and ".join(sorted({parts[0] for parts in pictures}))
     if trains and tests and others - {""}:
         raise DataError(
             f"{root} holds {said}: name one of its folders, or move away what is not a split"
@@ -88,8 +86,11 @@ def for_testing(root: Path, pictures: list[Path]) -> set[str]:
     return set() if others else tests
 
 
-def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files below `root` that are not hidden; links to folders are followed only at the top."""
+def files(root: Path) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
+    """Files below `root` that are not hidden: parts of the path; size and time.
+
+    Links to folders are followed only at the top.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -97,26 +98,29 @@ def files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
     try:
         for top in (path for path in root.iterdir() if path.name[0] != "."):
             if not top.is_dir():
-                yield from regular(top)
+                yield from regular((top.name,), str(top))
                 continue
             for folder, inner, names in os.walk(top, onerror=fail):
                 inner[:] = [name for name in inner if name[0] != "."]
-                for path in (Path(folder, name) for name in names if name[0] != "."):
-                    yield from regular(path)
+                above = Path(folder).relative_to(root).parts
+                for name in (name for name in names if name[0] != "."):
+                    yield from regular((*above, name), os.path.join(folder, name))  # noqa: PTH118
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
-def regular(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """`path` and its stat, if it is a file. Raises OSError for a picture that is a broken link."""
+def regular(parts: tuple[str, ...], path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
+    """`parts`, size and time of `path`, if it is a file. Raises OSError for a picture that is a
+    broken link.
+    """
     try:
-        stat = path.stat()
+        stat = os.stat(path)  # noqa: PTH116 - a Path for each of many files would take long
     except OSError:
-        if path.suffix.lower() in SUFFIXES or path.exists():  # which links in a ring do not
+        if parts[-1].lower().endswith(SUFFIXES) or Path(path).exists():  # not links in a ring
             raise
         return
     if S_ISREG(stat.st_mode):
-        yield path, stat
+        yield parts, (stat.st_size, stat.st_mtime_ns)
 
 
 def split_classes(
