@@ -573,6 +573,16 @@ def test_features_keep_the_order_of_rows_in_any_batches():
 # Neighbours and statistics
 
 
+def test_knn_among_many_does_not_fill_the_memory(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        np, "argpartition", lambda s, k, axis: sizes.append(s.size) or np.zeros((len(s), 5), int)
+    )
+    X, y = np.ones((2**19, 1), np.float32), np.zeros(2**19)
+    assert knn_score(X, y, X[:64], y[:64], k=5) == 1
+    assert sizes == [2**24, 2**24]
+
+
 @pytest.mark.parametrize("k, n", [(1, 40), (7, 40), (200, 40), (200, 600)])
 def test_knn_against_a_loop(k, n):
     X, y = clusters(n, 6, 5, spread=0.8, seed=k)

@@ -148,9 +148,9 @@ def knn_score(
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(labels_of(X, y), return_inverse=True)
     test_y = labels_of(test_X, test_y, classes)
-    rows, K, right = xp.asarray(rows), len(classes), 0
-    for start in range(0, len(test_X), 512):  # similarities of 512 images at a time
-        part = slice(start, start + 512)
+    rows, K, right, most = xp.asarray(rows), len(classes), 0, max(1, min(512, 2**24 // len(X)))
+    for start in range(0, len(test_X), most):  # as many images as memory has similarities for
+        part = slice(start, start + most)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
         near = xp.argpartition(similarity, -k, axis=1)[:, -k:]  # (B, k)
         weights = xp.exp((xp.take_along_axis(similarity, near, 1) - 1) / temperature)
