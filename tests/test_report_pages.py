@@ -201,6 +201,10 @@ def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
     assert set(said) == {("no label",)}
 
 
+def test_a_chart_of_many_runs_grows_with_its_legend():
+    charts.lines("t", "x", {f"20261125-1530{k}-resnet_small": ([0, 1], [k, 1]) for k in range(60)})
+
+
 def test_legends_cover_no_data_and_ticks_leave_room():
     series = {name: ([-2.775 + i / 1e3 for i in range(9)], range(9)) for name in ("a", "run" * 12)}
     for chart in (charts.lines("t", "x", series), charts.scatter("t", "x", "y", series)):

@@ -64,15 +64,17 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     own = f"c{zlib.crc32(svg.encode()):x}-"  # ids must not clash with those of another chart
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
-    size = f'viewBox="0 0 {72 * width:g} {72 * height:g}"'
+    size = f'viewBox="0 0 {72 * width:g} {72 * figure.get_figheight():g}"'
     svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}'
     return f'<div class="chart" style="width:{width:g}in">{svg}{details("The numbers", data)}</div>'
 
 
 def legend(axes: Any, **look: Any) -> None:
-    """What the marks mean, below the chart, where it covers none."""
-    columns = max(1, min(3, 60 // max(map(len, axes.get_legend_handles_labels()[1]))))
-    axes.figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, **look)
+    """What the marks mean, below the chart, where it covers none; the figure grows with it."""
+    figure, names = axes.figure, axes.get_legend_handles_labels()[1]
+    columns = max(1, min(3, 60 // max(map(len, names))))
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(names) // columns) - 4))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, **look)
 
 
 def lines(
@@ -143,9 +145,8 @@ def scatter(
     def draw(axes: Any) -> None:
         for k, (name, (xs, ys)) in enumerate(groups.items()):
             look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "lw": 0}
-            size = sizes[name] if sizes else 12
-            short = name if len(name) <= MOST else f"{name[: MOST - 1]}…"
-            axes.scatter(xs, ys, size, alpha=0.75, label=plain(short), **look)
+            short = plain(name if len(name) <= MOST else f"{name[: MOST - 1]}…")
+            axes.scatter(xs, ys, sizes[name] if sizes else 12, alpha=0.75, label=short, **look)
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)
