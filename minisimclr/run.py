@@ -180,8 +180,10 @@ def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
     return run, {}
 
 
-def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> None:
-    """Create `out` with config.json (value and origin of every setting) and env.json."""
+def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool = False) -> Path:
+    """Create `out` with config.json (value and origin of every setting) and env.json; or, if that
+    exists and `beside`, a folder with a longer name. Returns which.
+    """
     settings = {
         k: {"value": v, "origin": origins.get(k, "default")} for k, v in config.to_dict().items()
     }
@@ -203,10 +205,13 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict[str, str]) -> 
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
         write_bytes(making / "env.json", json.dumps(environment, indent=1).encode())
         (making / "metrics.jsonl").touch()
+        while beside and out.exists():  # other runs began in the same second
+            out = out.with_name(f"{out.name}-{os.getpid()}")
         making.rename(out)
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
+    return out
 
 
 def log_line(log: Any, values: dict[str, Any]) -> None:

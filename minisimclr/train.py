@@ -67,9 +67,7 @@ def pretrain(
     if config.data not in BUILT_IN:  # the run will be used from other folders too
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
-    while not out and path.exists():  # other runs began in the same second
-        path = path.with_name(f"{path.name}-{os.getpid()}")
-    make_run_folder(path, config, origins or {})
+    path = make_run_folder(path, config, origins or {}, beside=not out)
     return resume(path, time_limit=time_limit, notify=notify, dataset=dataset)
 
 

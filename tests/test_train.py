@@ -32,7 +32,15 @@ from minisimclr.data import Dataset, Options, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError, DivergedError, Interrupted, OutputError
 from minisimclr.files import locked
 from minisimclr.probe import alignment, effective_rank, uniformity, unit
-from minisimclr.run import Run, log_line, new_run, open_run, read_config, stop_signals
+from minisimclr.run import (
+    Run,
+    log_line,
+    make_run_folder,
+    new_run,
+    open_run,
+    read_config,
+    stop_signals,
+)
 from minisimclr.simclr import chance_loss, training_step
 from minisimclr.train import (
     Plan,
@@ -370,6 +378,17 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_pat
         assert second.parent == first.parent and second.name.startswith(f"{first.name}-")
     with pytest.raises(ConfigError, match="exists already"):
         pretrain(config, second, notify=quiet)
+
+
+def test_another_run_may_begin_while_the_folder_is_made(config, tmp_path):
+    def meanwhile(path, content):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    with patch("minisimclr.run.write_bytes", meanwhile):
+        path = make_run_folder(tmp_path / "run", config, {}, beside=True)
+        assert path.name == f"run-{os.getpid()}" and (path / "metrics.jsonl").exists()
+        with pytest.raises(OutputError, match="run: Directory not empty"):
+            make_run_folder(tmp_path / "run", config, {})
 
 
 def test_folders_may_be_strings(config, tmp_path):
