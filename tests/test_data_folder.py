@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from minisimclr.cli import main
-from minisimclr.data import Options, folder, open_dataset, prepare
+from minisimclr.cli.data import class_counts
+from minisimclr.data import Dataset, Options, folder, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError
 
 
@@ -494,3 +495,13 @@ def test_source_may_be_read_only(pictures, tmp_path):
         assert sorted(source.rglob("*")) == before
     finally:
         source.chmod(0o755)
+
+
+def test_classes_are_counted_in_one_pass(pictures, monkeypatch):
+    dataset, seen = open_dataset(pictures, 16), []
+    monkeypatch.setattr(Dataset, "split", lambda self, name: seen.append(name) or np.arange(9))
+    nine = dict.fromkeys(("pretrain", "labelled", "test"), 9)
+    assert class_counts(dataset) == {
+        "blob": nine, "check": dict.fromkeys(nine, 0), "stripe": dict.fromkeys(nine, 0)
+    }  # fmt: skip
+    assert seen == [*nine]  # and not once for each of, perhaps, 10,000 classes

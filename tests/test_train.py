@@ -387,7 +387,7 @@ def test_another_run_may_begin_while_the_folder_is_made(config, tmp_path):
     with patch("minisimclr.run.write_bytes", meanwhile):
         path = make_run_folder(tmp_path / "run", config, {}, beside=True)
         assert path.name == f"run-{os.getpid()}" and (path / "metrics.jsonl").exists()
-        with pytest.raises(OutputError, match="run: Directory not empty"):
+        with pytest.raises(OutputError, match="cannot make the run folder"):
             make_run_folder(tmp_path / "run", config, {})
 
 

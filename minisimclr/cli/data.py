@@ -1,5 +1,6 @@
 """minisimclr data: prepare a data set once, check that it is intact, look at what is in it."""
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -107,10 +108,8 @@ def facts(dataset: Any) -> dict[str, Any]:
 
 def class_counts(dataset: Any) -> dict[str, dict[str, int]]:
     """Pictures of each class in each split."""
-    return {
-        name: {split: int((dataset.labels[dataset.split(split)] == k).sum()) for split in SPLITS}
-        for k, name in enumerate(dataset.class_names)
-    }
+    counts = {s: Counter(dataset.labels[dataset.split(s)].tolist()) for s in SPLITS}
+    return {name: {s: counts[s][k] for s in SPLITS} for k, name in enumerate(dataset.class_names)}
 
 
 def samples(dataset: Any) -> list[tuple[str, Any]]:
