@@ -114,6 +114,16 @@ def test_float32_reaches_the_float64_optimum(C):
     assert best * (1 - 1e-6) <= objective(model, X, y, C) <= best * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("C", [1e-5, 1e-3, 1.0])
+def test_mean_probabilities_are_the_shares_of_the_classes(C):
+    """The intercept's gradient is zero, however strong the penalty, which does not hold it."""
+    X, y = clusters(402)
+    X, shares = standardize(X)[0], np.bincount(y) / len(y)
+    z = LogisticRegression(C).fit(X, y).decision_function(X)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    assert p.mean(0) == pytest.approx(shares, abs=5e-4)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 999), shift=st.floats(-50, 50), C=st.sampled_from([0.03, 1.0, 30.0]))
 def test_symmetries_of_the_solution(seed, shift, C):

@@ -58,10 +58,10 @@ class Problem:
     """X (N, D) and y (N,) in the axes in which logistic regression is easiest to solve.
 
     The intercept absorbs a shift and the penalty does not see a rotation, so X may be centred and
-    rotated to its principal axes. There X^T X is diagonal, and so, nearly, is the Hessian, I + C
-    sum_n (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean of p (1 - p) in place
-    of each sample's own (Boehning 1992 has a bound), seeds L-BFGS: if features are correlated, only
-    three quarters to a fifth of the evaluations remain.
+    rotated to its principal axes. There X^T X is diagonal, and so, nearly, is the Hessian, I (but 0
+    for the intercept) + C sum_n (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean
+    of p (1 - p) in place of each sample's own (Boehning 1992 has a bound), seeds L-BFGS: if
+    features are correlated, only three quarters to a fifth of the evaluations remain.
     """
 
     def __init__(self, X: Array, y: Any):
@@ -75,6 +75,8 @@ class Problem:
         # A last column of ones carries the intercept through both products.
         self.Z = xp.concatenate([X @ self.axes, xp.ones_like(X[:, :1])], axis=1)  # (N, D + 1)
         self.spectrum = (self.Z**2).sum(0)  # (D + 1,)
+        # 1, and 0 for the intercept: (D + 1,)
+        self.penalty = (xp.arange(len(self.spectrum)) < len(self.mean)).astype(X.dtype)
         self.own = xp.asarray(rows), xp.arange(len(X))  # each sample's class, in arrays (K, N)
         self.W = xp.zeros((len(self.classes), self.Z.shape[1]), X.dtype)
 
@@ -86,8 +88,7 @@ class Problem:
         are summed, and log1p is taken of the sum.
         """
         xp = xp_of(W)
-        penalised = W.copy()
-        penalised[:, -1] = 0
+        penalised = self.penalty * W
         P = W @ self.Z.T  # (K, D + 1) (D + 1, N) -> (K, N): sums over classes run along memory
         P -= P.max(0)
         margin = P[self.own]  # (N,), 0 where the sample's own class is the likeliest
@@ -101,7 +102,8 @@ class Problem:
         variance = -(2 * P[self.own].sum() + xp.vdot(P, P)) / P.size  # the mean of p (1 - p)
         gradient = C * (P @ self.Z) + penalised  # (K, N) (N, D + 1) -> (K, D + 1)
         f = C * loss + float(xp.vdot(penalised, penalised)) / 2
-        return f, gradient, 1 / (1 + C * variance * self.spectrum)
+        # For the intercept not quite 0: its steps would be endless where all p are 0 or 1.
+        return f, gradient, 1 / (xp.maximum(self.penalty, min(1, C)) + C * variance * self.spectrum)
 
 
 def lbfgs(evaluate: Callable, w: Array, tol: float, max_iter: int) -> Array:
