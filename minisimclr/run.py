@@ -184,9 +184,8 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
     """Create `out` with config.json (value and origin of every setting) and env.json; or, if that
     exists and `beside`, a folder with a longer name. Returns which.
     """
-    settings = {
-        k: {"value": v, "origin": origins.get(k, "default")} for k, v in config.to_dict().items()
-    }
+    named = config.to_dict().items()
+    settings = {k: {"value": v, "origin": origins.get(k, "default")} for k, v in named}
     environment = {
         "minisimclr": __version__,
         "python": platform.python_version(),
