@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minisimclr.cli.display import PASSING
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.probe import (
+    C_GRID,
     LogisticRegression,
     Problem,
     alignment,
@@ -518,13 +519,15 @@ def test_choosing_the_penalty_shows_progress():
     def notify(event, values):
         told.append((event, *values.values()))
 
-    five = [("progress", k, 5, "choosing the penalty") for k in (1, 2, 3, 4, 5)]
+    def fits(count):
+        return [("progress", "choosing the penalty", k + 1, count) for k in range(count)]
+
     probed(Colours(), notify=notify)
-    assert told == 3 * five
-    assert told[0][3] in PASSING  # its bar goes when it is done
+    assert told == 3 * fits(5 * len(C_GRID))
+    assert told[0][1] in PASSING  # its bar goes when it is done
     told.clear()
-    select_c(np.eye(3), np.array([0, 0, 1]), notify=notify)  # folds without a test are folds, too
-    assert told == five
+    select_c(np.eye(3), np.array([0, 0, 1]), notify=notify)  # only two folds can be fitted to
+    assert told == fits(2 * len(C_GRID))
 
 
 def test_test_images_that_spoil_the_figure_are_told():

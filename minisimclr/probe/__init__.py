@@ -84,15 +84,16 @@ def select_c(
     if len(np.unique(y)) == len(y):
         return 1.0, "too few labelled images to choose C: it was set to 1"
     fold, right = folds(y, seed), np.zeros(len(grid))
-    for k in range(FOLDS):
-        fit, rest = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        if len(np.unique(y[fit])) > 1 and len(rest):
-            fit_X, rest_X = standardize(X[xp.asarray(fit)], X[xp.asarray(rest)])
-            problem = Problem(fit_X, y[fit])
-            fits = (LogisticRegression(C).solve(problem) for C in grid)
-            right += [(each.predict(rest_X) == y[rest]).sum() for each in fits]
-        if notify:
-            notify("progress", {"done": k + 1, "total": FOLDS, "label": "choosing the penalty"})
+    parts = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
+    parts = [(fit, rest) for fit, rest in parts if len(np.unique(y[fit])) > 1 and len(rest)]
+    for k, (fit, rest) in enumerate(parts):
+        fit_X, rest_X = standardize(X[xp.asarray(fit)], X[xp.asarray(rest)])
+        problem = Problem(fit_X, y[fit])
+        for j, C in enumerate(grid):
+            right[j] += (LogisticRegression(C).solve(problem).predict(rest_X) == y[rest]).sum()
+            if notify:
+                done = {"done": k * len(grid) + j + 1, "total": len(parts) * len(grid)}
+                notify("progress", {"label": "choosing the penalty"} | done)
     return best_of("C", grid, right)
 
 
@@ -131,7 +132,7 @@ def wilson_interval(p: float, n: int) -> list[float]:
     """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
     z = 1.959964  # 95 % of a normal distribution lie between -z and z
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [min(1.0, float((centre + side) / (1 + z * z / n))) for side in (-half, half)]
+    return [min(1.0, max(0.0, float((centre + side) / (1 + z * z / n)))) for side in (-half, half)]
 
 
 def knn_score(
