@@ -211,6 +211,7 @@ def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     assert run.step == 1
     assert "The weights do not move" not in faults(run.path)
+    assert verdict.unfinished(read(run.path)).evidence == "It is at step 1 of 8."
 
 
 def test_what_a_frozen_run_is_told(sound, tmp_path):
@@ -264,16 +265,23 @@ def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
 def test_an_epoch_is_the_mean_of_its_own_steps(sound):
     facts = read(sound)
     assert len(facts.epochs) == facts.config.epochs
+    speed = {row["step"]: row["views_per_second"] for row in facts.files["timings"]}
     for end in facts.epochs:
         steps = [row for row in facts.files["metrics"] if row["epoch"] == end["epoch"]]
         for figure in ("loss", "accuracy"):
             assert end[figure] == pytest.approx(np.mean([row[figure] for row in steps]))
+        rates = [speed[row["step"]] for row in steps]
+        assert end["views/s"] == pytest.approx(np.median(rates))
 
 
 def test_of_many_test_pictures_some_of_each_class_are_shown(sound, monkeypatch):
     monkeypatch.setattr("minisimclr.report.facts.MOST", 6)
     facts = read(sound)
     assert np.bincount(facts.dataset.labels[facts.test_rows]).tolist() == [2, 2, 2]
+    labels = facts.dataset.labels.copy()
+    labels[facts.test_rows[::2]] = -1
+    some = replace(facts, dataset=replace(facts.dataset, labels=labels))
+    assert np.bincount(labels[some.test_rows]).tolist() == [2, 2, 2]  # those without are left out
 
 
 def test_pictures_that_changed_since_the_training_are_left_out(sound, monkeypatch):
@@ -319,10 +327,22 @@ def edited(sound, folder, rows=None, **metrics):
 
 def test_a_loss_that_rises_asks_for_no_more_training(sound, tmp_path):
     facts = edited(sound, tmp_path / "run")
-    few = facts.epochs[:2]
-    for first, last, asked in ((3.9, 3.4, True), (3.4, 3.9, False)):
-        facts.__dict__["epochs"] = [few[0] | {"loss": first}, few[1] | {"loss": last}]
-        assert bool(verdict.too_short(facts)) == asked
+    for count, fall, asked in ((2, 0.5, True), (2, -0.5, False), (6, 0.06, True), (6, 0.04, False),
+                               (8, 0.5, True), (10, 0.5, False)):  # fmt: skip
+        losses = np.repeat([3 + fall, 3], count // 2)
+        facts.__dict__["epochs"] = [{"loss": loss} for loss in losses]
+        assert bool(found := verdict.too_short(facts)) == asked
+        assert not asked or f"half of {count} epochs the loss fell {fall:.2f}" in found.evidence
+    facts.total += 1  # it is not at its end
+    facts.__dict__["epochs"] = [{"loss": 3.5}, {"loss": 3}]
+    assert not verdict.too_short(facts)
+
+
+@pytest.mark.parametrize("size, level", [(8, FAULT), (9, WARNING), (31, WARNING), (32, None)])
+def test_small_batches_are_named(size, level, sound, config):
+    found = verdict.negatives(replace(read(sound), config=replace(config, batch_size=size)))
+    assert (found and found.level) == level
+    assert not found or f"from only {2 * size - 2} others" in found.evidence
 
 
 def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path):
@@ -348,3 +368,6 @@ def test_features_gain_if_they_clearly_beat_every_control(own, other, level, sou
     rows = {"SimCLR": own, "random encoder": 0.1, "raw pixels": other}
     found = verdict.features_gain(edited(sound, tmp_path / "run", rows))
     assert found.level == level and "raw pixels" in found.evidence + found.title
+    assert (
+        f"Top-1 is {own:.1%}, {3 * own:.1f} times chance; raw pixels: {other:.1%}" in found.evidence
+    )

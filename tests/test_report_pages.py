@@ -8,22 +8,24 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import report
+from minisimclr import report, simclr
 from minisimclr.augment import draw_views
 from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
-from minisimclr.probe import standardize
+from minisimclr.probe import standardize, unit
 from minisimclr.report import charts, panels, walkthrough
 from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
+from minisimclr.report.verdict import WARNING, Finding
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.run import open_run
 from minisimclr.simclr import training_step
@@ -116,15 +118,33 @@ def test_a_view_is_described_as_it_was_made():
         assert ("mirrored" in small) == views.flips[0, i] and ("grey" in small) == views.greys[0, i]
         left, top, width, height = views.boxes[0, i]
         assert f"crop {width:.0f}×{height:.0f} at {left:.0f},{top:.0f}" in small
-        factors = views.factors[0, i]  # brightness, contrast, saturation, hue
-        assert (f"hue {360 * factors[3]:+.0f}°" in small) == (factors != (1, 1, 1, 0)).any()
+        a, b, c, hue = views.factors[0, i]
+        said = f"brightness ×{a:.2f} contrast ×{b:.2f} saturation ×{c:.2f} hue {360 * hue:+.0f}°"
+        assert (said in small) == ((a, b, c, hue) != (1, 1, 1, 0))
+
+
+def test_below_a_view_stands_how_it_was_made(run, monkeypatch):
+    cards = []
+    monkeypatch.setattr(panels, "card", lambda *given, mark: cards.append(given) or "")
+    panels.augmentation(facts := report.read(run))
+    _, drawn, *pair = facts.first_views
+    for i in range(6):
+        for k, (pixels, _, name, *words) in enumerate(cards[3 * i + 1 : 3 * i + 3]):
+            assert (name, words) == (f"{i + 1}{'ab'[k]}", described(drawn, k, i, 16))
+            np.testing.assert_array_equal(pixels, pair[k][i])
+
+
+def test_a_finding_says_what_was_seen_and_what_to_do():
+    box = report.verdict_box([Finding(WARNING, "It was seen.", "It is odd", "Do this.")], [])
+    assert "Look here: it is odd" in box and "<b>! It is odd.</b> It was seen. Do this." in box
 
 
 def test_the_report_is_whole_and_self_contained(page):
     reader = check(page)
     assert "Not shown" not in page
     assert reader.tables >= len(reader.charts)
-    for words in ("chance, ln(2N-1)", "roofline", "✓ same", "Trust ratios", "mirrored", "--lr 0.5"):
+    for words in ("chance, ln(2N-1)", "roofline", "✓ same", "Trust ratios", "mirrored", "--lr 0.5",
+                  "resnet_small on pictures0, 16 px, batches of 32, 3 epochs, lars"):  # fmt: skip
         assert words in page
     cosines = page[page.index("<caption>epoch 1</caption>") :].partition("</table>")[0]
     middles = [float(x) for x in re.findall(r'scope="row">([-\d.]+)', cosines)]
@@ -157,8 +177,10 @@ def test_panels_show_what_they_say(run, monkeypatch):
     panels.spectrum(facts)
     values = {name: np.array(s) for name, (_, s) in drawn[0].items()}
     assert (values["trained"] > 1e-3).sum() == 3 < (values["random encoder"] > 1e-3).sum()
+    assert values["trained"][0] == 1
 
-    panels.neighbours(facts)
+    said = panels.neighbours(facts)
+    assert "trained 100%, random encoder" in said and said.count("100%") == 1
     for k, query in enumerate(names):
         (asked, alt), *near = cards[11 * k : 11 * k + 11]
         assert alt == f"Query: {query}" and asked not in [pixels for pixels, _ in near]
@@ -173,7 +195,10 @@ def test_panels_show_what_they_say(run, monkeypatch):
     facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
     rows = data.split("labelled")
     monkeypatch.setattr(panels, "features", lambda *_: classes[data.labels[rows]])
+    classifier, tried = panels.LogisticRegression, []
+    monkeypatch.setattr(panels, "LogisticRegression", lambda *C: tried.append(C) or classifier(*C))
     panels.confusions(facts)
+    assert tried == [(facts.files["probe"]["C"],)]
     pairs = {(a, names[(k + 1) % 3]) for k, a in enumerate(names)}
     count = len(labels) // 3
     assert set(tables[0]) == {(f"{a} taken for {b}", count, count) for a, b in pairs}
@@ -228,10 +253,12 @@ def test_histograms_have_whole_bins_and_long_names_are_cut(monkeypatch):
         "t", "x", "y", {name: ([0], [0]) for name in ("a", "b", "c", "Wirehaired griffon")}
     )
     roof = [1, 2, 3], [1, 2, 2]
-    charts.scatter("t", "x", "y", {"a": ([0], [0])}, roof=roof)
+    charts.scatter("t", "x", "y", {"a": ([1], [1])}, roof=roof, scale="log", sizes={"a": [50]})
     figure, (left, right, last) = pyplot.subplots(1, 3, layout="constrained")
     drawn[0](left), drawn[1](right), drawn[2](last)
     assert [line.get_xydata().T.tolist() for line in last.lines] == [[*roof]]
+    assert (last.get_xscale(), last.get_yscale()) == ("log", "log")
+    assert last.collections[0].get_sizes().tolist() == [50]
     assert {tuple(patch.get_data().edges) for patch in left.patches} == {(-1, 0, 1)}
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[-2:] == ["c", "Wirehaired grif…"]
@@ -257,25 +284,48 @@ def drawn(monkeypatch):
 def test_axes_are_what_they_are_called(run, drawn):
     facts = report.read(run)
     panels.training(facts)
-    assert [series[title][0] for (title, _, series), _ in drawn] == [[*range(1, 7)]] * 4
+    steps = facts.files["metrics"]
+    for key, ((title, _, series), _) in zip(
+        ("loss", "accuracy", "gradient_norm", "lr"), drawn, strict=True
+    ):
+        assert key in title.replace(" ", "_") or title == "learning rate"
+        assert series[title] == ([*range(1, 7)], [row[key] for row in steps])
+    assert drawn[0][1]["level"] == ("chance, ln(2N-1)", steps[-1]["chance"])
     drawn.clear()
     panels.sphere(facts)
-    ((_, x, path), named), _ = drawn
+    ((_, x, path), named), ((_, _, ranks), _) = drawn
     last = facts.epochs[-1]
     assert (x, named["y"]) == ("uniformity", "alignment")
     assert path["last"] == ([last["uniformity"]], [last["alignment"]])
+    assert ranks["effective rank"] == ([1, 2, 3], [e["effective_rank"] for e in facts.epochs])
     drawn.clear()
     panels.similarities(facts)
-    shares = [sum(ys) for (_, _, pairs), _ in drawn for _, ys in pairs.values()]
-    assert shares == pytest.approx([1] * 6)
+    for end, ((_, _, pairs), _) in zip(facts.epochs, drawn, strict=True):
+        for key, (_, shares) in zip(("positives", "negatives"), pairs.values(), strict=True):
+            assert shares == pytest.approx(np.array(end[key]) / sum(end[key]))
+        assert [*pairs] == ["same picture", "different"]
+
+
+def test_one_batch_is_compared_as_the_loss_sees_it(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(panels, "matrix", lambda *given: shown.append(given) or "")
+    panels.one_batch(facts := report.read(run))
+    ((_, cosines, names, partners),) = shown
+    model, views = facts.run.model, np.concatenate([x[:16] for x in facts.first_views[2:]])
+    z = unit(model.project(model.encode(views)))
+    np.testing.assert_allclose(cosines, z @ z.T, atol=1e-5)
+    assert names == [f"{i + 1}{view}" for view in "ab" for i in range(16)]
+    assert [names[i] for i in partners] == names[16:] + names[:16]
 
 
 def test_the_map_has_the_main_axes(run, drawn):
     panels.feature_map(facts := report.read(run))
-    groups = drawn[0][0][3].values()
+    title, _, _, named = drawn[0][0]
+    groups = named.values()
     x, y = (np.concatenate([points[k] for points in groups]) for k in (0, 1))
     variances = np.linalg.svd(standardize(facts.test_h[0])[0], compute_uv=False) ** 2
     np.testing.assert_allclose([(x**2).sum(), (y**2).sum()], variances[:2], rtol=0.02)
+    assert title == f"{variances[:2].sum() / variances.sum():.0%} of the variance"
 
 
 def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
@@ -287,13 +337,22 @@ def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
     ops = [op for op in facts.profile["ops"] if op["direction"] == "forward" and op["flops"]]
     rates = [op["flops"] / op["seconds"] / 1e9 for op in ops]
     assert unit == "GFLOP/s" and groups["forward"][1] == pytest.approx(rates)
+    assert groups["forward"][0] == pytest.approx([op["flops"] / op["bytes"] for op in ops])
+    (_, _, shares), _ = drawn[0]
+    slowest, step = facts.profile["ops"][0], sum(op["seconds"] for op in facts.profile["ops"])
+    assert next(iter(shares.values())) == pytest.approx(100 * slowest["seconds"] / step)
+    network = {"encoder": "resnet_small", "image_size": 16, "batch_size": 32}
+    assert network.items() <= facts.profile.items()
 
 
 def test_tiles_and_the_comparison_show_the_figures_they_name(run):
     facts = report.read(run)
     facts.files["probe"] |= {"top1": 0.61, "ci95": [0.51, 0.71]}
+    facts.total = 1234
     last, tiles = facts.epochs[-1], report.tiles(facts)
     for value, name in (
+        ("6", "steps of 1,234"),
+        (f"{last['effective_rank']:.1f}", "effective rank"),
         (f"{last['loss']:.2f}", f"loss (chance {last['chance']:.2f})"),
         (f"{last['accuracy']:.0%}", "contrastive accuracy"),
         (f"{last['views/s']:,.0f}", "views per second"),
@@ -316,9 +375,10 @@ def harmed(value):
             ]  # fmt: skip
 
 
-def test_bars_show_the_probe_s_figures(run, monkeypatch):
-    drawn = []
+def test_bars_and_table_show_the_probe_s_figures(run, monkeypatch):
+    drawn, tables = [], []
     monkeypatch.setattr(panels, "bars", lambda *given: drawn.append(given) or "")
+    monkeypatch.setattr(panels, "table", lambda *given: tables.append(given) or "")
     panels.probe(facts := report.read(run))
     ((_, unit, values, ranges),) = drawn
     probe, rows = facts.files["probe"], facts.files["probe"]["rows"]
@@ -326,6 +386,12 @@ def test_bars_show_the_probe_s_figures(run, monkeypatch):
     assert unit == "%" and values == pytest.approx({n: 100 * v for n, v in shares.items()})
     ends = [*(row["ci95"] for row in rows.values()), [probe["controls"]["chance"]] * 2]
     np.testing.assert_allclose(ranges, 100 * np.array(ends))
+    ((title, head, cells),) = tables
+    assert title == f"{probe['labels']} labels, {probe['test']} tests, 3 classes"
+    assert head[3:5] == ("top-5", "kNN")
+    for (name, top1, _, *more), (system, row) in zip(cells, rows.items(), strict=True):
+        assert (name, top1) == (system, f"{row['top1']:.1%}")
+        assert more == [f"{row['top5']:.1%}", f"{row['knn']:.1%}", row["C"], row["warning"]]
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "timings.jsonl", "probe.json", "profile.json"])
@@ -473,12 +539,20 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     ended = page[page.index("<caption>At the last epoch</caption>") :].split("</table>")[0]
     for path in (run, other):
         last = report.read(path).epochs[-1]
-        figures = [last["step"], *(f"{last[key]:.4g}" for key in ("chance", "loss", "accuracy"))]
+        keys = "chance", "loss", "accuracy", "alignment", "uniformity", "effective_rank"
+        figures = [last["step"], *(f"{last[key]:.4g}" for key in keys)]
         assert "".join(f"<td>{figure}</td>" for figure in figures) in ended
+    head = re.findall(r'scope="col">([^<]+)', ended)
+    names = ["loss", "contrastive accuracy", "alignment", "uniformity", "effective rank"]
+    assert head == ["run", "step", "chance", *names, "views/s"]
     assert page.count(">chance</text>") == 1  # beside the losses, and nowhere else
     differing = page[page.index("Settings that differ") :].split("</table>")[0]
     assert set(re.findall(r'scope="row">(\w+)', differing)) == {"lr", "epochs"}
     assert "0.25" in differing
+    facts = {"a": report.read(run), "b": report.read(other)}
+    for end in facts["b"].epochs:
+        end["chance"] += 1  # as of another batch size
+    assert ">chance</text>" not in report.compare.curves(facts)
     with pytest.raises(ConfigError, match="two runs"):
         report.build_comparison([report.read(run)] * 2)
 
@@ -499,13 +573,47 @@ def drawn_by(monkeypatch, module, make):
 def test_a_matrix_outlines_partners(monkeypatch):
     partners = np.array([2, 3, 0, 1])
     show = lambda: charts.matrix("t", np.eye(4), "abcd", partners)  # noqa: E731
+    assert "partners 0.00 on average" in show()
     (axes,) = drawn_by(monkeypatch, charts, show)
     assert axes.collections[0].get_offsets().tolist() == [[0, 2], [1, 3], [2, 0], [3, 1]]
+
+
+def test_a_large_matrix_names_some_of_its_views(monkeypatch):
+    show = lambda: charts.matrix("t", np.eye(10), "abcdefghij", np.arange(10))  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, show)
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [*axis.get_ticklocs()] == [0, 2, 4, 6, 8]
+        assert [text.get_text() for text in axis.get_ticklabels()] == [*"acegi"]
+
+
+def test_a_level_is_drawn_at_its_height(monkeypatch):
+    show = lambda: charts.lines("t", "x", {"a": ([1, 2], [3, 4])}, level=("b", 3.5))  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, show)
+    assert [[*line.get_ydata()] for line in axes.lines] == [[3, 4], [3.5, 3.5]]
+
+
+def test_the_numbers_behind_a_chart_are_named_as_its_axes():
+    both = charts.points("t", "x", "y", {"a": ([1, 2], [3, None]), "b": ([4], [1234.5])})
+    assert re.findall(r'scope="col">([^<]*)', both) == ["", "x", "y"]
+    rows = [["1", "3"], ["2", "–"], ["4", "1234"]]
+    assert [re.findall("<td>([^<]*)", row) for row in both.split("<tr>")[2:]] == rows
+
+
+def test_values_are_written_for_people():
+    for value, said in ((None, "–"), (12345, "12,345"), (-12345.6, "-12,346"), (0.123456, "0.1235"),
+                        (True, "True"), (np.float32(0.5), "0.5"), (2e9, "2e+09")):  # fmt: skip
+        assert charts.text(value) == said
+
+
+def test_a_card_shows_views_as_it_shows_pictures():
+    pixels = np.arange(192, 256, dtype=np.uint8).repeat(3).reshape(8, 8, 3)
+    assert panels.card(pixels, "a") == panels.card(pixels.astype(np.float32) / 255, "a")
 
 
 def test_error_bars_end_where_their_ranges_do(monkeypatch):
     show = lambda: charts.bars("t", "%", {"a": 40.0, "b": 30.0}, [[35, 50], [30, 30]])  # noqa: E731
     (axes,) = drawn_by(monkeypatch, charts, show)
+    assert axes.yaxis_inverted()  # the first is on top
     (errors,) = axes.collections
     assert [line[:, 0].tolist() for line in errors.get_segments()] == [[35, 50], [30, 30]]
 
@@ -559,6 +667,9 @@ def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     np.testing.assert_allclose(at, step.seen["u"], atol=1e-6)
     downhill = -step.seen["dz"] * step.seen["length"]
     np.testing.assert_allclose(ways, downhill * 0.5 / abs(downhill).max(), atol=1e-6)
+    marks = np.array([line.get_xydata()[0] for line in axes.lines[1:]])  # before, after, before
+    np.testing.assert_allclose(marks[::2], step.seen["u"])
+    np.testing.assert_allclose(marks[1::2], step.u_after)
 
 
 def test_each_view_is_told_its_strongest_forces(step, monkeypatch):
@@ -571,6 +682,31 @@ def test_each_view_is_told_its_strongest_forces(step, monkeypatch):
         pull, push = (step.force[i, j[i]] for j in partners)
         names = [step.names[j[i]] for j in partners]
         assert said[:4] == [names[0], -pull, names[1], push]
+        for degrees, u in zip(said[5:], (step.seen["u"], step.u_after), strict=True):
+            turn = np.radians(degrees)
+            np.testing.assert_allclose([np.cos(turn), np.sin(turn)], u[i], atol=1e-5)
+
+
+def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
+    tables = []
+    monkeypatch.setattr(walkthrough, "table", lambda *given: tables.append(list(given[-1])) or "")
+    walkthrough.terms(step)
+    for i, j, own, among, term, p in tables[0]:
+        assert {i, j} == {f"{i[0]}a", f"{i[0]}b"}
+        assert (term, p) == pytest.approx((among - own, np.exp(-term)), rel=1e-5)
+    assert np.mean([row[4] for row in tables[0]]) == pytest.approx(step.loss, rel=1e-5)
+    losses = f"the loss was {step.loss:.4f} and is now {step.loss_after:.4f}."
+    assert losses in walkthrough.update(step)
+    for _, w, g, ratio, moved in tables[1]:
+        assert (ratio, moved) == pytest.approx((0.001 * w / g, RATE * 0.001 * w), rel=1e-3)
+
+
+def test_the_walkthrough_is_about_pictures_of_different_classes(dataset, step, monkeypatch):
+    taken = []
+    monkeypatch.setattr(walkthrough, "walk", lambda images, _: taken.extend(images) or step)
+    report.build_walkthrough(dataset, 3)
+    labels = {image.tobytes(): k for image, k in zip(dataset.images, dataset.labels, strict=True)}
+    assert {labels[image.tobytes()] for image in taken} == {0, 1, 2}
 
 
 def test_the_walkthrough_page(dataset):
@@ -579,8 +715,10 @@ def test_the_walkthrough_page(dataset):
     check(page)
     assert page == report.build_walkthrough(dataset, 3).decode()
     other = report.build_walkthrough(dataset, 3, seed=1).decode()
-    numbers = [each.partition('<section id="encoder"')[2] for each in (page, other)]
-    assert numbers[0] != numbers[1] and all(numbers)
+    for key in ("views", "encoder"):
+        parts = [each.partition(f'<section id="{key}"')[2] for each in (page, other)]
+        numbers = [part.partition("</section>")[0] for part in parts]
+        assert numbers[0] != numbers[1] and all(numbers)
     few = replace(dataset, splits=np.where(np.arange(len(dataset.splits)) < 2, 0, 1))
     assert "on 2 pictures of" in report.build_walkthrough(few, 3).decode()
     few.splits[0] = 1
@@ -598,6 +736,9 @@ def test_the_walkthrough_page(dataset):
 def test_excerpts_are_the_source_or_an_error():
     lines = excerpt(training_step, "# t(x)", "x = ")
     assert "concatenate(augment.apply_views(" in lines and "h = model.encoder" not in lines
+    place = int(re.search(r"minisimclr/simclr\.py, line (\d+): training_step", lines)[1])
+    source = Path(simclr.__file__).read_text("utf-8").splitlines()
+    assert "# t(x)" in source[place - 1]
     with pytest.raises(StopIteration):
         excerpt(NTXent.forward, "a line that is not there")
 
