@@ -493,6 +493,19 @@ def test_trust_ratios_are_shown_for_lars_only(run, page, tmp_path):
     assert "Trust ratios" not in report.build_report(report.read(tmp_path / "run")).decode()
 
 
+def test_trust_ratios_changed_by_hand_cost_their_epoch_alone(run):
+    facts = report.read(run)
+    facts.epochs[0]["trust"] = {"encoder.conv1.weight": 0.5}
+    for harmed in (None, 5, {}, {"encoder.conv1.weight": None}):
+        facts.epochs[1]["trust"] = harmed
+        drawn = panels.trust(facts)
+        assert "epoch 1 from 0.5 to 0.5; epoch 3" in drawn and "epoch 2" not in drawn
+    for end in facts.epochs:
+        end["trust"] = None
+    with pytest.raises(Missing):
+        panels.trust(facts)
+
+
 def test_a_run_that_is_going_on_is_not_disturbed(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "profile.json").unlink(missing_ok=True)

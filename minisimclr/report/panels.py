@@ -8,6 +8,7 @@ import numpy as np
 from ..augment import SMALL, Views
 from ..config import TrainConfig
 from ..embed import nearest
+from ..files import fits
 from ..probe import LogisticRegression, features, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
@@ -242,9 +243,11 @@ def trust(facts: Facts) -> str:
     LARS scales the learning rate of each weight by 0.001 |w| / |g|: however large its gradient, a
     layer moves by the same share of its own length.
     """
-    epochs = three(facts.epochs, "trust")
-    names = [n.removeprefix("encoder.").removesuffix(".weight") for n in epochs[-1]["trust"]]
-    series = {f"epoch {e['epoch']}": (names, list(e["trust"].values())) for e in epochs}
+    logged = [e for e in facts.epochs if e.get("trust") and fits(e["trust"], {None: float})]
+    series = {}
+    for e in three(logged, "trust"):
+        names = [n.removeprefix("encoder.").removesuffix(".weight") for n in e["trust"]]
+        series[f"epoch {e['epoch']}"] = names, list(e["trust"].values())
     return lines("trust ratio", "weight", series, yscale="log", height=3.8)
 
 
