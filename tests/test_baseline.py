@@ -62,6 +62,8 @@ def test_training_learns_and_repeats():
         losses.append([next(epochs) for _ in range(15)])
     assert losses[0] == losses[1]
     assert (model.ranked(X)[:, 0] == y).mean() > 0.9
+    next(epochs)
+    assert model.dropout.training  # again, after it was asked
 
 
 def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
@@ -88,7 +90,7 @@ def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
 
 
 def test_the_last_training_is_as_long_as_the_best_trial(monkeypatch):
-    row = {"lr": 0.1, "width1": 64, "width2": 64, "dropout": 0.2, "epochs": 3, "validation": 0.5}
+    row = {"lr": 0.1, "width1": 64, "width2": 128, "dropout": 0.2, "epochs": 3, "validation": 0.5}
     others = [row | {"epochs": 9, "validation": 0.4}, row, row | {"epochs": 8, "validation": 0.1}]
     lengths = []
 
@@ -104,16 +106,18 @@ def test_the_last_training_is_as_long_as_the_best_trial(monkeypatch):
     assert lengths == [5] * 3  # of its seed
     table = dense.table(others).splitlines()
     assert [line.split()[-1] for line in table[1:]] == ["50.0%", "40.0%", "10.0%"]
+    assert table[1].split() == ["0.1000", "64,", "128", "0.20", "3", "50.0%"]
 
 
 def test_the_random_network_has_batch_norm_statistics_of_the_data(pictures, monkeypatch):
     seen = []
-    monkeypatch.setattr(dense, "published", lambda net, *_: seen.append(net))
+    monkeypatch.setattr(dense, "published", lambda net, prep, *_: seen.append((net, prep)))
     net = nn.inception_v3()
     monkeypatch.setattr(dense, "inception_v3", lambda: net)
     monkeypatch.setattr("minisimclr.embed.MONITORED", 4)
     dense.inception(open_dataset(pictures, 20), None, "mixed8", "cpu", quiet)
-    assert seen == [net] and net.Conv2d_1a_3x3.bn.running_mean.any()
+    assert seen == [(net, weights.Preprocessing(299, "symmetric"))]
+    assert net.Conv2d_1a_3x3.bn.running_mean.any()
 
 
 class Few:
@@ -203,14 +207,16 @@ def test_command_line(pictures, tmp_path, monkeypatch, capsys):
             main([*common, *arguments])
         return exit.value.code, *capsys.readouterr()
 
-    code, out, _ = run("--random", "--epochs", "5")
+    code, out, _ = run("--random", "--epochs", "5", "--json", str(tmp_path / "random.json"))
+    assert not json.loads((tmp_path / "random.json").read_text())["imagenet_weights"]
     assert code == 0 and "validation" in out and "random weights" in out and "chance 33.3%" in out
     code, out, _ = run("--weights", "w.h5", "--json")
     values = json.loads(out)
     assert values["imagenet_weights"] and "20 px enlarged to 299 px" in values["features"]
     assert len(values["trials"]) == 2
-    code, _, err = run()
-    assert code == 2 and "--weights FILE or, for the control, --random" in err
+    for neither_or_both in ([], ["--random", "--weights", "w.h5"]):
+        code, _, err = run(*neither_or_both)
+        assert code == 2 and "--weights FILE or, for the control, --random" in err
 
 
 def test_options_of_the_command_arrive(pictures, monkeypatch, capsys):
@@ -223,11 +229,14 @@ def test_options_of_the_command_arrive(pictures, monkeypatch, capsys):
         got.extend([dataset.images.shape[1], trials, epochs, seed])
         return found
 
-    got, found = [], {"ci95": [0.4, 0.6], "top1": 0.5, "top5": 0.5, "labels": 1, "test": 1}
-    found |= {"classes": 2, "controls": {"chance": 0.5}, "trials": []}
+    got, found = [], {"ci95": [0.4, 0.6], "top1": 0.5, "top5": 0.7, "labels": 12, "test": 34}
+    found |= {"classes": 2, "controls": {"chance": 0.25}, "trials": []}
     monkeypatch.setattr(dense, "inception", inception)
     monkeypatch.setattr(dense, "baseline", baseline)
     options = "--block mixed3 --device cpu --image-size 20 --trials 3 --epochs 4 --seed 5"
     with pytest.raises(SystemExit):
         main(["baseline", "--weights", "w", "--data", str(pictures), *options.split()])
     assert got == ["w", "mixed3", "cpu", 20, 3, 4, 5]
+    said = capsys.readouterr().out
+    assert "12 labelled images, 34 to test, 2 classes" in said
+    assert "50.0% (95 % interval 40.0% - 60.0%), top-5 70.0%, chance 25.0%" in said

@@ -70,7 +70,7 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     assert "\r" not in done.stderr  # no bar off a terminal
     parameters = sum(p.data.size for _, p in open_run(out)[0].model.named_parameters())
     assert f"resnet_small with {parameters / 1e6:.2f} M parameters on cpu" in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"minisimclr report {out}")
+    assert done.stderr.splitlines()[-1] == f"to see more: minisimclr report {out}"
     for row in ("SimCLR", "random encoder", "raw pixels", "chance"):
         assert row in done.stdout
     result = json.loads((out / "probe.json").read_text())
@@ -338,6 +338,10 @@ def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
         (["--out", "{torn}/run"], 4, r"cannot write to .*torn\.toml.run"),
         (["--resume", "nonexistent"], 3, r"nonexistent: not a run folder \(config.json: No such"),
         (["--resume", "{empty}", "--lr", "1"], 2, "--resume"),
+        (["--resume", "{empty}", "--out", "new"], 2, "--resume takes"),
+        (["--resume", "{empty}", "--config", "{typo}"], 2, "--resume takes"),
+        (["--resume", "{empty}", "--preset", "dogs-cpu"], 2, "--resume takes"),
+        (["--resume", "{empty}", "--dry-run"], 2, "--resume takes"),
         (["--time-limit", "soon"], 2, "soon"),
         (["--image-size", "900"], 2, "1125"),
         (["--device", "gpu"], 2, "gpu"),
@@ -434,10 +438,16 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", sys.stderr.getvalue()))
     assert max(map(len, lines)) <= columns
     assert ("loss 5.000" in lines[-1]) == (columns >= 80)
+    display.terminal = True
+    before = sys.stderr.getvalue()
+    display.on_epoch(step=3, **figures)  # whose figures the bar has shown
+    assert sys.stderr.getvalue() == before
 
 
-@pytest.mark.parametrize("label, ends", [("features", "\n\033[A\033[K"), ("trials", "\n")])
-def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, monkeypatch):
+@pytest.mark.parametrize("label, ends, line", [
+    ("features", "\n\033[A\033[K", ""), ("trials", "\n", "trials: 2 done\n"), ("training", "\n", "")
+])  # fmt: skip
+def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, line, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
     display = Display()
@@ -448,7 +458,7 @@ def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, monkeypatch):
     assert sys.stderr.getvalue().rpartition(last)[2] == ends
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     Display().on_progress(2, 2, label)
-    assert sys.stderr.getvalue() == ("" if label == "features" else "trials: 2 done\n")
+    assert sys.stderr.getvalue() == line
 
 
 def test_a_bar_ends_with_its_command(monkeypatch):
@@ -493,6 +503,8 @@ def test_errors_of_cupy_s_libraries_are_one_line(monkeypatch, capsys):
         main(["profile"])
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.startswith("error: the GPU failed") and "ALLOC" in said
+    with pytest.raises(error):
+        main(["profile", "--debug"])
     error.__module__ = "builtins"  # ours would be a fault to see whole
     with pytest.raises(RuntimeError):
         main(["profile"])
@@ -531,6 +543,15 @@ def test_help_of_every_command():
         done = run(command, "--help")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"Usage: minisimclr {command}")
+
+
+@pytest.mark.parametrize(
+    "flag, said", [("-h", "Usage: minisimclr "), ("--version", "minisimclr, ")]
+)
+def test_short_questions_are_answered(flag, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([flag])
+    assert exit.value.code == 0 and capsys.readouterr().out.startswith(said)
 
 
 def test_presets_are_valid_recipes():
@@ -620,11 +641,16 @@ def test_profile(tmp_path):
     assert rows["Conv2d 3x3/1 3>4", "backward"]["flops"] == first["flops"]
     deep = rows["Conv2d 3x3/1 32>32", "forward"]["flops"]
     assert rows["Conv2d 3x3/1 32>32", "backward"]["flops"] == 2 * deep
+    # It reads the images again, and the gradient of what it made.
+    both = 4 * (8 * 16 * 16 * 3 + 8 * 16 * 16 * 4)
+    assert rows["Conv2d 3x3/1 3>4", "backward"]["bytes"] >= both
     assert rows["NTXent", "forward"]["flops"] == 2 * 8 * 8 * 128
     assert min(result["roofline"].values()) > 1e7  # in flop and byte a second, of any machine
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"X"}
     assert len(events) == sum(r["calls"] for r in result["ops"])
+    for figure in ("flops", "bytes"):
+        assert sum(e["args"][figure] for e in events) == sum(r[figure] for r in result["ops"])
     spent = 1e6 * sum(r["seconds"] for r in result["ops"])  # microseconds
     assert sum(e["dur"] for e in events) == pytest.approx(spent)
     for before, after in pairwise(events):
@@ -637,12 +663,15 @@ def test_the_table_of_the_profile_has_the_units_it_names():
     ops = [op, op | {"direction": "backward", "seconds": 1.5}]
     result = {"ops": ops, "roofline": {"flops_per_second": 16e9, "bytes_per_second": 1e9}}
     result |= {"step_seconds": 0.25, "views_per_second": 512.0, "peak_bytes": 3e8}
-    head, line, _, last = table(result | {"device": "cpu", "threads": 2}).splitlines()
+    result |= {"device": "cpu", "threads": 2}
+    head, line, _, last = table(result).splitlines()
     names = "calls ms share GFLOP MB GF/s GB/s of roof"
     figures = "2 500.00 25.0% 4.00 200.0 8.0 0.4 50%"
     assert re.sub(" +", " ", head).endswith(names) and line.split()[2:] == figures.split()
     for figure in ("250.0 ms", "512 views/s", "300 MB on cpu", "16 GF/s", "1.0 GB/s"):
         assert figure in last
+    rest = table(result | {"ops": ops * 9}).splitlines()[-2]
+    assert rest.split() == ["2", "more", "2000.00", "11.1%"]
 
 
 def test_profile_has_the_network_that_is_trained():

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minisimclr as ms
-from minisimclr import baseline, compare, embed, finetune, weights
+from minisimclr import baseline, compare, embed, finetune, nn, weights
 from minisimclr.augment import center_view, crop_resize
-from minisimclr.compare import Comparison, made_before, markdown, some_of_each
+from minisimclr.compare import Comparison, Part, made_before, markdown, some_of_each
 from minisimclr.errors import DataError, DivergedError
 from minisimclr.finetune import Classifier, Recipe, fit
 from minisimclr.optim import LARS
@@ -266,6 +266,7 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(
     probed = embed.probe_run(run, dataset)
     assert rows["InceptionV3 mixed8", "dense"]["pretraining"] == "ImageNet"  # no dogs here
     simclr = rows["SimCLR resnet_small", "linear"]
+    assert simclr["pretraining"].endswith(" without labels, 2 steps of 32")
     assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
     assert simclr["C"] == probed["C"]  # what was chosen stays with what it led to
     tuned = rows["SimCLR resnet_small", "finetune"]
@@ -379,7 +380,44 @@ def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
     made.finetuned().make()
     assert set(tested) == {18}
     assert finetune.finetune(run, dataset, labels=12, epochs=1, view=19)["labels"] == 12
+    assert embed.probe_run(run, dataset, labels=12)["labels"] == 12
     assert set(tested) == {18, 19}
+
+
+def test_simclrv2_has_a_linear_head_on_its_frozen_features(run, dataset, tmp_path, monkeypatch):
+    weights.save(run.model.encoder, file := tmp_path / "w", weights.Preprocessing(16))
+    stored, net = weights.read(file), weights.encoder(file)
+    probed = embed.probe_weights(file, dataset, None, None, "cpu", nothing)
+    monkeypatch.setattr(weights, "read", lambda _: stored._replace(format=compare.TENSORFLOW))
+    monkeypatch.setattr(weights, "encoder", lambda _: net)
+    part = Comparison(run, dataset, simclrv2=file).on_simclrv2()
+    (row,), (made,) = part.rows, part.make()
+    assert made["top1"] == probed["top1"] and made["C"] == probed["C"]
+    assert (row["method"], row["pixels"]) == ("linear", "20 px as 224")
+    file.write_bytes(file.read_bytes() + b"x")
+    assert Comparison(run, dataset, simclrv2=file).on_simclrv2().key != part.key
+
+
+def test_inception_runs_where_the_run_does_and_is_searched_as_asked(run, dataset, monkeypatch):
+    monkeypatch.setattr(baseline, "inception", lambda *given: given)
+    monkeypatch.setattr(baseline, "baseline", lambda *given: {"trials": given[2]})
+    there = replace(run, config=replace(run.config, device="cuda:1"))
+    made = Comparison(there, dataset, trials=3)
+    assert made.features(None)[2:4] == ("mixed8", "cuda:1")
+    assert made.dense(None)["trials"] == 3
+
+
+def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
+    nets, asked = [nn.inception_v3(), nn.inception_v3()], []
+    monkeypatch.setattr(embed, "read", nothing)
+    monkeypatch.setattr(embed, "network", lambda _: nets[1])
+    monkeypatch.setattr(embed, "encoder", lambda path, until: (nets[0], until))
+    monkeypatch.setattr(embed, "calibrated", lambda *given: None)
+    monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[:5]))
+    monkeypatch.setattr(embed, "probe", lambda *given, **_: given)
+    found = embed.probe_weights(tmp_path / "w", dataset, "mixed0", 7, "cuda:1", nothing)
+    assert asked == [(net, "mixed0", dataset, "mixed0", "cuda:1") for net in nets]
+    assert found == (dataset, "w", None, None, 7)
 
 
 def test_steps_that_were_taken_twice_count_once(tmp_path):
@@ -436,6 +474,15 @@ def test_what_cannot_be_made_is_said_and_the_rest_is_made(
     assert "finetune: too few labelled images" in markdown(results)
     with pytest.raises(DataError, match="not a TensorFlow checkpoint"):
         Comparison(run, dataset, simclrv2=weights_file(tmp_path / "w", 0)).make(tmp_path)
+
+    def diverging(*_, **__):
+        raise DivergedError("at every rate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "finetune", diverging)
+        patch.setattr(Comparison, "probed", lambda self: Part([], [], list))
+        patch.setattr(Comparison, "curve", lambda self: Part([], [], list))
+        assert "finetune: at every rate" in markdown(Comparison(run, dataset).make(tmp_path / "d"))
     monkeypatch.undo()
     with pytest.raises(DataError, match="does not fit this model: "):
         Comparison(run, dataset, weights_file(tmp_path / "other", 0)).make(tmp_path / "none")
@@ -527,6 +574,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
 
     code, out, _ = call("probe", run.path, "--finetune", "--epochs", 1)
     assert code == 0 and "SimCLR, fine-tuned" in out and "supervised from scratch" in out
+    assert [line.split()[-1] for line in out.splitlines()[:3]] == ["kNN", "-", "-"]
     stored = json.loads((run.path / "finetune.json").read_text())
     assert stored["controls"]["scratch"] == stored["rows"]["supervised from scratch"]["top1"]
     assert stored["controls"]["chance"] == pytest.approx(1 / 3)
@@ -539,7 +587,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     rows = json.loads(out)["rows"]
     assert code == 0 and list(rows) == [file.name, "random encoder", "raw pixels"]
     net, preprocessing = weights.encoder(file)
-    dataset, some = embed.opened(run, None), np.arange(9)
+    dataset, some = embed.opened(run, None), np.arange(40)  # more than a batch
     exported = embed.published(net, preprocessing, dataset, None, "cpu", nothing)(some)
     own = embed.extractor(run, run.model, dataset)(some)
     np.testing.assert_allclose(exported, own, rtol=1e-4, atol=1e-6)
@@ -551,10 +599,12 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     assert call("data", "info", pictures, "--image-size", 24)[0] == 3
     assert call("probe", file, "--data", pictures, "--image-size", 24)[0] == 0
     assert call("data", "info", pictures, "--image-size", 24)[0] == 0
-    code, _, err = call("probe", run.path, "--image-size", 24)
-    assert code == 2 and "--block and --image-size go with a file of weights" in err
-    code, _, err = call("probe", file, "--finetune")
-    assert code == 2 and "--finetune and --view go with a run folder" in err
+    for option in (("--image-size", 24), ("--block", "mixed8")):
+        code, _, err = call("probe", run.path, *option)
+        assert code == 2 and "--block and --image-size go with a file of weights" in err
+    for option in (("--finetune",), ("--view", 24)):
+        code, _, err = call("probe", file, *option)
+        assert code == 2 and "--finetune and --view go with a run folder" in err
     code, _, err = call("probe", tmp_path / "nowhere")
     assert code == 3 and "nowhere" in err and len(err.splitlines()) == 1
 
@@ -564,3 +614,5 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Comparison, "make", empty)
     code, out, _ = call("compare", run.path, "--epochs", 5, "--out", tmp_path / "results")
     assert code == 0 and "| chance |  | none |  | 0 | 20.0% |" in out
+    code, out, _ = call("compare", run.path, "--epochs", 5, "--out", tmp_path / "results", "--json")
+    assert code == 0 and json.loads(out)["chance"] == 0.2

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import minisimclr as ms
-from minisimclr import baseline, compare, doctor, embed, finetune, report
+from minisimclr import baseline, compare, cores, doctor, embed, finetune, report
 from minisimclr.augment import center_view
 from minisimclr.cli import group
 from minisimclr.cli.display import Display
@@ -54,7 +54,8 @@ def test_no_neighbours_are_no_question():
 
 
 def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
-    assert call("embed", run.path, "--out", tmp_path / "h.npy").exit_code == 0
+    said = call("embed", run.path, "--out", tmp_path / "h.npy").stdout
+    assert said == f"{tmp_path / 'h.npy'}: features (120, 32) of {pictures.name}\n"
     assert call("embed", run.path, pictures, "--out", tmp_path / "h.h5").exit_code == 0
     dataset = ms.data.open_dataset(pictures, 20)
     expected = run.model.encode(center_view(np.asarray(dataset.images), 16))
@@ -63,6 +64,9 @@ def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
         np.testing.assert_allclose(file["features"][:], expected, rtol=1e-4, atol=1e-5)
         assert file["labels"][:].tolist() == dataset.labels.tolist()
         assert file["file_names"][7].decode() == dataset.file_names[7]
+        about = json.loads(bytes(file["state"][:]))
+    assert about["class_names"] == ["blob", "check", "stripe"]
+    assert (about["data"], about["run"], about["step"]) == (dataset.fingerprint, "run", run.step)
 
 
 def test_what_takes_long_tells_how_far_it_is(run, pictures):
@@ -138,9 +142,11 @@ ROW = {"top1": 0.5, "top5": 0.5, "ci95": [0.4, 0.6], "warning": ""}
 FOUND = {"labels": 1, "test": 1, "classes": 2, "controls": {"chance": 0.5}, "rows": {"a": ROW}}
 
 
-@pytest.mark.parametrize("tuned", [(), ("--finetune", "--epochs", 3)])
+@pytest.mark.parametrize(
+    "tuned, epochs", [((), ()), (("--finetune", "--epochs", 3), (3,)), (("--finetune",), (60,))]
+)
 def test_options_of_a_probe_arrive_and_only_one_without_them_is_kept(
-    tuned, run, tmp_path, monkeypatch
+    tuned, epochs, run, tmp_path, monkeypatch
 ):
     def probe_run(run, dataset, labels, view, notify):
         asked.append((labels, view))
@@ -161,7 +167,7 @@ def test_options_of_a_probe_arrive_and_only_one_without_them_is_kept(
     assert call("probe", path, *tuned).exit_code == 0
     assert json.loads(kept.read_text()) == FOUND
     given = (7, None), (None, 18), (None, None), (None, None)
-    assert asked == [(*each, *tuned[2:]) for each in given]
+    assert asked == [(*each, *epochs) for each in given]
 
 
 def test_options_of_a_probe_of_weights_arrive(run, pictures, tmp_path, monkeypatch):
@@ -224,6 +230,12 @@ def test_what_takes_long_is_shown_by_every_command(
     places |= {"query": pictures / "blob" / "00.png", "weights": tmp_path / "w.safetensors"}
     assert call(*(word.format(**places) for word in command.split())).exit_code == 0
     assert shown <= told
+
+
+def test_a_run_is_used_with_its_own_threads(run):
+    cores.set_threads(2)
+    embed.open_trained(run.path)
+    assert cores.threads() == run.config.threads == 1
 
 
 def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
@@ -349,8 +361,9 @@ def test_the_doctor_finds_a_sound_installation():
     done = call("doctor", "--json")
     values = json.loads(done.stdout)
     assert values["verdict"] == "all is well", values
-    names = [check["name"] for check in values["checks"]]
-    assert {"versions", "blas", "device", "disk", "gradients", "learning"} <= set(names)
+    found = {check["name"]: check["found"] for check in values["checks"]}
+    names = "versions optional blas device gpu disk speed gradients learning"
+    assert [*found] == names.split() and "(chance 4.84)" in found["learning"]  # of 64 pictures
 
 
 def test_the_doctor_finds_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -421,10 +434,12 @@ def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
     wrong = {check.name: check for check in doctor.examine() if not check.ok}
     assert wrong.keys() == {"gradients", "learning"}
     assert "finite" in wrong["gradients"].found or "backward" in wrong["gradients"].found
-    monkeypatch.setattr(doctor, "examine", lambda: list(wrong.values()))
+    checks = [doctor.Check("disk", True, "10 GB"), *wrong.values()]
+    monkeypatch.setattr(doctor, "examine", lambda: checks)
     done = CliRunner().invoke(group, ["doctor"], standalone_mode=False)
     assert done.return_value == 3
     assert "not sound: see gradients, learning" in done.stdout
+    assert "   ok  disk       10 GB" in done.stdout and "WRONG  gradients " in done.stdout
 
 
 def test_a_report_from_the_command_line(run, tmp_path):
@@ -434,7 +449,9 @@ def test_a_report_from_the_command_line(run, tmp_path):
     values = json.loads(done.stdout)[str(run.path)]
     assert {"verdict", "findings"} <= values.keys()
     assert out.read_text("utf-8").startswith("<!doctype html>")
-    assert str(run.path) in call("report", run.path).stdout
+    verdict, page = call("report", run.path).stdout.splitlines()
+    assert verdict == f"{run.path}: {values['verdict']}"
+    assert page.startswith(f"{run.path / 'report.html'} (")
     bare = tmp_path / "bare"
     shutil.copytree(run.path, bare, ignore=shutil.ignore_patterns("env.json"))
     told = CliRunner().invoke(group, ["report", str(bare)]).stderr
@@ -450,6 +467,8 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("report", run.path, other).exit_code == 0
     assert "2 runs compared" in Path("comparison.html").read_text("utf-8")
+    assert call("report", run.path, other, "--out", "both.html").exit_code == 0
+    assert Path("both.html").read_bytes() == Path("comparison.html").read_bytes()
 
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):

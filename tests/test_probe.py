@@ -554,6 +554,8 @@ def test_probe_with_fewer_labels_takes_them_from_every_class():
     assert result["labels"] == 9
     assert seen == [9, 70]
     assert result["top1"] > 0.9
+    one, other = (set(labelled_and_test(Colours(), 9, seed)[0]) for seed in (3, 4))
+    assert one != other
     with pytest.raises(ConfigError, match="51 of 50 labelled"):
         probed(Colours(), encode, labels=51)
 
@@ -565,9 +567,13 @@ def test_pictures_without_a_label_are_left_out():
     assert (result["labels"], result["test"]) == (35, 55)
 
 
-@pytest.mark.parametrize("label, found", [(-1, "0 of 0 class"), (0, "50 of 1 class")])
-def test_probe_says_why_it_cannot(label, found):
-    dataset = Colours(labels=np.full(120, label))
+@pytest.mark.parametrize("labels, found", [
+    (np.full(120, -1), "0 of 0 class"), (np.full(120, 0), "50 of 1 class"),
+    (np.where((np.arange(120) % 2 == 0) & (np.arange(120) < 100), np.arange(120) % 3, -1),
+     r"50 of 3 class\(es\) and 0 to test with"),
+])  # fmt: skip
+def test_probe_says_why_it_cannot(labels, found):
+    dataset = Colours(labels=labels)
     with pytest.raises(DataError, match=f"labelled images of at least two classes.*{found}"):
         probed(dataset)
 
