@@ -536,6 +536,16 @@ def test_any_name_of_a_class_or_a_run_is_shown(pictures, tmp_path):
     assert "$b_$c</text>" in charts and "_a</text>" in charts
 
 
+def test_one_picture_alone_is_compared_with_none(run):
+    facts = report.read(run)
+    splits = facts.dataset.splits.copy()
+    splits[facts.dataset.split("test")[1:]] = 0
+    facts.dataset = replace(facts.dataset, splits=splits)
+    for panel in (panels.spectrum, panels.neighbours, panels.feature_map, panels.confusions):
+        with pytest.raises(Missing, match="one picture alone"):
+            panel(facts)
+
+
 def test_no_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match="not a run folder"):
         report.read(tmp_path)

@@ -134,12 +134,14 @@ class Facts:
     @cached_property
     def test_rows(self) -> np.ndarray:
         """Rows of the data set whose features are shown: test pictures or, if there are none, those
-        it was trained on; only labelled ones if any are.
+        it was trained on; only labelled ones if any are. Raises Missing for one picture alone.
         """
         data = self.need("dataset")
         rows = data.split("test")
         rows = rows if len(rows) else data.split("pretrain")
         rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
+        if len(rows) < 2:
+            raise Missing("there is one picture alone to test with")
         return rows if len(rows) <= MOST else rows[stratified(data.labels[rows], MOST)]
 
     @cached_property
