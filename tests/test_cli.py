@@ -435,6 +435,7 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     for step in range(1, 4):
         figures = {"loss": 5.0, "chance": 5.541, "accuracy": 0.3, "views_per_second": 1234.0}
         display.on_step(step=step, steps=620, **figures)
+    assert columns < 140 or "accuracy  30%  1,234 views/s" in sys.stderr.getvalue()
     lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", sys.stderr.getvalue()))
     assert max(map(len, lines)) <= columns
     assert ("loss 5.000" in lines[-1]) == (columns >= 80)
@@ -486,6 +487,21 @@ def test_no_command_shows_them_all():
 @pytest.mark.parametrize("name, said", [("trian", "did you mean 'train'"), ("xyz", "'xyz'")])
 def test_a_command_that_is_none_is_one_line(name, said):
     fails(2, said, name)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "probe run --view 7", "compare run --view 7", "probe run --finetune --epochs 0",
+        "compare run --trials 0", "compare run --epochs 0", "baseline --random --trials 0",
+        "baseline --random --epochs 0", "baseline --random --seed -1", "walkthrough --seed -1",
+        "walkthrough --images 1", "walkthrough --images 13", "neighbors run a.png --count 0",
+    ],
+)  # fmt: skip
+def test_numbers_beyond_their_range_are_refused(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(command.split())
+    assert exit.value.code == 2 and "is not in the range" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_is_one_line():
@@ -644,6 +660,7 @@ def test_profile(tmp_path):
     # It reads the images again, and the gradient of what it made.
     both = 4 * (8 * 16 * 16 * 3 + 8 * 16 * 16 * 4)
     assert rows["Conv2d 3x3/1 3>4", "backward"]["bytes"] >= both
+    assert rows["Linear", "forward"]["flops"] == 2 * 8 * 32 * (32 + 128)  # both of the head
     assert rows["NTXent", "forward"]["flops"] == 2 * 8 * 8 * 128
     assert min(result["roofline"].values()) > 1e7  # in flop and byte a second, of any machine
     events = json.loads(trace.read_text())["traceEvents"]

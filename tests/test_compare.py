@@ -204,6 +204,13 @@ def test_some_of_each_takes_from_every_class(labels, count, seed):
     assert set(some_of_each(labels, max(1, count - 1), seed)) <= set(chosen)
 
 
+def test_chance_is_that_of_the_test_pictures(run, dataset):
+    splits = dataset.splits.copy()
+    splits[dataset.split("test")[:4]] = 0  # of one class, which has 8
+    made = Comparison(run, replace(dataset, splits=splits)).collected([], {}, {})
+    assert (made["classes"], made["chance"]) == (3, 8 / 20)
+
+
 def test_draws_of_labels_differ():
     labels = np.repeat([0, 1], 20)
     assert len({tuple(some_of_each(labels, 2, seed)) for seed in range(5)}) > 3
@@ -272,6 +279,8 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(
     tuned = rows["SimCLR resnet_small", "finetune"]
     assert [trial["factor"] for trial in tuned["trials"]] == [*finetune.FACTORS]
     assert tuned["factor"] in finetune.FACTORS
+    assert "chosen by only 5 images" in tuned["warning"] and tuned["top5"] == 1
+    assert "pretraining_seconds" not in rows["resnet_small from scratch", "supervised"]
     assert rows["InceptionV3 mixed8", "dense"]["best"]["lr"] > 0
     assert rows["SimCLR resnet_small", "knn"]["top1"] == probed["knn"]
     assert rows["raw pixels", "pixels"]["top1"] == probed["controls"]["pixels"]
@@ -379,7 +388,8 @@ def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
     assert sides == [18] * 8
     made.finetuned().make()
     assert set(tested) == {18}
-    assert finetune.finetune(run, dataset, labels=12, epochs=1, view=19)["labels"] == 12
+    found = finetune.finetune(run, dataset, labels=12, epochs=1, view=19)
+    assert [found[key] for key in ("labels", "test", "step")] == [12, 24, run.step]
     assert embed.probe_run(run, dataset, labels=12)["labels"] == 12
     assert set(tested) == {18, 19}
 

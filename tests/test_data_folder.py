@@ -9,13 +9,14 @@ import pstats
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from minisimclr.cli import main
-from minisimclr.cli.data import class_counts
+from minisimclr.cli.data import class_counts, samples
 from minisimclr.data import Dataset, Options, folder, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError
 
@@ -423,6 +424,7 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     assert run(capsys, "data", "info", pictures, "--sheet", figures / "sheet.png")[0] == 4
     assert run(capsys, "data", "info", pictures, "--sheet", tmp_path / "a.jpg")[0] == 2
     assert not (tmp_path / "a.jpg").exists()
+    assert run(capsys, "data", "info", pictures, "--sheet", tmp_path / "A.PNG")[0] == 0
     assert run(capsys, "data", "prepare", pictures, "--crop", "left")[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--labels-per-class", 0)[0] == 2
     assert run(capsys, "data", "prepare", pictures, "--crop", "boxes")[0] == 2
@@ -436,6 +438,17 @@ def test_info_of_duplicates_and_unlabelled_sheet(tmp_path, capsys):
     code, out, _ = run(capsys, "data", "info", tmp_path, "--image-size", 16, "--sheet", sheet)
     assert code == 0 and "duplicates  1" in out
     assert load(sheet).shape == (32, 150 + 160, 3)
+
+
+def test_a_sheet_has_at_most_12_rows():
+    images, labels = np.zeros((260, 2, 2, 3), np.uint8), np.arange(260) % 13
+    for names, rows in (
+        ("abcdefghijklm", "acegikm"),
+        ("", [f"from {i}" for i in range(0, 120, 10)]),
+    ):
+        shown = samples(SimpleNamespace(class_names=names, images=images, labels=labels))
+        assert [name for name, _ in shown] == [*rows]
+        assert {len(pictures) for _, pictures in shown} == {10}
 
 
 def test_duplicates_across_splits_are_named(tmp_path, capsys):

@@ -50,7 +50,10 @@ def test_a_sound_run_has_no_fault(sound):
 def test_faults_come_before_warnings(monkeypatch):
     def rule(level):
         def finding(facts):
-            """The run is as it is."""
+            """The run is as it is.
+
+            Do this.
+            """
             return verdict.Finding(level, "")
 
         return finding
@@ -58,7 +61,12 @@ def test_faults_come_before_warnings(monkeypatch):
     monkeypatch.setattr(verdict, "RULES", [rule(level) for level in (GOOD, WARNING, FAULT)])
     found = judge(None)
     assert [each.level for each in found] == [FAULT, WARNING, GOOD]
+    assert [each.advice for each in found] == ["Do this.", "Do this.", ""]
     assert headline(found)[0] == FAULT
+
+
+def test_of_a_run_without_findings_nothing_can_be_said():
+    assert headline([]) == (WARNING, "Look here: nothing can be said yet")
 
 
 def no_rate(monkeypatch, config):
@@ -262,6 +270,28 @@ def test_a_mistake_that_hardly_changes_the_loss_is_seen_if_it_fits_clearly(
     assert seen in found.title.lower() if seen else found is None
 
 
+def test_a_loss_that_no_mistake_explains_is_no_fault(sound):
+    facts = read(sound)
+    facts.files["metrics"][0]["loss"] = 9.0
+    found = verdict.another_loss(facts)
+    assert (found.level, found.title) == (WARNING, "Step 1 cannot be repeated")
+    assert "the log says 9.0000." in found.evidence
+
+
+@pytest.mark.parametrize("t, high", [(0.029, False), (0.03, None), (2, None), (2.1, True)])
+def test_temperatures_that_are_far_off_are_named(t, high, sound, config):
+    found = verdict.temperature(replace(read(sound), config=replace(config, temperature=t)))
+    assert (found and found.level) == (None if high is None else FAULT)
+    assert high is None or found.title.endswith("high" if high else "low")
+
+
+def test_partners_found_by_luck_are_no_identical_views(sound, config, tmp_path):
+    facts = edited(sound, tmp_path / "run", accuracy=1.0)
+    for size, level in ((8, FAULT), (4, None)):
+        found = verdict.identical_views(replace(facts, config=replace(config, batch_size=size)))
+        assert (found and found.level) == level
+
+
 def test_an_epoch_is_the_mean_of_its_own_steps(sound):
     facts = read(sound)
     assert len(facts.epochs) == facts.config.epochs
@@ -288,7 +318,7 @@ def test_pictures_that_changed_since_the_training_are_left_out(sound, monkeypatc
     changed = replace(read(sound).dataset, fingerprint="0" * 64)
     monkeypatch.setattr("minisimclr.report.facts.open_training_data", lambda *_: changed)
     facts = read(sound)
-    assert facts.run is facts.dataset is None
+    assert facts.run is facts.dataset is None and not facts.total
     assert any("has changed since this run" in words for words in facts.missing)
 
 

@@ -1,34 +1,41 @@
 """The pages: whole, self-contained, accessible, repeatable; also of runs that lack parts."""
 
+import base64
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import minisimclr as ms
 from minisimclr import report, simclr
 from minisimclr.augment import draw_views
+from minisimclr.cli.train import train
 from minisimclr.embed import opened, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
 from minisimclr.probe import standardize, unit
+from minisimclr.profile import table as profile_table
 from minisimclr.report import charts, panels, walkthrough
 from minisimclr.report.page import Missing
 from minisimclr.report.panels import described
 from minisimclr.report.verdict import WARNING, Finding
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
 from minisimclr.run import open_run
-from minisimclr.simclr import training_step
+from minisimclr.simclr import Model, training_step
 from minisimclr.tensor import Tensor
 from minisimclr.train import pretrain
 
@@ -223,7 +230,30 @@ def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
     monkeypatch.setattr(panels, "card", lambda pixels, alt, *words, mark="": said.append(words))
     monkeypatch.setattr(panels, "row", lambda *_, **named: "")
     assert "same class" not in panels.neighbours(facts)
-    assert set(said) == {("no label",)}
+    assert set(said) == {("no label",)} and len(said) == 6 * (1 + 2 * 5)
+
+
+def test_of_many_classes_some_are_shown(run, drawn):
+    facts = report.read(run)
+    n, labels = len(facts.test_rows), facts.dataset.labels.copy()
+    labels[facts.test_rows] = np.arange(n) % 13
+    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("abcdefghijklm"))
+    facts.__dict__["test_h"] = (np.eye(n),) * 2
+    assert re.findall('alt="Query: (.)"', panels.neighbours(facts)) == [*"adgjm"]
+    panels.feature_map(facts)
+    assert [*drawn[0][0][3]] == [*"abcdefghijkl"]
+
+
+def test_the_command_of_a_run_can_be_typed(run):
+    facts = report.read(run)
+    facts.config = replace(facts.config, data="my photos")
+    page = panels.repeat(facts)
+    (command,) = re.findall("<code>(.*?)</code>", page, re.S)
+    words = shlex.split(unescape(command))
+    assert words[:4] == ["minisimclr", "train", "--data", "my photos"]
+    options = train.make_context("train", words[2:]).params
+    assert all(options[name] == value for name, value in facts.config.to_dict().items())
+    assert re.search('row">lr</th><td>0.5</td>', page)
 
 
 def test_a_chart_of_many_runs_grows_with_its_legend():
@@ -329,7 +359,8 @@ def test_the_map_has_the_main_axes(run, drawn):
 
 
 def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
-    panels.hot_spots(facts := report.read(run))
+    said = panels.hot_spots(facts := report.read(run))
+    assert escape(profile_table(facts.profile)) in said
     (_, _, unit, groups), named = drawn[-1]
     peak, band = facts.profile["roofline"].values()
     x, y = named["roof"]
@@ -359,7 +390,9 @@ def test_tiles_and_the_comparison_show_the_figures_they_name(run):
         ("61.0%", "probe top-1 (chance 33.3%)"),
     ):
         assert f"<div><b>{value}</b><span>{name}</span></div>" in tiles
-    assert "<td>61.0%</td><td>51.0% – 71.0%</td>" in report.compare.results({"a": facts})
+    said = escape(report.headline(report.judge(facts))[1])
+    row = f"<td>{said}</td><td>61.0%</td><td>51.0% – 71.0%</td>"
+    assert row in report.compare.results({"a": facts})
 
 
 def harmed(value):
@@ -445,7 +478,7 @@ def without_data(path):
 
 def without_checkpoints(path):
     shutil.rmtree(path / "checkpoints")
-    return "no checkpoint"
+    return "There is no checkpoint yet."
 
 
 def torn_checkpoints(path):
@@ -631,6 +664,8 @@ def test_values_are_written_for_people():
 def test_a_card_shows_views_as_it_shows_pictures():
     pixels = np.arange(192, 256, dtype=np.uint8).repeat(3).reshape(8, 8, 3)
     assert panels.card(pixels, "a") == panels.card(pixels.astype(np.float32) / 255, "a")
+    (data,) = re.findall('base64,([^"]+)', panels.card(np.zeros((300, 200, 3), np.uint8), "a"))
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 96)
 
 
 def test_error_bars_end_where_their_ranges_do(monkeypatch):
@@ -653,6 +688,9 @@ def step(dataset):
 
 def test_the_walkthrough_has_the_library_s_numbers(step):
     n = len(step.images)
+    model = Model.build("resnet_small", "small", 0, seed=0, d_out=2).train()
+    h = model.encoder(Tensor(np.concatenate(step.views)))
+    np.testing.assert_allclose(step.seen["h"], h.data, rtol=1e-4, atol=1e-5)
     z1, z2 = (Tensor(z.astype(np.float64), requires_grad=True) for z in np.split(step.seen["z"], 2))
     loss = ms.nt_xent(z1, z2, TEMPERATURE)
     loss.backward()
@@ -680,6 +718,7 @@ def test_each_picture_of_the_walkthrough_has_a_look_of_its_own(dataset, monkeypa
     (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
     looks = [(line.get_color(), line.get_marker()) for line in axes.lines[1:]]
     assert len(looks) == 48 and len(set(looks)) == 12  # two views, before and after
+    assert len(re.findall('alt="View ', walkthrough.views(step))) == 24
 
 
 def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
@@ -722,6 +761,13 @@ def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
     assert losses in walkthrough.update(step)
     for _, w, g, ratio, moved in tables[1]:
         assert (ratio, moved) == pytest.approx((0.001 * w / g, RATE * 0.001 * w), rel=1e-3)
+    tables.clear()
+    for part in (walkthrough.encoder, walkthrough.head, walkthrough.similarity):
+        part(step)
+    h, z, units = ([row[1:] for row in rows] for rows in tables)
+    np.testing.assert_allclose(h, step.seen["h"][:, :6])
+    np.testing.assert_allclose(z, step.seen["z"])
+    np.testing.assert_allclose(units, np.hstack([step.seen["length"], step.seen["u"]]))
 
 
 def test_the_walkthrough_is_about_pictures_of_different_classes(dataset, step, monkeypatch):

@@ -375,7 +375,8 @@ def test_command_line(tmp_path, capsys):
     assert "out.safetensors exists" in capsys.readouterr().err
     cli(["weights", "inspect", out])
     listing = capsys.readouterr().out
-    assert "safetensors, 318 arrays" in listing and "1x3x7x7" in listing and "simclr" in listing
+    assert "safetensors, 318 arrays" in listing and "simclr" in listing
+    assert "float32    1x3x7x7            conv1.weight\n" in listing
     cli(["weights", "inspect", f"{SIMCLR}.index", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["format"] == "TensorFlow checkpoint"
@@ -393,6 +394,7 @@ def test_import_of_a_part_writes_that_part_alone(tmp_path):
     weights.save(net, part, weights.Preprocessing(299, "symmetric"), until="mixed4")
     cli(["weights", "import", part, "--out", out, "--until", "mixed4"])
     written, state = weights.read(out), net.state_dict()
+    assert weights.encoder(out, "mixed4")[1] == weights.Preprocessing(299, "symmetric")
     assert written.specs == weights.read(part).specs and len(written.specs) < len(state)
     for name in written.specs:
         np.testing.assert_array_equal(written.fetch(name), state[name])
@@ -414,7 +416,8 @@ def test_a_run_is_exported(tmp_path, capsys):
     assert_state(encoder, run.model.encoder.state_dict())
     assert preprocessing == weights.Preprocessing(24) and encoder.stem == "small"
     metadata = weights.read(tmp_path / "a.safetensors").metadata
-    assert json.loads(metadata["config"])["image_size"] == 24 and metadata["step"] == "7"
+    assert json.loads(metadata["config"])["image_size"] == 24
+    assert (metadata["step"], metadata["encoder"]) == ("7", config.encoder)
     newest = sorted((path / "checkpoints").glob("*.h5"))[-1]
     same, preprocessing = weights.encoder(newest)  # a checkpoint itself is read, too
     assert_state(same, encoder.state_dict())
