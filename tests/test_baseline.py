@@ -35,7 +35,7 @@ def test_trials_cover_their_ranges_and_repeat():
     assert 0 <= dropout.min() < 0.02 and 0.68 < dropout.max() <= 0.7
 
 
-def test_classifier_equals_torch():
+def test_classifier_equals_torch(monkeypatch):
     torch = pytest.importorskip("torch")
     model = DenseClassifier(8, 3, Trial(0.1, 64, 128, 0.5))
     layers = []
@@ -51,6 +51,10 @@ def test_classifier_equals_torch():
     assert (model.ranked(X)[:, 0] == theirs.argmax(1)).all()
     a, b = (model.train()(Tensor(X)).data for _ in range(2))
     assert not np.allclose(a, b)  # dropout is at work
+    widths = []
+    monkeypatch.setattr(dense.Dropout, "forward", lambda _, x: widths.append(x.shape[1]) or x)
+    model(Tensor(X))
+    assert widths == [64, 128]  # after both layers
 
 
 def test_training_learns_and_repeats():

@@ -141,7 +141,7 @@ SAMPLES = {
     "momentum_update": lambda: [
         (randn(*s), randn(*s), randn(*s), 0.1, 0.9, 0.01) for s in ((5,), (3, 3, 40, 300))
     ]
-    + [(randn(7, 5).T, randn(5, 7), randn(7, 5).T, 0.1, 0.9, 0.01)],
+    + [(w, randn(5, 7), randn(7, 5).T, 0.1, 0.9, 0.01) for w in (randn(7, 5).T, randn(5, 7))],
     "added": lambda: [
         (randn(*s), other) for s in ROWS for other in (randn(*s), spread(s))
     ],
@@ -265,13 +265,17 @@ def test_float32_is_fast_and_other_types_fall_back(name):
     f = passes()[name]
     args = next(iter(SAMPLES[name]()))
     reference, calls = f.dispatch(object), []
-    f.register(object)(lambda *args: calls.append(args))
+    f.register(object)(lambda *args, **named: calls.append(args))
     try:
         f(*args)
         assert not calls
         f(*(exact(a) for a in args))
         f(*(a.astype(BFLOAT16) if isinstance(a, np.ndarray) else a for a in args))
         assert len(calls) == 2
+        _, *others = zip(inspect.signature(f).parameters, map(exact, args), strict=False)
+        f(args[0], **dict(others))  # named arguments count as well
+        rest = [a for _, a in others if isinstance(a, np.ndarray) and a.dtype == np.float64]
+        assert len(calls) == 2 + bool(rest)
     finally:
         f.register(object)(reference)
 
