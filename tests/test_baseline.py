@@ -86,6 +86,9 @@ def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     assert all(row["validation"] == 1 for row in rows)
     assert len(epochs) == sum(row["epochs"] + dense.PATIENCE for row in rows)
     epochs.clear()
+    dense.search(X, y, 3, 2, 3, 0, quiet)
+    assert len(epochs) == 6  # at most 3 each
+    epochs.clear()
     monkeypatch.setattr(Trial, "draw", lambda seed, index: Trial(1e6, 64, 64, 0.0))
     rows = dense.search(X, y, 3, 1, 100, 0, quiet)
     assert rows[0]["validation"] < 0.9 and len(epochs) <= 3

@@ -169,12 +169,14 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
 def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypatch, tmp_path):
     tried, probed = {}, []
 
-    def tuned(name, model, *_):
+    def tuned(name, model, dataset, split, recipe, seed, notify):
         tried[name] = model.encoder.conv1.weight.data
+        assert (recipe, seed) == (Recipe(7, 16, 19, "cpu"), 3)
+        np.testing.assert_array_equal(split[0], labelled_and_test(dataset, 12, 3)[0])
         return {"top1": 0.5}
 
     monkeypatch.setattr(finetune, "tuned", tuned)
-    finetune.finetune(run, dataset)
+    finetune.finetune(run, dataset, labels=12, epochs=7, view=19, seed=3)
     trained, fresh = (
         each.model.encoder.conv1.weight.data for each in (run, new_run("", run.config))
     )
@@ -388,6 +390,11 @@ def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
     assert sides == [18] * 8
     made.finetuned().make()
     assert set(tested) == {18}
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "finetune", lambda *_, **named: {"rows": {"a": named, "b": named}})
+        patch.setattr(Comparison, "figures", lambda self, made: made)
+        _, made = Comparison(run, dataset, epochs=7, view=18).finetuned().make()
+        assert (made["epochs"], made["view"]) == (7, 18)
     found = finetune.finetune(run, dataset, labels=12, epochs=1, view=19)
     assert [found[key] for key in ("labels", "test", "step")] == [12, 24, run.step]
     assert embed.probe_run(run, dataset, labels=12)["labels"] == 12
@@ -443,7 +450,8 @@ def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp
         return CliRunner().invoke(group, [*map(str, arguments)], catch_exceptions=False).stdout
 
     dogs, said = replace(dataset, name="stanford-dogs"), "have seen the test photos"
-    monkeypatch.setattr("minisimclr.data.open_dataset", lambda *_: dogs)
+    names = {"stanford-dogs": dogs}  # what is classified where nothing is said
+    monkeypatch.setattr("minisimclr.data.open_dataset", lambda name, *_: names[name])
     file = tmp_path / "w.safetensors"
     weights.save(run.model.encoder, file, weights.Preprocessing(16))
     few = "--trials", 1, "--epochs", 1

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import ml_dtypes
@@ -281,9 +282,9 @@ def test_float32_is_fast_and_other_types_fall_back(name):
 
 
 def test_grey_images_may_be_views_of_planes():
-    """Whose last axis has a stride of 0 bytes."""
-    x, w = randn(2, 9, 8)[..., None], (3, 3, 1, 4)
-    for stride in (ONE, TWO):
+    """Whose last axis has a stride of 0 bytes, or whose columns lie in memory one by one."""
+    w, views = (3, 3, 1, 4), (randn(2, 9, 8)[..., None], randn(2, 8, 9, 1).swapaxes(1, 2))
+    for x, stride in product(views, (ONE, TWO)):
         case = x.shape, w, stride, NONE
         check(conv_output, (x, randn(*w), stride, NONE))
         check(conv_weight_gradient, (gradient_like(*case), x, w, stride, NONE))
