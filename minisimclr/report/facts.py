@@ -137,8 +137,7 @@ class Facts:
         it was trained on; only labelled ones if any are. Raises Missing for one picture alone.
         """
         data = self.need("dataset")
-        rows = data.split("test")
-        rows = rows if len(rows) else data.split("pretrain")
+        rows = data.split("test" if len(data.split("test")) else "pretrain")
         rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
         if len(rows) < 2:
             raise Missing("there is one picture alone to test with")

@@ -8,7 +8,6 @@ import numpy as np
 from ..augment import SMALL, Views
 from ..config import TrainConfig
 from ..embed import nearest
-from ..files import fits
 from ..probe import LogisticRegression, features, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
@@ -18,7 +17,7 @@ from .page import Missing, card, code, paragraph, row, table
 
 def three(rows: Rows, key: str) -> Rows:
     """The first, the middle and the last epoch that have logged `key`."""
-    if not (rows := [r for r in rows if key in r]):
+    if not (rows := [r for r in rows if isinstance(r.get(key), dict | list) and r[key]]):
         raise Missing(f"no epoch has ended with its {key}")
     return [rows[i] for i in sorted({0, (len(rows) - 1) // 2, len(rows) - 1})]
 
@@ -146,9 +145,8 @@ def neighbours(facts: Facts) -> str:
     """
     data, rows = facts.need("dataset"), facts.test_rows
     labels, names = data.labels[rows], (*data.class_names, "no label")
-    systems = dict(zip(("trained", "random encoder"), facts.test_h, strict=True))
     found = {}
-    for system, h in systems.items():
+    for system, h in zip(("trained", "random encoder"), facts.test_h, strict=True):
         near, _ = nearest(h, h, 6)  # perhaps the query itself among them
         found[system] = np.array([some[some != i][:5] for i, some in enumerate(near)])
     firsts, labelled = np.unique(labels, return_index=True)[1], bool((labels >= 0).any())
@@ -243,11 +241,9 @@ def trust(facts: Facts) -> str:
     LARS scales the learning rate of each weight by 0.001 |w| / |g|: however large its gradient, a
     layer moves by the same share of its own length.
     """
-    logged = [e for e in facts.epochs if e.get("trust") and fits(e["trust"], {None: float})]
-    series = {}
-    for e in three(logged, "trust"):
-        names = [n.removeprefix("encoder.").removesuffix(".weight") for n in e["trust"]]
-        series[f"epoch {e['epoch']}"] = names, list(e["trust"].values())
+    epochs = three(facts.epochs, "trust")
+    names = [n.removeprefix("encoder.").removesuffix(".weight") for n in epochs[-1]["trust"]]
+    series = {f"epoch {e['epoch']}": (names, list(e["trust"].values())) for e in epochs}
     return lines("trust ratio", "weight", series, yscale="log", height=3.8)
 
 
