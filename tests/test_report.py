@@ -355,16 +355,19 @@ def edited(sound, folder, rows=None, **metrics):
     return read(folder)
 
 
-def test_a_loss_that_rises_asks_for_no_more_training(sound, tmp_path):
+def test_more_training_is_asked_for_while_the_loss_falls_and_pairs_are_missed(sound, tmp_path):
     facts = edited(sound, tmp_path / "run")
     for count, fall, asked in ((2, 0.5, True), (2, -0.5, False), (6, 0.06, True), (6, 0.04, False),
                                (8, 0.5, True), (10, 0.5, False)):  # fmt: skip
         losses = np.repeat([3 + fall, 3], count // 2)
-        facts.__dict__["epochs"] = [{"loss": loss} for loss in losses]
+        facts.__dict__["epochs"] = [{"loss": loss, "accuracy": 0.9} for loss in losses]
         assert bool(found := verdict.too_short(facts)) == asked
         assert not asked or f"half of {count} epochs the loss fell {fall:.2f}" in found.evidence
+    facts.__dict__["epochs"] = [{"loss": 3.5}, {"loss": 3, "accuracy": 0.995}]
+    assert not verdict.too_short(facts)
+    facts.__dict__["epochs"] = [{"loss": 3.5}, {"loss": 3, "accuracy": 0.9}]
+    assert verdict.too_short(facts)
     facts.total += 1  # it is not at its end
-    facts.__dict__["epochs"] = [{"loss": 3.5}, {"loss": 3}]
     assert not verdict.too_short(facts)
 
 

@@ -221,7 +221,8 @@ def too_short(facts: Facts) -> Finding | None:
     """
     epochs = facts.need("epochs")
     fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
-    if facts.done < facts.total or len(epochs) >= 10 or fall < (0.05 if len(epochs) > 5 else 0):
+    enough = len(epochs) >= 10 or epochs[-1]["accuracy"] > 0.99  # little is left to learn
+    if facts.done < facts.total or enough or fall < (0.05 if len(epochs) > 5 else 0):
         return None
     said = f"In the last half of {len(epochs)} epochs the loss fell {fall:.2f}."
     return Finding(WARNING, said if len(epochs) > 1 else "This was one epoch.")
