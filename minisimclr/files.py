@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -135,8 +136,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `path` (a hidden file beside it). The kernel frees it when the process dies.
 
     Only the holder may publish at `path`, so leftovers of dead processes are removed. With
-    wait=False a lock held by another process raises BlockingIOError. If the file system cannot
-    lock, a warning says so: racing processes then do the same work, and the last one wins.
+    wait=False a lock held by another process raises BlockingIOError; else a warning says that it is
+    waited for. If the file system cannot lock, a warning says so: racing processes then do the same
+    work, and the last one wins.
     """
     with path.with_name(f".{path.name}.lock").open("a") as handle:
         try:
@@ -152,13 +154,14 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 def _lock(handle: TextIO, wait: bool) -> None:
     """Raise BlockingIOError if another process holds the lock and `wait` is false."""
-    if fcntl is not None:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return
-    while True:
+    for asked in count():
         try:
+            if fcntl is not None:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
+        except (BlockingIOError, PermissionError) as error:  # the latter on Windows
             if not wait:
                 raise BlockingIOError(error.errno, error.strerror) from error
-            time.sleep(0.1)
+        if not asked:
+            warnings.warn(f"waiting for the process that holds {handle.name}", stacklevel=4)
+        time.sleep(0.1)

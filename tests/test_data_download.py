@@ -358,6 +358,7 @@ def test_redirect_from_https_to_http_is_refused():
     assert Redirects().redirect_request(request, None, 302, "", {}, new).full_url == new
 
 
+@pytest.mark.filterwarnings("ignore:waiting for the process")  # if both meet
 def test_two_at_once(server, tmp_path):
     server.answers["file"] = whole()
     errors = []

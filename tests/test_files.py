@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_locks_of_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "msvcrt", there := Windows(), raising=False)
     with pytest.raises(BlockingIOError), files.locked(tmp_path / "file", wait=False):
         pass
-    with files.locked(tmp_path / "file"):
+    with pytest.warns(UserWarning, match=r"holds .*\.file\.lock"), files.locked(tmp_path / "file"):
         assert there.asked == 3
 
 
@@ -222,10 +223,10 @@ def test_lock_is_held_and_dies_with_its_process(tmp_path):
         assert holder.stdout.readline().strip() == b"locked"
         with pytest.raises(BlockingIOError), files.locked(path, wait=False):
             pass
-        holder.kill()
-        holder.wait()
-        with files.locked(path, wait=False):
-            pass
+        threading.Timer(0.3, holder.kill).start()
+        told = pytest.warns(UserWarning, match="waiting for the process that holds")
+        with told, files.locked(path):
+            assert holder.wait(5)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524])
