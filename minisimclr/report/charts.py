@@ -73,6 +73,7 @@ def legend(axes: Any, **look: Any) -> None:
     """What the marks mean, below the chart, where it covers none; the figure grows with it."""
     figure, names = axes.figure, axes.get_legend_handles_labels()[1]
     columns = max(1, min(3, 60 // max(map(len, names))))
+    # Four lines have room; each one more takes 0.18 inches.
     figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(names) // columns) - 4))
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, **look)
 

@@ -33,8 +33,8 @@ def results(runs: dict[str, Facts]) -> str:
     found, figures = [], []
     for name, facts in runs.items():
         last, probe = (facts.epochs or [{}])[-1], facts.files["probe"]
-        top1 = probe and [f"{probe['top1']:.1%}", "{:.1%} – {:.1%}".format(*probe["ci95"])]
-        found.append([name, headline(judge(facts))[1], *(top1 or [None, None])])
+        score = probe and [f"{probe['top1']:.1%}", "{:.1%} – {:.1%}".format(*probe["ci95"])]
+        found.append([name, headline(judge(facts))[1], *(score or [None, None])])
         figures.append([name, *(last.get(k) for k in ("step", "chance", *KEYS, "views/s"))])
     outcome = table("What came of it", ("run", "verdict", "probe top-1", "95 % interval"), found)
     head = ("run", "step", "chance", *NAMES, "views/s")
