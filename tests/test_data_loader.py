@@ -97,7 +97,7 @@ def test_fetched_ahead_and_no_further():
 
     class Slow:
         def take(self, rows, axis):
-            fetched.append(threading.current_thread().name)
+            fetched.append(threading.current_thread())
             return IMAGES.take(rows, axis)
 
     source = batches(Slow(), INDICES, 10, seed=1)
@@ -107,9 +107,9 @@ def test_fetched_ahead_and_no_further():
         time.sleep(0.01)
     time.sleep(0.05)
     assert len(fetched) == 3  # the one asked for and two ahead
-    assert all(name.startswith("loader") for name in fetched)
+    assert all(thread.name.startswith("loader") for thread in fetched)
     source.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+    assert not any(thread.is_alive() for thread in fetched)
 
 
 def test_errors_of_the_thread_are_raised_here():
