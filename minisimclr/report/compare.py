@@ -28,7 +28,8 @@ def build_comparison(facts: list[Facts]) -> bytes:
 def results(runs: dict[str, Facts]) -> str:
     """Results
 
-    Losses at different batch sizes or temperatures are not comparable; the probe's results are.
+    Losses at different batch sizes or temperatures are not comparable; the probe's results are, on
+    the same data and labels.
     """
     found, figures = [], []
     for name, facts in runs.items():

@@ -25,8 +25,9 @@ def three(rows: Rows, key: str) -> Rows:
 def training(facts: Facts) -> str:
     """Training
 
-    The loss should leave its chance line early and flatten late. Contrastive accuracy is the
-    share of views that found their partner. Each point is the mean of a stretch of steps.
+    The loss should fall below its chance line early and flatten late. Contrastive accuracy is the
+    share of views whose most similar view in the batch is their partner, the other view of their
+    picture. Each point is the mean of a stretch of steps.
     """
     steps = facts.need("metrics")
     stretches = np.array_split(np.arange(len(steps)), min(len(steps), 150))
@@ -63,9 +64,10 @@ def similarities(facts: Facts) -> str:
 def sphere(facts: Facts) -> str:
     """Alignment and uniformity
 
-    Alignment is the mean squared distance between two views of a picture; uniformity tells how
-    evenly embeddings fill the sphere: 0 when all are equal, about -4 when well spread. The loss
-    wants both low (Wang and Isola 2020). Effective rank counts the directions that features use.
+    Alignment is the mean squared distance between the embeddings of two views of a picture;
+    uniformity tells how evenly embeddings fill the sphere: 0 when all are equal, about -4 when well
+    spread. The loss wants both low (Wang and Isola 2020). Effective rank tells how many directions
+    the features use.
     """
     keys = ("epoch", "uniformity", "alignment", "effective_rank")
     number, x, y, rank = ([e[key] for e in facts.need("epochs")] for key in keys)
@@ -79,8 +81,8 @@ def sphere(facts: Facts) -> str:
 def spectrum(facts: Facts) -> str:
     """Spectrum of the features
 
-    Singular values of the test pictures' features, as fractions of the largest. A curve that drops
-    at once means that few directions are used: dimensional collapse.
+    Singular values of the test pictures' features, as fractions of the largest, which is mostly
+    their mean. If the others fall off at once, few directions are used: dimensional collapse.
     """
     series = {}
     for name, h in zip(("trained", "random encoder"), facts.test_h, strict=True):
@@ -189,8 +191,9 @@ def feature_map(facts: Facts) -> str:
 def probe(facts: Facts) -> str:
     """What the features are worth
 
-    A linear classifier on frozen features beside its controls, each tested once. The lines on the
-    bars are 95 % intervals.
+    A linear classifier on frozen features beside its controls, each tested once, with 95 %
+    intervals. Chance: always naming the commonest class. kNN: a vote of the most similar labelled
+    pictures. C: the penalty, chosen by cross-validation; a larger C is a weaker one.
     """
     found = facts.need("probe")
     values = {name: 100 * r["top1"] for name, r in found["rows"].items()}
@@ -251,8 +254,8 @@ def hot_spots(facts: Facts) -> str:
     """Hot spots
 
     Where one training step spends its time; a larger mark took more of it. The dashed line is the
-    most that this machine can do. Operations that multiply less than is counted, such as Winograd's
-    convolution, may lie above it.
+    most that this machine can do. Above it may lie what finds its data in cache, or multiplies less
+    than is counted, as Winograd's convolution does.
     """
     found = facts.profile
     ops, (peak, band) = found["ops"], found["roofline"].values()

@@ -193,7 +193,7 @@ def chance_line(facts: Facts) -> Finding | None:
     Early on that is normal; later, try a lower --lr, which small batches need, or --temperature.
     """
     last, guess = facts.need("epochs")[-1], 1 / (2 * facts.config.batch_size - 1)
-    said = f"The loss is {last['loss']:.3f}; ln(2N-1), of views all alike, is {last['chance']:.3f}."
+    said = f"The loss is {last['loss']:.3f}; by chance it would be ln(2N-1) = {last['chance']:.3f}."
     if last["loss"] > last["chance"] - 0.1:
         said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
         blind = last["epoch"] > 2 and last["accuracy"] < 2 * guess

@@ -143,8 +143,8 @@ def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
 def views(w: Walk) -> str:
     """1. Draw t and t′, look at each picture twice
 
-    What was drawn is written below each view. Views a and b of a picture are partners; nobody tells
-    the network what they show.
+    t and t′ are random crops and changes of colour; what was drawn is written below each view.
+    Views a and b of a picture are partners. Nobody tells the network what they show.
     """
     cards = view_cards(w.images, w.drawn, w.views, len(w.images))
     return excerpt(training_step, "# t(x)", "x = ") + cards
@@ -161,7 +161,8 @@ def vectors(w: Walk, key: str) -> str:
 def encoder(w: Walk) -> str:
     """2. h = f(x)
 
-    The encoder turns all views, in one batch, into features. They are what is kept in the end.
+    The encoder turns all views, in one batch, into features; the first six are shown. After
+    training, features are what is used; the head that follows is left out.
     """
     return excerpt(training_step, "h = ", "h = ") + vectors(w, "h")
 
@@ -190,7 +191,8 @@ def similarity(w: Walk) -> str:
 def terms(w: Walk) -> str:
     """5. l(i) = -log of exp s[i, j] / sum over k ≠ i of exp s[i, k], with j the partner of i
 
-    The loss is the mean of l. p is how sure the network is which of the others is the partner.
+    The loss is the mean of l. p[i, j] is the probability that the network gives to the partner,
+    among all other views.
     """
     s, i = w.s, np.arange(len(w.names))
     own, among = s[i, w.partner], np.log(np.exp(s).sum(axis=1))
@@ -206,10 +208,11 @@ def terms(w: Walk) -> str:
 def forces(w: Walk) -> str:
     """6. The gradient: who is pulled, who is pushed
 
-    Both views of a picture have its colour and marker. Arrows show the way downhill: to the partner
-    and away from the others, most of all from those that are near. They lie along the circle, as
-    length does not matter to the loss. Outlined: where the view is after the update below. That
-    moves weights, which all views share, so a view may not end up where its own arrow points.
+    Both views of a picture share a colour and a marker. Arrows show the way downhill: to the
+    partner and away from the others, most of all from those that are near. They lie along the
+    circle, as length does not matter to the loss. Outlined: where the view is after the update
+    below. That moves weights, which all views share, so a view may not end up where its arrow
+    points.
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle
@@ -244,7 +247,9 @@ def update(w: Walk) -> str:
     """7. Update f and g
 
     LARS: in this first step each weight moves by rate × 0.001 of its own length, whatever the
-    length of its gradient. Later the momentum, 0.9, carries it up to ten times as far.
+    length of its gradient. Later the momentum, 0.9, carries it up to ten times as far. Batch norm's
+    own parameters, not in the table, have no trust ratio: they move by rate × gradient, which is
+    far more here, so it is mostly they that move the views.
     """
     cells = [[n, v["w"], v["g"], v["trust"], v["step"]] for n, v in w.weights.items()]
     said = f"The same views through the new weights: the loss was {w.loss:.4f} and is now "
