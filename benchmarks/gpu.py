@@ -1,4 +1,4 @@
-"""Everything there is to learn on a GPU, in one command of under ten minutes.
+"""Everything there is to measure on a GPU, in one command of under ten minutes.
 
     python benchmarks/gpu.py [--out gpu.json] [--minutes 9]
 

@@ -1,8 +1,8 @@
 """minisimclr: SimCLR from scratch on NumPy and CuPy.
 
     import minisimclr as ms
-    run = ms.pretrain(ms.TrainConfig(epochs=5))
-    h = run.model.encode(views)                     # (N, D)
+    run = ms.pretrain(ms.TrainConfig(epochs=5))     # on cartoon dogs
+    h = run.model.encode(views)                     # (N, S, S, 3) in [0, 1] -> (N, D)
 
 Read in this order: tensor, ops, nn, optim, schedule, augment, simclr, train, probe.
 """

@@ -28,7 +28,7 @@ def data() -> None:
 @SIZE
 @click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="Part kept.")
 @click.option("--skip-bad", is_flag=True, help="Leave out undecodable pictures, at most 1 %.")
-@click.option("--labels-per-class", type=int, metavar="N", help="Labelled pictures; else a fifth.")
+@click.option("--labels-per-class", type=int, metavar="N", help="Label N per class, not a fifth.")
 @click.option("--images-tar", type=FILE, help="stanford-dogs: use this, do not download it.")
 @click.option("--lists-tar", type=FILE, help="The same for the lists.")
 @click.option("--annotation-tar", type=FILE, help="The same for the boxes.")

@@ -27,8 +27,9 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
     """Time a training step and each of its operations.
 
-    The times are set beside this machine's roofline. An operation may exceed the roof if it
-    multiplies less than is counted, as Winograd's does.
+    The times are compared with this machine's roofline: the least time that its arithmetic and
+    memory allow. An operation may be faster if it finds its data in cache, or multiplies less than
+    is counted, as Winograd's does.
     """
     from .. import profile as profiling
 

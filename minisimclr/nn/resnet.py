@@ -66,8 +66,11 @@ class Bottleneck(Module):
 class ResNet(Module):
     """A stem, stages of blocks, and the mean over all pixels.
 
+    Images (N, H, W, 3) -> features (N, D); D is the attribute `features`.
+
     Each stage but the first halves the image and doubles the width.
-    blocks: blocks in each stage; `features` is D. Random weights are a pure function of `seed`.
+    blocks: blocks in each stage. stem: the first layers, of STEMS ("cifar" and "small" have no
+    max-pool). Random weights are a pure function of `seed`.
     """
 
     def __init__(
