@@ -62,13 +62,12 @@ class SGD:
         self.parameters: dict[str, Parameter] = {}
         for pair in named_parameters:
             match pair:
+                case (str(name), Parameter()) if name in self.parameters:
+                    raise ValueError(f"two parameters are called {name!r}: put a prefix before it")
                 case (str(name), Parameter() as p):
-                    pass
+                    self.parameters[name] = p
                 case _:
-                    raise TypeError("an optimizer takes named_parameters(): of name and Parameter")
-            if name in self.parameters:
-                raise ValueError(f"two parameters are called {name!r}: put a prefix before names")
-            self.parameters[name] = p
+                    raise TypeError("an optimizer takes named_parameters(): names and Parameters")
         if not self.parameters:
             raise ValueError("no parameters to move: was named_parameters() used up before?")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay

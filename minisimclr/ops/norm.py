@@ -12,7 +12,7 @@ x is (..., C), normalised per channel over all M = x.size / C rows:
     g = gy where y > 0      gx = gamma / std (g - mean(g) - x^ mean(g x^))
 """
 
-from functools import singledispatch
+from functools import reduce, singledispatch
 from math import prod
 
 import numpy as np
@@ -41,15 +41,13 @@ def merge_moments(a: tuple, b: tuple) -> tuple:
 @singledispatch
 def moments(x: Array) -> tuple[Array, Array]:
     """Mean and variance (divided by M) of x (..., C)."""
-    x = rows(x)
-    total = None
+    x, parts = rows(x), []
     for i in range(0, len(x), ROWS):
         block = x[i : i + ROWS]  # (m, C)
         mean = block.mean(axis=0)
-        part = len(block), mean, ((block - mean) ** 2).sum(axis=0)
-        total = part if total is None else merge_moments(total, part)
-    assert total is not None
-    return total[1], total[2] / total[0]
+        parts.append((len(block), mean, ((block - mean) ** 2).sum(axis=0)))
+    count, mean, m2 = reduce(merge_moments, parts)
+    return mean, m2 / count
 
 
 def inverse_std(variance: Array, eps: float) -> Array:
