@@ -52,13 +52,12 @@ class Tensor:
 
     if TYPE_CHECKING:  # added by ops/basic.py
 
-        def __neg__(self) -> Tensor: ...
         def __add__(self, other: Any) -> Tensor: ...
         def sum(self, *args: Any, **named: Any) -> Tensor: ...
 
         __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
         __pow__ = __matmul__ = __rmatmul__ = __getitem__ = __add__
-        mean = reshape = transpose = sum
+        __neg__ = mean = reshape = transpose = exp = log = relu = sum
 
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
@@ -102,6 +101,9 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))  # TypeError for a scalar, which has no length
 
     def __bool__(self) -> bool:
         return bool(self.data)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, xp_of
-from ..tensor import Function, Tensor
+from ..tensor import Function, Tensor, memory_of
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
@@ -68,10 +68,12 @@ class Divide(Function):
 
 
 class Power(Function):
-    """x ** p for a constant p"""
+    """x ** p for a number p"""
 
     def __init__(self, p: float):
-        self.p = float(np.asarray(p))  # no Tensor, no array; NumPy's number would make x float64
+        if isinstance(p, Tensor) or np.ndim(p):
+            raise TypeError(f"x ** p takes one number p, not a {type(p).__name__}")
+        self.p = float(p)  # NumPy's number would make x float64
 
     def forward(self, x):
         self.x = x
@@ -171,30 +173,28 @@ class Transpose(Function):
         self.axes = axes
 
     def forward(self, x):
-        self.order = tuple(range(x.ndim)[i] for i in self.axes or reversed(range(x.ndim)))
-        return x.transpose(self.order)
+        return x.transpose(self.axes)
 
     def backward(self, gy):
-        return gy.transpose(tuple(self.order.index(i) for i in range(gy.ndim)))
+        order = [i % gy.ndim for i in self.axes or reversed(range(gy.ndim))]
+        return gy.transpose([order.index(i) for i in range(gy.ndim)])
 
 
 class GetItem(Function):
-    """x[key] for slices, integers and masks (no index arrays: they could repeat an element)"""
+    """x[key] for slices, integers, masks and index arrays"""
 
     def __init__(self, key: Any):
         self.key = key
 
     def forward(self, x):
-        for k in self.key if isinstance(self.key, tuple) else (self.key,):
-            if isinstance(k, (list, tuple, range)) or (
-                bool(getattr(k, "shape", ())) and k.dtype != bool
-            ):
-                raise IndexError(f"indexing takes slices, integers and masks, not {k!r}")
         return x[self.key]
 
     def backward(self, gy):
         gx = xp_of(gy).zeros(self.shapes[0], gy.dtype)
-        gx[self.key] = gy
+        if memory_of(gx[self.key]) == memory_of(gx):  # slices pick every element at most once
+            gx[self.key] = gy
+        else:  # index arrays may pick one several times: its gradients add up
+            xp_of(gy).add.at(gx, self.key, gy)
         return gx
 
 
