@@ -231,6 +231,14 @@ def test_feature_sizes(name, shape, convolutions):
         assert net(Tensor(rand(2, 16, 16, 3, dtype=np.float32))).shape == (2, shape)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float16, "bool"])
+def test_modules_are_of_a_type_that_tensors_keep(dtype):
+    net = ms.nn.resnet_small(width=2)
+    with pytest.raises(TypeError, match=f"float32 or float64, not {np.dtype(dtype)}"):
+        net.astype(dtype)
+    assert net.astype("f8").conv1.weight.dtype == np.float64
+
+
 def test_unknown_stems_and_widths_are_refused():
     with pytest.raises(ConfigError, match="'big'"):
         ms.nn.resnet18(stem="big")

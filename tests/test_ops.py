@@ -1,5 +1,7 @@
 """Every operation: gradients against finite differences, values and gradients against torch."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,6 +96,9 @@ def test_conv2d_errors_name_the_shapes():
         conv2d(Tensor(randn(1, 2, 2, 3)), Tensor(randn(3, 3, 3, 5)))
     with pytest.raises(ValueError, match=r"stride \(0, 0\)"):
         conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(3, 3, 3, 5)), stride=0)
+    for image in ((32, 32, 3), (3, 32), (2, 4, 4, 3, 3)):  # first of all: one without its batch
+        with pytest.raises(ValueError, match=re.escape(f"does not fit images {image}")):
+            conv2d(Tensor(randn(*image)), Tensor(randn(3, 3, 3, 5)))
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -215,6 +220,18 @@ def test_batch_norm_of_other_channels_is_refused(training):
 def test_an_array_in_place_of_a_tensor_is_named(apply):
     with pytest.raises(TypeError, match="takes Tensors, not a ndarray"):
         apply(randn(2, 4, 4, 2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_stretches_nothing(training):
+    """A residual or shift of another shape would broadcast, and its gradient would not fit."""
+    x, gamma, beta = randn(3, 4), np.ones(4), np.zeros(4)
+    for other in ((1, 4), (4,), (3, 1)):
+        with pytest.raises(ValueError, match=re.escape(f"residual is {other}, but x is (3, 4)")):
+            given = map(Tensor, (x, gamma, beta))
+            batch_norm(*given, running(4), training, residual=Tensor(randn(*other)))
+    with pytest.raises(ValueError, match="does not fit"):
+        batch_norm(Tensor(x), Tensor(gamma), Tensor(np.zeros(1)), running(4), training)
 
 
 def test_batch_norm_of_one_row_is_refused():

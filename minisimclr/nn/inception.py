@@ -1,9 +1,9 @@
 """InceptionV3 (Szegedy et al. 2016, arXiv:1512.00567) as one table, with torchvision's names.
 
 The tables below are the network. A path is a list of steps: a convolution `(name, O, kernel,
-stride, padding)`, a pool, or a fork, which is a list of paths and convolutions that all read the
-same input and whose channels are joined. Stride is 1 and padding keeps the size (none at stride 2)
-unless given. A block is one fork; blocks go by Keras' names, mixed0 to mixed10.
+stride, padding)`, a pool, or a fork, which is a list of paths that all read the same input and
+whose channels are joined. Stride is 1 and padding keeps the size (none at stride 2) unless given.
+A block is one fork; blocks go by Keras' names, mixed0 to mixed10.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def chain(name: str, *convolutions: tuple) -> list:
 
 
 def forked(name: str) -> list:
-    return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
+    return [[(f"{name}a", 384, (1, 3))], [(f"{name}b", 384, (3, 1))]]
 
 
 def block_a(pool: int) -> list:
@@ -93,15 +93,11 @@ class ConvBN(Module):
         return self.bn(self.conv(x), relu=True)
 
 
-def paths(fork: list) -> list[list]:
-    return [path if isinstance(path, list) else [path] for path in fork]
-
-
 def build(owner: Module, steps: list, c: int, rng: np.random.Generator) -> int:
     """Give `owner` the convolutions of a path that reads c channels; returns how many it makes."""
     for step in steps:
         if isinstance(step, list):
-            c = sum(build(owner, path, c, rng) for path in paths(step))
+            c = sum(build(owner, path, c, rng) for path in step)
         elif step not in (AVERAGE, MAX):
             setattr(owner, step[0], ConvBN(c, *step[1:], rng=rng))
             c = step[1]
@@ -112,7 +108,7 @@ def run(owner: Module, steps: list, x: Tensor) -> Tensor:
     """Apply a path of `owner` to x."""
     for step in steps:
         if isinstance(step, list):
-            x = concatenate([run(owner, path, x) for path in paths(step)], axis=3)
+            x = concatenate([run(owner, path, x) for path in step], axis=3)
         elif step == AVERAGE:
             x = average_pool(x, 3, 1, 1)
         elif step == MAX:

@@ -101,7 +101,9 @@ class Module:
         return self._replace({name: change(a) for name, a in own if a.dtype.kind == "f"})
 
     def astype(self, dtype: Any) -> Self:
-        """Parameters and statistics in another floating-point type; gradients are dropped."""
+        """Parameters and statistics in float32 or float64, in place; gradients are dropped."""
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise TypeError(f"a module is float32 or float64, not {np.dtype(dtype)}")
         return self._convert(lambda a: a.astype(dtype))
 
     def to(self, device: str) -> Self:

@@ -170,16 +170,16 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     """Cross-correlate images x (N, H, W, C) with weight (KH, KW, C, O) -> (N, OH, OW, O).
 
     stride and padding (zeros) in pixels, one number or (rows, columns).
-    Raises ValueError if channels differ, the kernel is larger than the padded image, a stride is
-    below 1 or a padding below 0.
+    Raises ValueError for other shapes, if channels differ, the kernel is larger than the padded
+    image, a stride is below 1 or a padding below 0.
     """
     stride, padding = pair(stride), pair(padding)
     if min(stride) < 1 or min(padding) < 0:
         raise ValueError(f"conv2d: stride {stride} must be 1 or more, padding {padding} 0 or more")
-    size = output_size(x.shape, weight.shape, stride, padding)
-    if x.shape[3] != weight.shape[2] or min(size) < 1:
-        fit = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
-        raise ValueError(f"conv2d: {fit}")
+    fit = x.ndim == weight.ndim == 4 and x.shape[3] == weight.shape[2]
+    if not fit or min(output_size(x.shape, weight.shape, stride, padding)) < 1:
+        said = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
+        raise ValueError(f"conv2d: {said}")
     made_by = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes
     source = made_by if hasattr(made_by, "recompute") else None
     return Conv2d(stride, padding, source)(x, weight)

@@ -158,8 +158,10 @@ def batch_norm(
     new = (1 - momentum) old + momentum batch, with the unbiased variance (divided by M - 1), as
     in torch. Raises ValueError for other shapes, or to train on less than two rows.
     """
-    if x.shape[-1:] != gamma.shape:
+    if not x.shape[-1:] == gamma.shape == beta.shape:
         raise ValueError(f"batch norm of {gamma.shape} channels does not fit {x.shape}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"batch norm: the residual is {residual.shape}, but x is {x.shape}")
     inputs = (x, gamma, beta) if residual is None else (x, gamma, beta, residual)
     if not training:
         return BatchNorm(relu, eps, *running)(*inputs)
