@@ -238,6 +238,16 @@ def test_features_that_are_not_finite(bad):
             call()
 
 
+def test_features_that_are_no_matrix():
+    X, y = clusters()
+    for bad in (X[:, 0], X[:, :, None], X[:0]):
+        for call in (tight().fit, lambda bad, labels: knn_score(bad, labels, X, y)):
+            with pytest.raises(DataError, match=r"not \(N, D\), empty"):
+                call(bad, y[: len(bad)])
+    with pytest.raises(TypeError, match="takes arrays"):
+        tight().fit(X.tolist(), y)
+
+
 def test_other_bad_input():
     X, y = clusters()
     with pytest.raises(DataError, match="1 class"):

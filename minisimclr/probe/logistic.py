@@ -60,8 +60,8 @@ class Problem:
     The intercept absorbs a shift and the penalty does not see a rotation, so X may be centred and
     rotated to its principal axes. There X^T X is diagonal, and so, nearly, is the Hessian, I (but 0
     for the intercept) + C sum_n (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean
-    of p (1 - p) in place of each sample's own (Boehning 1992 has a bound), seeds L-BFGS: if
-    features are correlated, only three quarters to a fifth of the evaluations remain.
+    of p (1 - p) in place of each sample's own (Boehning 1992 has a bound), seeds L-BFGS, which for
+    correlated features then needs only a fifth to three quarters of the evaluations.
     """
 
     def __init__(self, X: Array, y: Any):
@@ -182,7 +182,7 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
 
 
 def finite(X: Array) -> Array:
-    """X itself; what is less exact as float32. DataError if it is empty or not finite."""
-    if X.size == 0 or not bool(xp_of(X).isfinite(X).all()):
-        raise DataError(f"features {X.shape} are empty or not finite: has training diverged?")
+    """X (N, D) itself; what is less exact as float32. DataError if it is empty or not finite."""
+    if not bool(xp_of(X).isfinite(X).all()) or X.ndim != 2 or X.size == 0:
+        raise DataError(f"features {X.shape}: not (N, D), empty or not finite; did training fail?")
     return X.astype(np.promote_types(X.dtype, np.float32), copy=False)
