@@ -42,7 +42,7 @@ class Views:
     sigmas: np.ndarray  # (2, N) float32: of the blur, px of the view; 0: none
 
     def part(self, start: int, stop: int) -> "Views":
-        """The parameters of images start to stop - 1: what one rank of a larger batch applies."""
+        """The parameters of images start to stop - 1, for a batch that is worked on in parts."""
         return Views(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
 
 
@@ -58,8 +58,8 @@ def draw_views(
     turns the hue by U(-0.2 s, 0.2 s).
 
     The same arguments give the same bits on every machine and NumPy: raw Philox numbers, then
-    correctly rounded operations only. Ranks that share a batch draw for all of it and take their
-    `part`. Raises ConfigError for a negative strength or bad crop_scale.
+    correctly rounded operations only. Processes that share a batch all draw for the whole of it,
+    and each takes its `part`. Raises ConfigError for a negative strength or bad crop_scale.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:
@@ -205,7 +205,7 @@ def brightness(x: Array, factor: Array) -> Array:
 
 
 def contrast(x: Array, factor: Array) -> Array:
-    """Scale the distance from the mean of the image's channel."""
+    """Scale the distance from the mean, that of each channel of each image."""
     mean = x.mean(axis=(1, 2), keepdims=True)
     return mean + (x - mean) * factor
 
@@ -226,12 +226,11 @@ def hue(x: Array, turns: Array) -> Array:
     value = x.max(axis=3, keepdims=True)
     spread = value - x.min(axis=3, keepdims=True)
     unit = xp.where(spread > 0, spread, 1)  # greys have no hue: any will do
-    sixths = xp.where(
+    sixths = 6 * turns + xp.where(
         value == red,
         (green - blue) / unit,
         xp.where(value == green, 2 + (blue - red) / unit, 4 + (red - green) / unit),
     )
-    sixths = sixths + 6 * turns
     # A channel is full within a sixth of a turn of its own hue, and lowest from two sixths on.
     away = sixths - xp.asarray([0, 2, 4], dtype=x.dtype)
     away = xp.abs(away - 6 * xp.rint(away / 6))  # in [0, 3]

@@ -1,7 +1,7 @@
-"""SGD with momentum and LARS: each step is one pass over every parameter.
+"""SGD with momentum; and LARS, which also scales the rate of every weight by its own norm.
 
-Only weights are decayed: biases and batch-norm parameters, told apart by kind and not by name, are
-neither decayed nor adapted.
+Only weights are decayed, and only their rates are scaled: biases and the parameters of batch norm
+are not. Parameters are told apart by their kind, not by their names.
 """
 
 from collections.abc import Iterable
@@ -79,6 +79,7 @@ class SGD:
             update_all(moving[0][1].data, self, ok)
 
     def moving(self) -> list[tuple[str, Parameter]]:
+        """The parameters that have a gradient, with their names."""
         return [(name, p) for name, p in self.parameters.items() if p.grad is not None]
 
     def decay_of(self, p: Parameter) -> float:

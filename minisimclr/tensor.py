@@ -92,7 +92,7 @@ class Tensor:
         raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
 
     def __isub__(self, other: Any) -> Any:
-        """TypeError for a leaf, which a Tensor would replace; else Python goes on with `-`."""
+        """`x -= y` makes x a new Tensor, as x = x - y does. A leaf would be lost so: TypeError."""
         if self.requires_grad and self.creator is None:
             raise TypeError("a leaf is not changed in place: change its .data")
         return NotImplemented
@@ -103,7 +103,7 @@ class Tensor:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))  # TypeError for a scalar, which has no length
+        return (self[i] for i in range(len(self)))  # a scalar has no length: TypeError
 
     def __bool__(self) -> bool:
         return bool(self.data)
@@ -188,11 +188,6 @@ class Function:
     def __reduce__(self) -> Any:
         raise TypeError("a graph is not copied: copy the Tensor's .detach()")
 
-    def release(self) -> None:
-        """Drop every saved array and edge."""
-        self.__dict__.clear()
-        self.used_up = True
-
 
 @singledispatch
 def added(a: Array, b: Array) -> Array:
@@ -214,6 +209,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         function = ready.pop()
         gy = gradients.pop(function)
         run = function.backward
+        # Memory that others use: a leaf gets a copy of it.
         lent = {memory_of(a) for a in (gy, *vars(function).values()) if hasattr(a, "base")}
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference, unless an operation saved it
@@ -241,7 +237,8 @@ def _backpropagate(root: Function, gradient: Array) -> None:
             if waiting[parent] == 0:
                 ready.append(parent)
         del gxs, gx
-        function.release()
+        function.__dict__.clear()  # every saved array, and the edges
+        function.used_up = True
 
 
 def _count_children(root: Function) -> dict[Function, int]:

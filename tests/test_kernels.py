@@ -337,10 +337,10 @@ def test_moments_of_a_large_mean_do_not_cancel():
 def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean):
     x, gy = randn(4096, 8) + np.float32(mean), randn(4096, 8)
     means, variance = x.mean(axis=0), x.var(axis=0)
-    sum_gx = gradient_sums(gy, x, means, variance, 1e-5, None)[1]
+    sum_gxhat = gradient_sums(gy, x, means, variance, 1e-5, None)[1]
     exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0)
     exact_sum /= (variance.astype(float) + 1e-5) ** 0.5
-    assert distance(sum_gx, exact_sum) < 2e-5
+    assert distance(sum_gxhat, exact_sum) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["scale_shift", "gradient_sums", "conv_output", "max_pool_output"])

@@ -94,8 +94,8 @@ def cuda_gradient_sums(gy, x, mean, variance, eps, y):
     return *merged(x, part, variance, eps), g
 
 
-def cuda_input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gx, count, out=None):
-    given = x, mean, variance, eps, gamma, sum_g, sum_gx, float(count)
+def cuda_input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gxhat, count, out=None):
+    given = x, mean, variance, eps, gamma, sum_g, sum_gxhat, float(count)
     return apply("input_gradient", g, *given, out=out)
 
 

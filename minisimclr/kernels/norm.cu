@@ -110,11 +110,11 @@ extern "C" __global__ void scale_shift(const REAL* x, const float* mean, const f
 
 extern "C" __global__ void input_gradient(const REAL* g, const REAL* x, const float* mean,
                                           const float* variance, float eps, const float* gamma,
-                                          const float* sum_g, const float* sum_gx, float count,
+                                          const float* sum_g, const float* sum_gxhat, float count,
                                           REAL* out, long long rows, int channels, int tile) {
     Walk w(rows, channels, tile);
     if (w.c >= channels) return;
     const float inv_std = 1 / sqrtf(variance[w.c] + eps), scale = gamma[w.c] * inv_std;
-    const float of_mean = -scale / count * sum_g[w.c], of_std = -scale / count * sum_gx[w.c];
+    const float of_mean = -scale / count * sum_g[w.c], of_std = -scale / count * sum_gxhat[w.c];
     apply(w, x, mean[w.c], of_std * inv_std, of_mean, g, scale, 0, out);
 }

@@ -140,11 +140,11 @@ def _gradient_sums(
 @for_float32(input_gradient)
 def _input_gradient(
     g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
-    sum_g: Array, sum_gx: Array, count: float, out: Array | None = None,
+    sum_g: Array, sum_gxhat: Array, count: float, out: Array | None = None,
 ) -> Array:  # fmt: skip
     k, (gs, xs, gx) = long_rows(g, x, out)
     scale = gamma * (inv_std := inverse_std(variance, eps))
-    a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
+    a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std
     # gx = scale g + a + b (x - mean), arranged so that two rows of constants fewer are read
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)
     gx = np.empty_like(gs) if gx is None else gx

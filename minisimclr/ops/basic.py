@@ -219,11 +219,11 @@ class Cast(Function):
         self.dtype = dtype
 
     def forward(self, x):
-        self.x = x.dtype
+        self.before = x.dtype
         return x.astype(self.dtype)
 
     def backward(self, gy):
-        return gy.astype(self.x, order="C")
+        return gy.astype(self.before, order="C")
 
 
 def relu(x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from ..tensor import Function, Tensor
 from .product import matmul
 
 Pair = tuple[int, int]
-# ((top, bottom), (left, right)) in pixels: TensorFlow's SAME pads more at the end than at the
-# start.
+# ((top, bottom), (left, right)) in pixels. TensorFlow's SAME may pad more at the end of an axis.
 Padding = tuple[Pair, Pair]
 WORKSPACE = 1 << 22  # numbers in one block of unfolded patches
 GPU_WORKSPACE = 1 << 27  # on a GPU: products large enough to keep all multiprocessors busy
@@ -44,8 +43,9 @@ def windows(x: Array, kernel: Pair, stride: Pair, size: Pair) -> Iterator[Array]
 def sum_windows(
     parts: Iterable[Array], gy: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
 ) -> Array:
-    """The transpose of `windows` of a padded image: each pixel of the result, of shape x_shape,
-    sums its copies in the parts, one (N, OH, OW, C) for each pixel of the kernel, like gy.
+    """The transpose of `windows`: an image of x_shape, each pixel the sum of its copies in `parts`.
+
+    parts: for each pixel of the kernel, an array (N, OH, OW, C); gy has their OH, OW and dtype.
     """
     (n, h, w, c), ((top, bottom), (left, right)) = x_shape, padding
     gx = xp_of(gy).zeros((n, h + top + bottom, w + left + right, c), gy.dtype)
@@ -79,11 +79,11 @@ def fold(patches: Array, out: Array, kernel: Pair, stride: Pair, padding: Pair, 
     return out
 
 
-def image_blocks(x: Array, row_size: int) -> list[slice]:
-    """Split a batch of images into blocks whose rows fit the workspace, all of about the same
-    size, since a short one would leave a GPU half idle.
+def image_blocks(x: Array, each: int) -> list[slice]:
+    """Split a batch of images into blocks whose patches, `each` numbers for each image, fit the
+    workspace; all of about the same size, since a short one would leave a GPU half idle.
     """
-    most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // row_size)
+    most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // each)
     count = max(1, ceil(len(x) / most))
     step = max(1, ceil(len(x) / count))
     return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]

@@ -7,8 +7,8 @@ With u = z / |z| of the V = 2N views, row i's partner j(i) and s[i, k] = u[i] . 
 
 which is cross entropy: pick, among the 2N - 1 other views, the one that shows the same image. If
 all embeddings are equal, every l(i) is ln(2N - 1), the chance line. For the gradient, let p[i, k]
-be the softmax of row i without k = i; each pair of views then pulls or pushes by
-G = (p - [k = j(i)]) / (V temperature):
+be the softmax of row i without k = i, and t[i, k] the target: 1 for k = j(i), else 0. Then views i
+and k push each other apart by G[i, k] = (p - t) / (V temperature), or pull where it is negative:
 
     du = (G + G') u            dz = (du - u (u . du)) / |z|,  the part of du along the unit sphere
 """

@@ -75,23 +75,25 @@ def gradient_sums(
     """
     g = gy if y is None else relu_gradient(gy, y)
     xp, g_rows, x_rows = xp_of(g), rows(g), rows(x)
-    sum_g, sum_gx = xp.zeros((2, g.shape[-1]), g.dtype)
+    sum_g, sum_gxhat = xp.zeros((2, g.shape[-1]), g.dtype)
     for i in range(0, len(g_rows), ROWS):
         part = g_rows[i : i + ROWS]  # (m, C)
         sum_g += part.sum(axis=0)
-        sum_gx += (part * (x_rows[i : i + ROWS] - mean)).sum(axis=0)
-    return sum_g, sum_gx * inverse_std(variance, eps), g
+        sum_gxhat += (part * (x_rows[i : i + ROWS] - mean)).sum(axis=0)
+    return sum_g, sum_gxhat * inverse_std(variance, eps), g
 
 
 @singledispatch
 def input_gradient(
     g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
-    sum_g: Array, sum_gx: Array, count: float, out: Array | None = None,
+    sum_g: Array, sum_gxhat: Array, count: float, out: Array | None = None,
 ) -> Array:  # fmt: skip
-    """gx from those sums over `count` rows; into `out`, if given: contiguous, perhaps g itself."""
+    """gx from the sums over `count` rows that gradient_sums made; written into `out`, if given,
+    which is contiguous and may be g itself.
+    """
     inv_std = inverse_std(variance, eps)
     scale = gamma * inv_std
-    a, b = scale / -count * sum_g, scale / -count * sum_gx * inv_std
+    a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std
     return xp_of(g).add(scale * g, a + b * (x - mean), out=out)
 
 
@@ -136,15 +138,15 @@ class BatchNorm(Function):
     def backward(self, gy):
         y = self.recompute() if self.relu else None
         given = self.x, self.mean, self.variance, self.eps
-        sum_g, sum_gx, g = gradient_sums(gy, *given, y)
+        sum_g, sum_gxhat, g = gradient_sums(gy, *given, y)
         gx = None
         if self.needs[0]:
             # In evaluation the statistics are constants, as those of infinitely many rows would be.
             count = gy.size // gy.shape[-1] if self.training else np.inf
             # After ReLU, g is ours to overwrite, unless it is also the gradient of a residual.
             out = g if self.relu and len(self.needs) == 3 else None
-            gx = input_gradient(g, *given, self.gamma, sum_g, sum_gx, count, out)
-        return (gx, sum_gx, sum_g, g)[: len(self.needs)]
+            gx = input_gradient(g, *given, self.gamma, sum_g, sum_gxhat, count, out)
+        return (gx, sum_gxhat, sum_g, g)[: len(self.needs)]  # of x, gamma, beta and the residual
 
 
 def batch_norm(

@@ -38,7 +38,8 @@ def standardize(X: Array, *others: Array) -> list[Array]:
 def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Indices of `count` labels: each class by its share and, if there is room, at least once.
 
-    A smaller count draws a subset of the same choice. Raises ConfigError for one not in 1 ... N.
+    A smaller count takes some of those that a larger one does. Raises ConfigError unless the count
+    is in 1 ... N.
     """
     if not 1 <= count <= len(labels):
         raise ConfigError(f"cannot take {count} of {len(labels)} labelled images")
@@ -204,9 +205,10 @@ def probe(
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of an encoder beside its controls, in the form of probe.json.
 
-    name: of the row. fresh: the same network with random weights and batch norm statistics of data;
-    with its initial ones, 0 and 1, deep features blow up or fade, a weak control. labels: how many
-    labelled images to use (None: all). Raises as labelled_and_test does.
+    name: what the encoder's row is called. fresh: the control, the same network with random weights
+    but batch norm statistics of the data: with the initial ones, 0 and 1, the features of a deep
+    network blow up or fade, and anything beats them. labels: how many labelled images to use
+    (None: all). Raises as labelled_and_test does.
     """
     y = dataset.labels
     train, test = labelled_and_test(dataset, labels, seed)
