@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class Run:
 
     path: Path
     config: TrainConfig
-    model: Model
-    optimizer: SGD
+    model: Model = field(repr=False)
+    optimizer: SGD = field(repr=False)
     step: int = 0
     stopped: str = ""  # why training ended early: "time limit" or a signal such as "SIGINT"
     data: str = ""  # identity of the data set it was trained on

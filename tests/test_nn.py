@@ -172,6 +172,15 @@ def test_the_rival_carries_the_same_names():
             np.testing.assert_array_equal(value, state[name])
 
 
+def test_a_module_shows_its_parameters():
+    net = ms.nn.Sequential(ms.nn.ProjectionHead(6, 5, 4), relu)
+    assert repr(net).splitlines() == [
+        *("Sequential", "  0.linear1.weight (5, 6)", "  0.bn1.weight (5,)", "  0.bn1.bias (5,)"),
+        *("  0.linear2.weight (4, 5)", "  0.bn2.weight (4,)"),
+    ]
+    assert repr(ms.nn.Module()) == "Module"
+
+
 def test_state_dict_is_a_copy_in_torch_layout():
     net = ms.nn.resnet10(width=4)
     state = net.state_dict()

@@ -190,7 +190,9 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     assert plan | figures == plan and plan["steps"] == "12 (4 an epoch)"
     assert plan["run folder"] == str(tmp_path / "run")
     assert plan["images"] == f"72 unlabelled of {Path(config.data).name}"
-    weights = new_run(None, config).model.named_parameters()
+    fresh = new_run(None, config)
+    assert "model" not in repr(fresh)  # hundreds of lines
+    weights = fresh.model.named_parameters()
     assert plan["parameters"] == sum(p.data.size for _, p in weights)
     assert plan["first layers"] == "small"
     assert plan["runs on"] == "{} ({})".format(*choose_device("auto"))

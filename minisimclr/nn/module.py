@@ -31,6 +31,10 @@ class Module:
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return self.forward(x, *others, **named)
 
+    def __repr__(self) -> str:
+        named = (f"{name} {p.shape}" for name, p in self.named_parameters())
+        return "\n  ".join([type(self).__name__, *named])
+
     def children(self) -> Iterator[tuple[str, Module]]:
         for name, value in vars(self).items():
             if isinstance(value, Module):
