@@ -71,7 +71,7 @@ class DenseClassifier(Module):
 
 
 def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> Iterator[float]:
-    """Train with momentum SGD, one epoch each time its last loss is asked for."""
+    """Each item is the last loss of one more epoch of training by SGD with momentum."""
     optimizer = SGD(model.named_parameters(), lr, weight_decay=1e-4)
     rng = np.random.Generator(np.random.Philox(key=[seed, 4]))
     while True:

@@ -122,10 +122,10 @@ class Tensor:
         """Add d(self)/d(leaf) times `gradient` (default 1, for a scalar) to every leaf's `.grad`.
 
         Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError if
-        there is no graph (no input asked for gradients, or an earlier backward used it up).
+        there is no graph (no input has requires_grad, or an earlier backward used it up).
         """
         if self.creator is None:
-            raise RuntimeError("backward() on a tensor that no recorded operation has made")
+            raise RuntimeError("backward(): no graph leads here: did any input require a gradient?")
         if gradient is None and self.data.size == 1:
             gradient = xp_of(self.data).ones_like(self.data)
         if isinstance(gradient, Tensor) or getattr(gradient, "shape", None) != self.shape:
