@@ -84,9 +84,8 @@ class ConvBN(Module):
 
     def __init__(self, c: int, o: int, kernel, stride=1, padding=None, *, rng: np.random.Generator):
         rows, columns = pair(kernel)
-        if padding is None:
-            padding = (rows // 2, columns // 2) if stride == 1 else 0
-        self.conv = Conv2d(c, o, kernel, stride, padding, rng=rng)
+        same = (rows // 2, columns // 2) if stride == 1 else 0
+        self.conv = Conv2d(c, o, kernel, stride, same if padding is None else padding, rng=rng)
         self.bn = BatchNorm(o, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from .module import Module, Sequential
 STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "simclr": (7, 2, 3), "small": (3, 2, 1)}
 
 
-def shortcut(c: int, o: int, stride: int, rng: np.random.Generator) -> Module | None:
-    """What carries x past a block: x itself (None), or a 1x1 convolution if the shape changes."""
+def shortcut(c: int, o: int, stride: int, rng: np.random.Generator) -> Module:
+    """What carries x past a block: nothing is done to it, or a 1x1 convolution if shapes differ."""
     if stride == 1 and c == o:
-        return None
+        return Sequential()
     return Sequential(Conv2d(c, o, 1, stride, rng=rng), BatchNorm(o))
 
 
@@ -40,8 +40,7 @@ class BasicBlock(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x), relu=True)
-        residual = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(y), residual, relu=True)
+        return self.bn2(self.conv2(y), self.downsample(x), relu=True)
 
 
 class Bottleneck(Module):
@@ -59,8 +58,7 @@ class Bottleneck(Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x), relu=True)
         y = self.bn2(self.conv2(y), relu=True)
-        residual = x if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(y), residual, relu=True)
+        return self.bn3(self.conv3(y), self.downsample(x), relu=True)
 
 
 class ResNet(Module):
