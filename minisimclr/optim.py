@@ -1,4 +1,4 @@
-"""SGD with momentum; and LARS, which also scales the rate of every weight by its own norm.
+"""SGD with momentum; and LARS, which also scales the rate of each weight by |weight| / |gradient|.
 
 Only weights are decayed, and only their rates are scaled: biases and the parameters of batch norm
 are not. Parameters are told apart by their kind, not by their names.

@@ -92,7 +92,7 @@ class Tensor:
         raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
 
     def __isub__(self, other: Any) -> Any:
-        """`x -= y` makes x a new Tensor, as x = x - y does. A leaf would be lost so: TypeError."""
+        """`x -= y` makes x a new Tensor, like x = x - y. That would lose a leaf: TypeError."""
         if self.requires_grad and self.creator is None:
             raise TypeError("a leaf is not changed in place: change its .data")
         return NotImplemented

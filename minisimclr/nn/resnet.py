@@ -22,7 +22,7 @@ STEMS = {"cifar": (3, 1, 1), "imagenet": (7, 2, 3), "simclr": (7, 2, 3), "small"
 
 
 def shortcut(c: int, o: int, stride: int, rng: np.random.Generator) -> Module:
-    """What carries x past a block: nothing is done to it, or a 1x1 convolution if shapes differ."""
+    """What x goes through beside a block: nothing, or a 1x1 convolution if the shape changes."""
     if stride == 1 and c == o:
         return Sequential()
     return Sequential(Conv2d(c, o, 1, stride, rng=rng), BatchNorm(o))
@@ -81,8 +81,7 @@ class ResNet(Module):
             raise ConfigError(f"width must be at least 1, not {width}")
         rng = np.random.Generator(np.random.Philox(seed))
         self.stem = stem
-        kernel, stride, padding = STEMS[stem]
-        self.conv1 = Conv2d(3, width, kernel, stride, padding, rng=rng)
+        self.conv1 = Conv2d(3, width, *STEMS[stem], rng=rng)
         self.bn1 = BatchNorm(width)
         self.stages, c = len(blocks), width
         for i, depth in enumerate(blocks):

@@ -207,8 +207,8 @@ def probe(
 
     name: what the encoder's row is called. fresh: the control, the same network with random weights
     but batch norm statistics of the data: with the initial ones, 0 and 1, the features of a deep
-    network blow up or fade, and anything beats them. labels: how many labelled images to use
-    (None: all). Raises as labelled_and_test does.
+    network blow up or fade, too weak a control. labels: how many labelled images to use (None:
+    all). Raises as labelled_and_test does.
     """
     y = dataset.labels
     train, test = labelled_and_test(dataset, labels, seed)
