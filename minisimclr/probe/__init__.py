@@ -22,8 +22,8 @@ from .logistic import LogisticRegression, Problem, finite, labels_of
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
 Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
 Notify = Callable[[str, dict[str, Any]], None]  # an event and its values
-# The best C for published SimCLR features differs by six decades between data sets; raw pixels and
-# random encoders do best at the low end.
+# From one data set to another, the best C for published SimCLR features differs by over five
+# decades; raw pixels and random encoders do best at the low end.
 C_GRID = tuple(10.0**k for k in range(-5, 6))
 FOLDS = 5
 
