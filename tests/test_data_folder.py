@@ -518,3 +518,16 @@ def test_classes_are_counted_in_one_pass(pictures, monkeypatch):
         "blob": nine, "check": dict.fromkeys(nine, 0), "stripe": dict.fromkeys(nine, 0)
     }  # fmt: skip
     assert seen == [*nine]  # and not once for each of, perhaps, 10,000 classes
+
+
+def test_classes_are_shared_out_without_a_look_at_all_pictures_for_each():
+    class Labels(np.ndarray):
+        def __eq__(self, other):
+            raise AssertionError("a look at all pictures")
+
+    labels = np.random.default_rng(0).integers(-1, 7, 200)
+    testing = np.arange(200) % 9 == 0
+    found = folder.split_classes(labels.view(Labels), testing, list("abcdefg"), None)
+    counts = [np.bincount(found[(labels == k) & ~testing], minlength=3).tolist() for k in range(7)]
+    assert counts == [[sum(c) - (fifth := round(sum(c) / 5)), fifth, 0] for c in counts]
+    assert not found[(labels < 0) & ~testing].any() and (found[testing] == 2).all()

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .images import SUFFIXES, decode_file
-from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
+from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
 
 TRAINS, TESTS, LOOSE = ("train", "training"), ("test", "testing"), ("unlabeled", "unlabelled")
 CHECKS = ("val", "valid", "validation", "dev")  # for testing if nothing else is
@@ -130,16 +130,15 @@ def split_classes(
 
     testing (N,): which pictures are already for testing.
     """
-    splits = np.where(testing, TEST, PRETRAIN).astype(np.uint8)
-    for number, name in enumerate(class_names):
-        rows = np.flatnonzero((labels == number) & ~testing)
+    splits, ready = np.where(testing, TEST, PRETRAIN).astype(np.uint8), testing.any()
+    for number, rows in enumerate(by_label(labels, ~testing, len(class_names))):
         fifth = round(len(rows) / 5) if len(rows) >= 3 else 0
-        test = 0 if testing.any() else fifth
+        test = 0 if ready else fifth
         labelled = fifth if labels_per_class is None or not fifth else labels_per_class
         if test + labelled > len(rows):
             raise ConfigError(
-                f"labels per class is {labelled}, but {name!r} has only {len(rows) - test} "
-                "pictures that are not for testing"
+                f"labels per class is {labelled}, but {class_names[number]!r} has only "
+                f"{len(rows) - test} pictures that are not for testing"
             )
         chosen = choose(rows, test + labelled, stream=number)
         splits[chosen[:test]] = TEST

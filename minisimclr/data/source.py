@@ -70,6 +70,13 @@ class Source:
     plan: Callable[[], Plan]
 
 
+def by_label(labels: np.ndarray, among: np.ndarray, count: int) -> list[np.ndarray]:
+    """The rows, in order, of each label from 0 to `count` - 1, of those chosen in `among` (N,)."""
+    rows = np.flatnonzero(among)
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    return np.split(rows, np.searchsorted(labels[rows], range(count)))[1:]  # the first part has -1
+
+
 def choose(rows: np.ndarray, count: int, stream: int) -> np.ndarray:
     """`count` of `rows`, drawn with seed 0; a smaller count draws a subset of these."""
     return rows[permutation(0, stream, len(rows), use=2)[:count]]

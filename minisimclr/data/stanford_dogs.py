@@ -23,7 +23,7 @@ from . import matlab
 from .archives import members
 from .cache import Progress
 from .images import SUFFIXES, Box, decode
-from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, choose
+from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
 
 URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 #: Bytes and SHA-256 of the official archives; over plain http nothing else vouches for them.
@@ -173,8 +173,8 @@ def split(
                 f"labels per class is {labels_per_class}, but {class_names[counts.argmin()]!r} "
                 f"has {counts.min()} pictures to share with the test split"
             )
-    for label, quota in enumerate(quotas):
-        splits[choose(np.flatnonzero(is_test & (labels == label)), quota, stream=label)] = LABELLED
+    for label, rows in enumerate(by_label(labels, is_test, len(quotas))):
+        splits[choose(rows, quotas[label], stream=label)] = LABELLED
     return splits
 
 
