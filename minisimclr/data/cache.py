@@ -188,15 +188,9 @@ def make(
 
 def lay_out(name: str, plan: Plan, recipe: dict, duplicate_of: np.ndarray) -> bytes:
     """What lies between first line and pixels; its length is the same for any `duplicate_of`."""
-    about = {
-        "name": name,
-        "recipe": recipe,
-        "notes": plan.notes,
-        "class_names": list(plan.class_names),
-        "file_names": list(plan.names),
-    }
-    size = recipe["size"]
-    memory = io.BytesIO()
+    about = {"name": name, "recipe": recipe, "notes": plan.notes}
+    about |= {"class_names": list(plan.class_names), "file_names": list(plan.names)}
+    size, memory = recipe["size"], io.BytesIO()
     with h5py.File(
         memory, "w", userblock_size=BLOCK, alignment_threshold=BLOCK, alignment_interval=BLOCK
     ) as tree:

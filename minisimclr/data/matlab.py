@@ -30,15 +30,10 @@ def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
     """
     if content[126:128] != b"IM":
         raise DataError("is no little-endian MATLAB v5 file")
-    variables = {}
     try:
-        for kind, data in elements(content[128:]):
-            if kind == MATRIX:
-                name, value = array(data, names)
-                variables[name] = value
+        return dict(array(data, names) for kind, data in elements(content[128:]) if kind == MATRIX)
     except Exception as error:  # damage can lead anywhere
         raise DataError(f"is a damaged MATLAB file ({error or type(error).__name__})") from error
-    return variables
 
 
 def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
