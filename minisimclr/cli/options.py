@@ -27,8 +27,6 @@ class Duration(click.ParamType):
     name = "duration"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        if isinstance(value, float):
-            return value
         match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value)
         if not match or not any(match.groups()):
             self.fail(f"{value!r} is not a duration such as 90s, 10m or 1h30m", param, ctx)
@@ -84,7 +82,5 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise ConfigError(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number of thousands of digits
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

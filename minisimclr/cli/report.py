@@ -28,12 +28,11 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
         require_writable(out)
         page = pages.build_report(facts[0]) if len(runs) == 1 else pages.build_comparison(facts)
     write_bytes(out, page)
-    found = {str(f.path): pages.judge(f) for f in facts}
-    values = {
-        path: {"verdict": pages.headline(findings)[1], "findings": [f._asdict() for f in findings]}
-        for path, findings in found.items()
-    }
+    values = {}
     for each in facts:
+        findings = pages.judge(each)
+        shown = [finding._asdict() for finding in findings]
+        values[str(each.path)] = {"verdict": pages.headline(findings)[1], "findings": shown}
         for said in each.missing:
             click.echo(f"note: {each.path}: {said}", err=True)
     if not write_json(json_file, values):

@@ -28,10 +28,7 @@ def inspect(file: Path, json_file: str | None) -> None:
     from ..weights import read
 
     stored = read(file)
-    arrays = {
-        name: {"shape": list(shape), "dtype": dtype}
-        for name, (shape, dtype) in stored.specs.items()
-    }
+    arrays = {n: {"shape": list(s), "dtype": dtype} for n, (s, dtype) in stored.specs.items()}
     values = {"format": stored.format, "metadata": stored.metadata, "arrays": arrays}
     if not write_json(json_file, values):
         click.echo(f"{stored.path}: {stored.format}, {len(arrays)} arrays")
