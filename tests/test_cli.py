@@ -462,13 +462,38 @@ def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, line, monkeypatc
     assert sys.stderr.getvalue() == line
 
 
+def test_off_a_terminal_long_work_says_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    display = Display()
+    for now in range(100):
+        display.on_prepare(1000 * now, 0)
+        display.on_progress(now, 5_000, "training")  # whose epochs get lines
+    for now in range(100, 200):
+        display.on_prepare(now, 5_600)
+    said = ["listing files: 10,000", "listing files: 70,000", "preparing data: 2%"]
+    assert sys.stderr.getvalue().splitlines() == [*said, "preparing data: 3%"]
+
+
+def test_a_terminal_shows_how_many_files_are_listed_and_then_forgets_it(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    with Display() as display:
+        for listed in (1000, 2000):
+            display.on_prepare(listed, 0)
+    shown = sys.stderr.getvalue()
+    assert re.findall(r"listing files  \[-*\]  [^ \r\x1b]+", shown)[-1].endswith("  2,000")
+    assert shown.endswith("\n\033[A\033[K") and "%" not in shown
+
+
 def test_a_bar_ends_with_its_command(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
     with pytest.raises(DataError), Display() as display:
         display.on_progress(1, 2, "features")
         raise DataError("what is said next needs a line of its own")
-    assert sys.stderr.getvalue().endswith("\n")
+    assert sys.stderr.getvalue().endswith("\n\033[A\033[K")
 
 
 def test_divergence_is_said_once(pictures, tmp_path):

@@ -483,7 +483,16 @@ def test_real_photos(test_data):
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [40, 20, 20]
 
 
-def test_a_million_pictures_are_listed_soon(tmp_path):  # nothing can be shown before that
+def test_listing_many_files_shows_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "LISTED", 4)
+    for i in range(9):
+        save(tmp_path / f"{i}.png", i)
+    told = []
+    open_dataset(tmp_path, 16, lambda *done: told.append(done))
+    assert told[:3] == [(4, 0), (8, 0), (1, 9)] and told[-1] == (9, 9)
+
+
+def test_a_million_pictures_are_listed_soon(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(200):
         (tmp_path / "a" / f"{i}.png").touch()

@@ -1,8 +1,9 @@
-"""What a training run says while it works: a bar on a terminal, one line per epoch elsewhere."""
+"""What long work says meanwhile: a bar on a terminal; elsewhere lines, for epochs or rare ones."""
 
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import click
 
 # What is of no interest once it is done.
-PASSING = ("preparing data", "features", "choosing the penalty", "profiling")
+PASSING = ("listing files", "preparing data", "features", "choosing the penalty", "profiling")
+FIRST, NEXT = 10.0, 60.0  # seconds of work before its first line off a terminal, and between others
 
 
 @contextmanager
@@ -24,11 +26,12 @@ def unless_gone() -> Iterator[None]:
 
 
 class Display:
-    """A context manager around the training loop, which is given `notify`. Writes to stderr."""
+    """A context manager around long work, which is given `notify`. Writes to stderr."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
         self.bar: Any = None
+        self.due = time.monotonic() + FIRST
 
     def __enter__(self) -> "Display":
         return self
@@ -42,6 +45,8 @@ class Display:
     def close_bar(self) -> None:
         if self.bar is not None:
             self.bar.render_finish()
+            if self.bar.label in PASSING:
+                click.echo("\033[A\033[K", err=True, nl=False)
             self.bar = None
 
     def say(self, text: str) -> None:
@@ -51,37 +56,39 @@ class Display:
         click.echo(text, err=True)
 
     def on_progress(self, done: int, total: int, label: str, item: str = "") -> None:
-        """Move the bar to `done`; a new one for a new label."""
+        """Move the bar to `done`; a new one for a new label. A total of 0 is unknown."""
         if not self.terminal:
-            if done >= total and label not in (*PASSING, "training"):
+            if 0 < total <= done and label not in (*PASSING, "training"):
                 self.say(f"{label}: {total:,} done")
+            elif label != "training" and time.monotonic() >= self.due:
+                self.due = time.monotonic() + NEXT
+                self.say(f"{label}: {done / total:.0%}" if total else f"{label}: {done:,}")
             return
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
         width = 24 if columns >= 100 else 10
-        if columns < len(label) + width + 26:  # no room for a bar: print lines
+        room = columns - len(label) - width - 26
+        if room < 0:  # for a bar: print lines
             self.close_bar()
             self.terminal = False
             return
         if self.bar is None or self.bar.label != label:
             self.close_bar()
-            self.bar = click.progressbar(
-                length=total, label=label, item_show_func=lambda x: x, file=sys.stderr, width=width
-            )
-        room = max(0, columns - len(label) - width - 26)
+            unknown = iter(int, 1)  # which has no length, and from which nothing is taken
+            look: Any = {"item_show_func": lambda x: x, "file": sys.stderr, "width": width}
+            self.bar = click.progressbar(unknown, total or None, label, **look)
         while len(item) > room:  # a bar wider than the terminal takes a new line at each step
             item = item.rpartition("  ")[0]
         self.bar.update(done - self.bar.pos, item)
-        if done >= total:
+        if 0 < total <= done:
             self.close_bar()
-            if label in PASSING:
-                click.echo("\033[A\033[K", err=True, nl=False)
 
     def notify(self, event: str, values: dict[str, Any]) -> None:
         with unless_gone():
             getattr(self, f"on_{event}")(**values)
 
     def on_prepare(self, done: int, total: int) -> None:
-        self.on_progress(done, total, "preparing data")
+        label, item = ("preparing data", "") if total else ("listing files", f"{done:,}")
+        self.on_progress(done, total, label, item)
 
     def on_start(self, run: Any, device: str, reason: str, dataset: Any, steps: int) -> None:
         pool, config = len(dataset.split("pretrain")), run.config

@@ -42,7 +42,8 @@ def open_dataset(
     keeps its own size. The first call builds the cache; later ones reuse it while its source is
     unchanged. Options are those it was last prepared with; a new size takes those of the size made
     last. Only stanford-dogs must be prepared beforehand. `progress(done, total)` is called while a
-    cache is built. Raises ConfigError, DataError, OSError.
+    cache is built and, with a total of 0, while files are listed. Raises ConfigError, DataError,
+    OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
@@ -94,7 +95,7 @@ def prepare(
     elif archives or url or allow_unverified:
         raise ConfigError(f"{name_or_path}: archives and addresses are for stanford-dogs only")
     else:
-        source = find(name_or_path, options)
+        source = find(name_or_path, options, progress)
     recipe = {"source": source.identity, "size": size, **DECODER, "options": asdict(options)}
     if made := load_if_valid(path, recipe):
         return made
@@ -138,7 +139,7 @@ def current(made: Dataset) -> bool:
     return made.recipe | DECODER == made.recipe
 
 
-def find(name_or_path: str | Path, options: Options) -> Source:
+def find(name_or_path: str | Path, options: Options, progress: Progress | None) -> Source:
     """The source that a name or path stands for. Raises DataError if there is none."""
     root = Path(name_or_path)
     if str(name_or_path) == "toydogs":
@@ -149,7 +150,7 @@ def find(name_or_path: str | Path, options: Options) -> Source:
         stats = [(path.name, path.stat()) for path in archives.values()]
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         return stanford_dogs.source(root.resolve().name, archives, options, identity, False)
-    return folder.source(root, options)
+    return folder.source(root, options, progress)
 
 
 def cache_folder() -> Path:

@@ -40,7 +40,7 @@ PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
 SAMPLE = 2**32  # the stream that `sample` draws from; lower ones belong to classes
 
-Progress = Callable[[int, int], None]  # done, total
+Progress = Callable[[int, int], None]  # done, total; 0: unknown
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -18,18 +18,27 @@ from stat import S_ISREG
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from .cache import Progress
 from .images import SUFFIXES, decode_file
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
 
 TRAINS, TESTS, LOOSE = ("train", "training"), ("test", "testing"), ("unlabeled", "unlabelled")
+LISTED = 1000  # files from one call of `progress` to the next: about 10 ms
 CHECKS = ("val", "valid", "validation", "dev")  # for testing if nothing else is
 
 
-def source(root: Path, options: Options) -> Source:
-    """The pictures below `root`, except hidden ones. Raises DataError if there are none."""
+def source(root: Path, options: Options, progress: Progress | None = None) -> Source:
+    """The pictures below `root`, except hidden ones. Raises DataError if there are none.
+
+    `progress(files so far, 0)` is called while they are listed.
+    """
     if options.crop == "boxes":
         raise ConfigError(f"{root} has no annotation to crop by: only Stanford Dogs has boxes")
-    found = dict(files(root))
+    found = {}
+    for parts, stat in files(root):
+        found[parts] = stat
+        if progress and len(found) % LISTED == 0:
+            progress(len(found), 0)
     pictures = sorted(parts for parts in found if parts[-1].lower().endswith(SUFFIXES))
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
