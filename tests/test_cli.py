@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import minisimclr
-from minisimclr.cli import REFUSED, main
+from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
@@ -153,6 +153,21 @@ def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
     assert list((out / "checkpoints").glob("step-*.h5"))
 
 
+def test_the_machines_variables_count_for_every_command(monkeypatch):
+    found = [
+        (command, option.name, option.envvar)
+        for command in COMMANDS
+        for option in group.get_command(None, command).params
+        if option.name in ("device", "threads")
+    ]
+    assert [variable for *_, variable in found] == [f"MINISIMCLR_{n.upper()}" for _, n, _ in found]
+    assert {command for command, *_ in found} >= {"train", "profile", "baseline", "probe", "embed"}
+    monkeypatch.setenv("MINISIMCLR_DEVICE", "tpu")
+    fails(2, "unknown device 'tpu'", "profile")
+    monkeypatch.setenv("MINISIMCLR_THREADS", "many")
+    fails(2, "'MINISIMCLR_THREADS': 'many'", "profile")
+
+
 def test_a_resumed_run_says_where_it_goes_on_and_may_be_limited(
     pictures, tmp_path, capsys, monkeypatch
 ):
@@ -180,8 +195,8 @@ def test_figures_that_find_no_room_are_no_success(unbuffered, pictures):
 
 def test_help_tells_of_every_command_in_a_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for group in ((), ("data",), ("weights",)):
-        lines = run(*group, "--help").stdout.splitlines()[1:]
+    for above in ((), ("data",), ("weights",)):
+        lines = run(*above, "--help").stdout.splitlines()[1:]
         assert max(map(len, lines)) <= 80 and not any(line.endswith("...") for line in lines)
 
 

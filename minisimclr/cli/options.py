@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError
 from ..files import require_writable, write_bytes
@@ -18,7 +19,24 @@ VIEW = click.option(
     "--view", type=click.IntRange(8), metavar="S", help="Side of views, px; else as in training."
 )
 
-DEVICE = click.option("--device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
+
+class Setting(click.Option):
+    """An option whose errors name the variable that a bad value came from."""
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        source = ctx and ctx.get_parameter_source(self.name or "")
+        return f"'{self.envvar if source is ParameterSource.ENVIRONMENT else self.opts[0]}'"
+
+
+def setting(name: str, **look: Any) -> Any:
+    """The option of a setting, also read from MINISIMCLR_<NAME>: for `train`, and for all commands
+    if it is of the machine.
+    """
+    variable = f"MINISIMCLR_{name.upper()}"
+    return click.option(f"--{name.replace('_', '-')}", cls=Setting, envvar=variable, **look)
+
+
+DEVICE = setting("device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
 
 
 class Duration(click.ParamType):

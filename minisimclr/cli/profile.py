@@ -7,7 +7,7 @@ import click
 from ..config import TrainConfig
 from ..files import require_writable
 from .display import Display
-from .options import FILE, json_option, write_json
+from .options import FILE, json_option, setting, write_json
 
 FIELDS = TrainConfig.__dataclass_fields__
 CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("encoder", "stem")}
@@ -20,8 +20,8 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 @click.option("--image-size", default=32, help="Side of the views, in px.")
 @click.option("--batch-size", default=64, help="Images in a step; each has two views.")
 @click.option("--steps", default=5, help="Steps to time, after two that are not.")
-@click.option("--device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
-@click.option("--threads", default=0, help="CPU threads; 0: as many as there are cores.")
+@setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
+@setting("threads", default=0, help="CPU threads; 0: as many as there are cores.")
 @click.option("--trace", type=FILE, help="Write a Chrome/Perfetto trace.")
 @json_option
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError, Interrupted
-from .options import FILE, Duration, read_toml
+from .options import FILE, Duration, read_toml, setting
 from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -24,27 +24,13 @@ ORIGINS = {ParameterSource.COMMANDLINE: "flag", ParameterSource.ENVIRONMENT: "en
 VARIABLES = {name: f"MINISIMCLR_{name.upper()}" for name in (*SETTINGS, "kernels", "test_data")}
 
 
-class Setting(click.Option):
-    """An option whose errors name the variable that a bad value came from."""
-
-    def get_error_hint(self, ctx: click.Context | None) -> str:
-        source = ctx and ctx.get_parameter_source(self.name or "")
-        return f"'{self.envvar if source is ParameterSource.ENVIRONMENT else self.opts[0]}'"
-
-
 def setting_options(function: Any) -> Any:
-    """An option for every field of TrainConfig, also read from MINISIMCLR_<NAME>."""
+    """An option for every field of TrainConfig."""
     for f in reversed(SETTINGS.values()):
-        choices = f.metadata["choices"]
-        function = click.option(
-            f"--{f.name.replace('_', '-')}",
-            f.name,
-            cls=Setting,
-            type=click.Choice(choices) if choices else f.type,
-            default=f.default,
-            envvar=VARIABLES[f.name],
-            help=f.metadata["help"][0].upper() + f.metadata["help"][1:] + ".",
-        )(function)
+        said, choices = f.metadata["help"], f.metadata["choices"]
+        kind = click.Choice(choices) if choices else f.type
+        words = f"{said[0].upper()}{said[1:]}."
+        function = setting(f.name, type=kind, default=f.default, help=words)(function)
     return function
 
 
