@@ -96,8 +96,7 @@ def disk() -> tuple[bool, str]:
 
 
 def speed() -> tuple[bool, str]:
-    roof = profile.roofline(choose_device("auto")[0], 1024, 1 << 23)
-    flops, band = roof.values()
+    flops, band = profile.roofline(choose_device("auto")[0], 1024, 1 << 23).values()
     return True, f"{flops / 1e9:,.0f} GFLOP/s in matrix products, {band / 1e9:,.1f} GB/s in sums"
 
 

@@ -108,8 +108,9 @@ def read_json(path: Path, like: Any) -> Any:
 
 
 def fits(value: Any, like: Any) -> bool:
-    """Whether a value from a file has the form `like`: a type (float: any number); [x], a list of
-    any length; (x, y), a list like it; a dict of required keys; {None: x}, a dict of any keys.
+    """Whether a value from a file has the form `like`: a type (float: any number); 0.0, a finite
+    number above it; [x], a list of any length; (x, y), a list like it; a dict of required keys;
+    {None: x}, a dict of any keys.
     """
     match like:
         case dict():
@@ -122,6 +123,8 @@ def fits(value: Any, like: Any) -> bool:
         case tuple():
             long = isinstance(value, list) and len(value) == len(like)
             return long and all(map(fits, value, like))
+        case float():
+            return isinstance(value, (int, float)) and like < value < 1e100
     return isinstance(value, (int, float) if like is float else like)
 
 

@@ -162,8 +162,7 @@ def describe(function: Function, direction: str, arrays: tuple) -> str:
     """Class name, and for a convolution its kernel, stride and channels."""
     if not isinstance(function, Conv2d):
         return type(function).__name__
-    w = arrays[1] if direction == "forward" else function.w
-    kh, kw, c, o = w.shape
+    kh, kw, c, o = (arrays[1] if direction == "forward" else function.w).shape
     return f"Conv2d {kh}x{kw}/{function.stride[0]} {c}>{o}"
 
 

@@ -201,6 +201,11 @@ def test_folders_above_a_file_are_made(tmp_path):
         ({"x": 1, "y": "2"}, {None: float}, False),
         ([], {}, False),
         (1, str, False),
+        ([1, 1e-9], [0.0], True),
+        ([0], [0.0], False),
+        ([float("nan")], [0.0], False),
+        ([float("inf")], [0.0], False),
+        (["1"], [0.0], False),
     ],
 )
 def test_what_a_file_holds_is_compared_with_its_form(value, like, same):

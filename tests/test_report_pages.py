@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -455,6 +457,48 @@ def test_files_changed_by_hand_cost_their_part_alone(file, run, tmp_path, monkey
         for section in sections:
             with suppress(Missing):
                 section(facts)
+
+
+def test_a_histogram_with_nan_costs_its_epoch_alone(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ends = [row for row in rows if "positives" in row]
+    ends[1]["positives"][3] = float("nan")
+    ends[2]["negatives"] = [0] * 20
+    path.write_text("\n".join(map(json.dumps, rows)))
+    drawn = panels.similarities(report.read(tmp_path / "run"))
+    assert "epoch 1 by" in drawn and "epoch 3 by" in drawn and "epoch 2 by" not in drawn
+
+
+@pytest.mark.parametrize("file, path", [
+    ("profile.json", ("ops", 0, "seconds")), ("profile.json", ("roofline", "flops_per_second")),
+    ("probe.json", ("controls", "chance")), ("probe.json", ("C",)),
+])  # fmt: skip
+def test_a_0_that_cannot_be_costs_its_part_alone(file, path, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    panels.hot_spots(report.read(tmp_path / "run"))  # which makes profile.json
+    *above, last = path
+    part = values = json.loads((tmp_path / "run" / file).read_text())
+    for name in above:
+        part = part[name]
+    part[last] = 0
+    (tmp_path / "run" / file).write_text(json.dumps(values))
+    facts = report.read(tmp_path / "run")
+    report.judge(facts)
+    panels.hot_spots(facts)  # timed again, if need be
+    assert (facts.files["probe"] is None) == (file == "probe.json")
+
+
+def test_pages_without_docstrings_are_refused_in_a_line(run):
+    command = [sys.executable, "-OO", "-m", "minisimclr", "report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: pages need docstrings: run")
+
+
+def test_all_steps_of_a_run_share_their_keys(run):
+    (one, *_), (other, *_) = map(report.read(run).files.get, ("metrics", "timings"))
+    assert all(key is sys.intern(str(key)) for key in (*one, *other))
 
 
 def test_what_takes_long_shows_progress(run, tmp_path):

@@ -29,8 +29,7 @@ def build_report(facts: Facts) -> bytes:
     about = f"{c.encoder} on {Path(c.data).name}, {c.image_size} px, batches of {c.batch_size}, "
     about += f"{c.epochs} epochs, {c.optimizer}, temperature {c.temperature:g}"
     top = verdict_box(judge(facts), facts.missing) + tiles(facts)
-    panels = [panel for panel in PANELS if panel is not trust or c.optimizer == "lars"]
-    sections = [partial(panel, facts) for panel in panels]
+    sections = [partial(p, facts) for p in PANELS if p is not trust or c.optimizer == "lars"]
     return document("report", facts.name, about, top, sections)
 
 

@@ -5,6 +5,7 @@ A run may be in progress, killed or stripped of parts. What is not there is None
 """
 
 import json
+import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,24 +33,23 @@ MOST = 1200  # test pictures that are looked at
 Rows = list[dict[str, Any]]
 
 # What files must look like, since somebody may have changed them.
+STEP = ("step", "epoch", "loss", "accuracy", "chance", "lr", "gradient_norm")
 LOGS = {
-    "metrics": dict.fromkeys(
-        ("step", "epoch", "loss", "accuracy", "chance", "lr", "gradient_norm"), float
-    ),
+    "metrics": dict.fromkeys(STEP, float),
     "timings": dict.fromkeys(("step", "seconds", "data_wait", "views_per_second"), float),
 }
 END: dict[str, Any] = {
     "alignment": float, "uniformity": float, "effective_rank": float,
-    "positives": (float,) * 20, "negatives": (float,) * 20,
+    "positives": (-1.0,) * 20, "negatives": (-1.0,) * 20,
 }  # fmt: skip
-FOUND = {"top1": float, "top5": float, "ci95": (float, float), "knn": float, "C": float}
+FOUND = {"top1": float, "top5": float, "ci95": (float, float), "knn": float, "C": 0.0}
 PROBE = FOUND | {
-    "controls": {"chance": float}, "rows": {None: FOUND | {"warning": str}}, "labels": float,
+    "controls": {"chance": 0.0}, "rows": {None: FOUND | {"warning": str}}, "labels": float,
     "test": float, "classes": float,
 }  # fmt: skip
-OP = {"name": str, "direction": str} | dict.fromkeys(("calls", "seconds", "flops", "bytes"), float)
+OP = {"name": str, "direction": str, "calls": float, "seconds": 0.0, "flops": float, "bytes": float}
 PROFILE = {
-    "ops": [OP], "roofline": {"flops_per_second": float, "bytes_per_second": float},
+    "ops": [OP], "roofline": {"flops_per_second": 0.0, "bytes_per_second": 0.0},
     "step_seconds": float, "views_per_second": float, "peak_bytes": float, "device": str,
     "threads": float, "batch_size": float,
 }  # fmt: skip
@@ -173,12 +173,13 @@ def read_lines(path: Path, like: Any) -> Rows:
     """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`."""
     rows: Rows = []
     # A run that is killed may leave half a line.
-    with suppress(OSError, ValueError, RecursionError):
-        for line in path.read_text().splitlines():
+    with suppress(OSError, ValueError, RecursionError), path.open() as file:
+        for line in file:
             row = json.loads(line)
             if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
                 break
-            rows.append(row)
+            # All rows share their keys: a long run has 100,000 of them.
+            rows.append({sys.intern(key): value for key, value in row.items()})
     return rows
 
 

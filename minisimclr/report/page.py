@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..errors import ConfigError
+
 
 class Missing(Exception):
     """What a section needs is not there; the message says what."""
@@ -35,14 +37,15 @@ def document(kind: str, title: str, about: str, top: str, sections: Sequence[Cal
         body += f'<section id="{key}" aria-labelledby="{key}-h">{head}{drawn}</section>\n'
     texts = {"title": escape(title), "kind": kind, "about": escape(about), "top": top}
     own = files(__package__)
-    style = own.joinpath("page.css").read_text("utf-8")
-    page = own.joinpath("page.html").read_text("utf-8")
+    style, page = (own.joinpath(n).read_text("utf-8") for n in ("page.css", "page.html"))
     return page.format(style=style, contents=contents, body=body, **texts).encode(errors="replace")
 
 
 def told(function: Callable) -> tuple[str, str]:
     """The docstring of a function (or of the one inside a partial): its title, and the rest."""
-    title, _, words = (getdoc(getattr(function, "func", function)) or "").partition("\n\n")
+    if not (said := getdoc(getattr(function, "func", function))):
+        raise ConfigError("pages need docstrings: run Python without -OO or PYTHONOPTIMIZE=2")
+    title, _, words = said.partition("\n\n")
     return title.rstrip("."), " ".join(words.split())
 
 

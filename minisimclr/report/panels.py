@@ -51,10 +51,10 @@ def similarities(facts: Facts) -> str:
     histograms apart; under collapse both sit at 1.
     """
     drawn, middles = [], np.linspace(-0.95, 0.95, 20).round(2).tolist()
-    epochs = three(facts.epochs, "positives")
-    shares = [[np.array(e[k]) / sum(e[k]) for k in ("positives", "negatives")] for e in epochs]
+    ends = three(facts.epochs, "positives")
+    shares = [[np.array(e[k]) / (sum(e[k]) or 1) for k in ("positives", "negatives")] for e in ends]
     top = 1.4 * float(np.max(shares))
-    for epoch, (same, other) in zip(epochs, shares, strict=True):
+    for epoch, (same, other) in zip(ends, shares, strict=True):
         pairs: Series = {"same picture": (middles, same), "different": (middles, other)}
         title = f"epoch {epoch['epoch']}"
         drawn.append(lines(title, "cosine", pairs, fill=True, width=3.15, ylim=(0, top)))

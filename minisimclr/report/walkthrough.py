@@ -184,8 +184,7 @@ def similarity(w: Walk) -> str:
     """
     lengths = zip(w.names, w.seen["length"][:, 0], *w.seen["u"].T, strict=True)
     units = table("u: z scaled to length 1", ("view", "|z|", "u[0]", "u[1]"), lengths)
-    lines = excerpt(similarities)
-    return excerpt(normalize) + units + lines + matrix("s", w.s, w.names, w.partner)
+    return excerpt(normalize) + units + excerpt(similarities) + matrix("s", w.s, w.names, w.partner)
 
 
 def terms(w: Walk) -> str:
