@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,6 +228,24 @@ def test_lbfgs_uses_the_scale_it_is_given_and_says_when_iterations_run_out():
     with pytest.warns(UserWarning) as caught:
         LogisticRegression(max_iter=2).fit(*clusters())
     assert caught[0].filename == __file__
+
+
+def test_only_the_chosen_penalty_warns_of_a_fit_that_did_not_converge(monkeypatch):
+    X, y = clusters()
+    chosen = measure(X, y, X, y)["C"]
+
+    def solve(self, problem, solve=LogisticRegression.solve):
+        is_chosen = chosen == self.C
+        if is_chosen == chosen_warns:
+            warnings.warn("did not converge", stacklevel=1)
+        return solve(self, problem)
+
+    monkeypatch.setattr(LogisticRegression, "solve", solve)
+    for chosen_warns in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            measure(X, y, X, y)
+        assert len(caught) == chosen_warns
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

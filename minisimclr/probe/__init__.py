@@ -114,12 +114,12 @@ def measure(
 ) -> dict[str, Any]:
     """Choose C, fit again to all of X (N, D), test once: top1, top5, ci95, knn, C, warning."""
     y = labels_of(X, y)
-    C, warning = select_c(X, y, seed=seed, notify=notify)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # by the C not chosen
+        C, edge = select_c(X, y, seed=seed, notify=notify)
     fit_X, rest_X = standardize(X, test_X)
     model = LogisticRegression(C).fit(fit_X, y)
-    ranked = model.classes_[np.argsort(-to_host(model.decision_function(rest_X)), axis=1)]
-    knn = knn_score(X, y, test_X, test_y)
-    return scores(ranked, test_y) | {"knn": knn, "C": C, "warning": warning}
+    order = model.classes_[np.argsort(-to_host(model.decision_function(rest_X)), axis=1)]
+    return scores(order, test_y) | {"knn": knn_score(X, y, test_X, test_y), "C": C, "warning": edge}
 
 
 def scores(ranked: np.ndarray, y: np.ndarray) -> dict[str, Any]:
