@@ -201,16 +201,16 @@ def test_finished_but_unpublished_part(server, tmp_path):
     assert fetch(server, tmp_path).read_bytes() == CONTENT
     path.unlink()
     left(b"x" * len(CONTENT))
-    with pytest.raises(DataError, match="not the file with SHA-256"):
+    with pytest.raises(DataError, match="not have the SHA-256"):
         fetch(server, tmp_path)
     assert fetch(server, tmp_path).read_bytes() == CONTENT  # from nothing
 
 
 WRONG = {
-    "flipped byte": (CONTENT[:-1] + b"\0", "not the file with SHA-256"),
-    "short": (CONTENT[:-1], "not the file with SHA-256"),
+    "flipped byte": (CONTENT[:-1] + b"\0", "not have the SHA-256"),
+    "short": (CONTENT[:-1], "not have the SHA-256"),
     "long": (CONTENT + b"x", "offers 300,001 bytes where 300,000 are expected"),
-    "a page of a proxy": (b"<html>please log in</html>", "not the file with SHA-256"),
+    "a page of a proxy": (b"<html>please log in</html>", "not have the SHA-256"),
 }
 
 
@@ -391,7 +391,7 @@ def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
         return exit.value.code
 
     assert code("--url", server.url) == 3  # not the official archives
-    assert "not the file with SHA-256 a443fc2f9a" in capsys.readouterr().err
+    assert "not have the SHA-256 a443fc2f9a" in capsys.readouterr().err
     official = {p.stem: (p.stat().st_size, stanford_dogs.file_sha256(p)) for p in root.iterdir()}
     monkeypatch.setattr(stanford_dogs, "OFFICIAL", official)
     monkeypatch.setattr(stanford_dogs, "URL", server.url)

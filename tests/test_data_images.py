@@ -8,9 +8,9 @@ from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from minisimclr.data.images import contact_sheet, decode, decode_file
+from minisimclr.data.images import contact_sheet, decode, decode_file, font_for
 from minisimclr.errors import DataError
 
 RAMP = np.add.outer(np.arange(24) * 5, np.arange(24) * 3).astype(np.uint8)  # (24, 24)
@@ -229,6 +229,29 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
         (tmp_path / "file").write_bytes(NOISE.ljust((1 << 20) + size, b"\0"))
         with pytest.raises(DataError, match="has more than 1 MiB") if size else nullcontext():
             decode_file(tmp_path / "file", 8)
+
+
+def test_captions_beyond_ascii_take_a_font_of_the_system(monkeypatch):
+    assert font_for("beagle") is None
+    monkeypatch.setattr("minisimclr.data.images.FONTS", ("no such font.ttf",))
+    assert font_for("Łódź") is None
+    font, real = ImageFont.load_default(10), ImageFont.truetype
+    tried = []
+
+    def truetype(name, size, **how):
+        if not isinstance(name, str):
+            return real(name, size, **how)  # Pillow's own
+        tried.append(name)
+        if name == "none.ttf":
+            raise OSError("cannot open resource")
+        return font
+
+    monkeypatch.setattr(ImageFont, "truetype", truetype)
+    monkeypatch.setattr("minisimclr.data.images.FONTS", ("none.ttf", "some.ttf", "more.ttf"))
+    assert font_for("Łódź") is font and tried == ["none.ttf", "some.ttf"]
+    images = np.zeros((1, 20, 20, 3), np.uint8)
+    contact_sheet([("柴犬", images), ("a", images)])
+    assert tried == ["none.ttf", "some.ttf"] * 2
 
 
 def test_contact_sheet():

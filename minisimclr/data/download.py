@@ -54,9 +54,7 @@ def download(
         if sha256 not in (None, file_sha256(part)):
             had = part.stat().st_size
             part.unlink()
-            raise DataError(
-                f"{url}: the {had:,} bytes there are not the file with SHA-256 {sha256}"
-            )
+            raise DataError(f"{url}: the {had:,} bytes there do not have the SHA-256 {sha256}")
         sync(part)
         part.replace(path)
         mark.unlink(missing_ok=True)

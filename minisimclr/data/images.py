@@ -8,10 +8,11 @@ decodes without an error, so only an archive's checksum proves that the pixels a
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
@@ -22,6 +23,9 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
+CAPTION = 150  # px of a contact sheet
+# Of macOS, Linux and Windows, those of most scripts first.
+FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
 
 #: x0, y0, x1, y1 in pixels, then the width and height of the picture they belong to.
 Box = tuple[int, int, int, int, int, int]
@@ -101,16 +105,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def contact_sheet(rows: list[tuple[str, np.ndarray]], caption_width: int = 150) -> bytes:
+def font_for(caption: str) -> ImageFont.FreeTypeFont | None:
+    """One of the system's fonts for letters beyond ASCII, which Pillow's own lacks; None for that,
+    and where the system has none of these.
+    """
+    for name in () if caption.isascii() else FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, 10)
+    return None
+
+
+def contact_sheet(rows: list[tuple[str, np.ndarray]]) -> bytes:
     """A PNG with one row of pictures, uint8 (n, S, S, 3), beside each caption."""
     side = max(rows[0][1].shape[1], 16)
     columns = max(len(images) for _, images in rows)
-    sheet = Image.new("RGB", (caption_width + columns * side, len(rows) * side), "white")
+    sheet = Image.new("RGB", (CAPTION + columns * side, len(rows) * side), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (caption, images) in enumerate(rows):
-        draw.text((4, y * side + side // 2 - 6), caption, fill="black")
+        draw.text((4, y * side + side // 2 - 6), caption, "black", font_for(caption))
         for x, image in enumerate(images):
-            sheet.paste(Image.fromarray(image), (caption_width + x * side, y * side))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+            sheet.paste(Image.fromarray(image), (CAPTION + x * side, y * side))
+    sheet.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
