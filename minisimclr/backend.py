@@ -166,7 +166,7 @@ def try_gpu(index: int) -> str:
     try:
         xp = cupy()
         if index >= (count := xp.cuda.runtime.getDeviceCount()):
-            raise ConfigError(f"no device cuda:{index}: this machine has {count} CUDA device(s)")
+            raise ConfigError(f"no device cuda:{index}: number of CUDA devices here: {count}")
         with xp.cuda.Device(index):
             part = "a kernel (NVRTC and CUDA's headers)"
             x = xp.ones((2, 2), np.float32)

@@ -66,12 +66,12 @@ def blas() -> tuple[bool, str]:
     config: Any = np.show_config(mode="dicts")
     found = config["Build Dependencies"]["blas"]
     kernels = f", products for {blas_kernels()}" if blas_kernels() else ""
-    return True, f"{found['name']} {found['version']}{kernels}, {threads()} threads"
+    return True, f"{found['name']} {found['version']}{kernels}, threads: {threads()}"
 
 
 def device() -> tuple[bool, str]:
     name, reason = choose_device("auto")
-    return True, f"{name} ({reason}), {available_cores()} cores, {platform.machine()}"
+    return True, f"{name} ({reason}), cores: {available_cores()}, {platform.machine()}"
 
 
 def gpu() -> tuple[bool, str]:
@@ -87,9 +87,8 @@ def gpu() -> tuple[bool, str]:
 def disk() -> tuple[bool, str]:
     folder = cache_folder()
     there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
-    used = sum(path.stat().st_size for path in files)
-    said = f"{folder}: {len(files)} data sets, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"
+    free, used = shutil.disk_usage(there).free, sum(p.stat().st_size for p in folder.glob("*.h5"))
+    said = f"{folder}: data sets of {used / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free"
     if not (there.is_dir() and os.access(there, os.W_OK)):
         return False, f"{said}: {there} cannot be written: name another in XDG_CACHE_HOME"
     return free > 1e9, said if free > 1e9 else f"{said}: less than a data set may need"

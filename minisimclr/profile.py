@@ -213,7 +213,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(
         f"step {result['step_seconds'] * 1e3:.1f} ms, {result['views_per_second']:,.0f} views/s, "
         f"peak {result['peak_bytes'] / 1e6:,.0f} MB on {result['device']}, "
-        f"{result['threads']} threads; roof {roof['flops_per_second'] / 1e9:.0f} GF/s, "
+        f"threads: {result['threads']}; roof {roof['flops_per_second'] / 1e9:.0f} GF/s, "
         f"{roof['bytes_per_second'] / 1e9:.1f} GB/s"
     )
     return "\n".join(lines)

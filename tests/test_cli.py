@@ -258,7 +258,7 @@ def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
         (tmp_path / "photos" / "blob" / f"{i}.gif").touch()
     out = tmp_path / "run"
     done = run("train", "--data", tmp_path / "photos", *SMALL, "--out", out, "--time-limit", "0")
-    assert "72 unlabelled images of photos (2 other files left out); run folder" in done.stderr
+    assert "72 unlabelled images of photos (other files, left out: 2); run folder" in done.stderr
 
 
 def test_settings_come_from_flag_environment_file_preset_default_in_this_order(pictures, tmp_path):

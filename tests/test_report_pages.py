@@ -834,7 +834,7 @@ def test_the_walkthrough_page(dataset):
     few = replace(dataset, splits=np.where(np.arange(len(dataset.splits)) < 2, 0, 1))
     assert "on 2 pictures of" in report.build_walkthrough(few, 3).decode()
     few.splits[0] = 1
-    with pytest.raises(DataError, match="1 picture"):
+    with pytest.raises(DataError, match="two pictures to train on are needed, not 1"):
         report.build_walkthrough(few, 3)
     for lines in (
         "z = model.head(h)",

@@ -94,7 +94,7 @@ class Display:
         pool, config = len(dataset.split("pretrain")), run.config
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
         ignored = dataset.notes.get("ignored_files", 0)
-        others = f" ({ignored:,} other files left out)" if ignored else ""
+        others = f" (other files, left out: {ignored:,})" if ignored else ""
         self.say(
             f"{config.encoder} with {parameters / 1e6:.2f} M parameters on {device} ({reason}); "
             f"{pool:,} unlabelled images of {dataset.name}{others}; run folder {run.path}"

@@ -28,7 +28,8 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
     from .. import embed as library
 
     if out.suffix not in library.SUFFIXES:
-        raise click.BadParameter(f"{out} must end in {' or '.join(library.SUFFIXES)}")
+        said = f"{out} must end in {' or '.join(library.SUFFIXES)}"
+        raise click.BadParameter(said, param_hint="'--out'")
     loaded = library.open_trained(run, device)
     require_writable(out)
     with Display() as display:

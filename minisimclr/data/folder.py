@@ -147,7 +147,7 @@ def split_classes(
         if test + labelled > len(rows):
             raise ConfigError(
                 f"labels per class is {labelled}, but {class_names[number]!r} has only "
-                f"{len(rows) - test} pictures that are not for testing"
+                f"{len(rows) - test} besides its pictures for testing"
             )
         chosen = choose(rows, test + labelled, stream=number)
         splits[chosen[:test]] = TEST

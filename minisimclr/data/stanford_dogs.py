@@ -123,7 +123,7 @@ def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray
             raise DataError(f"{path}: {name} {error}") from error
     train, test = parts
     if both := sorted(train.keys() & test.keys()):
-        raise DataError(f"{path}: {len(both)} pictures are in both lists, for example {both[0]!r}")
+        raise DataError(f"{path}: pictures in both lists: {len(both)}, for example {both[0]!r}")
     labels = train | test
     breeds: dict[int, str] = {}
     for file, label in labels.items():
@@ -171,7 +171,7 @@ def split(
         if labels_per_class >= counts.min():
             raise ConfigError(
                 f"labels per class is {labels_per_class}, but {class_names[counts.argmin()]!r} "
-                f"has {counts.min()} pictures to share with the test split"
+                f"has {counts.min()} in the test list, which must keep one"
             )
     for label, rows in enumerate(by_label(labels, is_test, len(quotas))):
         splits[choose(rows, quotas[label], stream=label)] = LABELLED
@@ -191,8 +191,8 @@ def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
     if missing or extra:
         some = ", ".join(map(repr, [*sorted(missing)[:2], *extra[:2]]))
         raise DataError(
-            f"{path}: {len(missing)} of {len(files)} listed pictures are missing, "
-            f"{len(extra)} are on no list: {some}"
+            f"{path}: listed pictures that are missing: {len(missing)} of {len(files)}; "
+            f"pictures on no list: {len(extra)}: {some}"
         )
 
 
@@ -213,5 +213,5 @@ def read_boxes(path: Path, files: list[str]) -> dict[str, Box]:
                 x0, y0, x1, y1 = max(whole, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
                 boxes[file] = x0, y0, x1, y1, values[b"width"][0], values[b"height"][0]
     if missing := sorted(set(files) - boxes.keys()):
-        raise DataError(f"{path}: no box for {len(missing)} pictures, for example {missing[0]!r}")
+        raise DataError(f"{path}: pictures without a box: {len(missing)}, such as {missing[0]!r}")
     return boxes

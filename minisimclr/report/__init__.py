@@ -27,7 +27,7 @@ def build_report(facts: Facts) -> bytes:
     """The page about one run."""
     c = facts.config
     about = f"{c.encoder} on {Path(c.data).name}, {c.image_size} px, batches of {c.batch_size}, "
-    about += f"{c.epochs} epochs, {c.optimizer}, temperature {c.temperature:g}"
+    about += f"{c.epochs} epoch{'s' * (c.epochs > 1)}, {c.optimizer}, temperature {c.temperature:g}"
     top = verdict_box(judge(facts), facts.missing) + tiles(facts)
     sections = [partial(p, facts) for p in PANELS if p is not trust or c.optimizer == "lars"]
     return document("report", facts.name, about, top, sections)

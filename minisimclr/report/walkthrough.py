@@ -126,7 +126,7 @@ def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
     """
     rows = dataset.split("pretrain")
     if len(rows) < 2:
-        raise DataError(f"{dataset.name} has {len(rows)} picture(s) to train on: two are needed")
+        raise DataError(f"{dataset.name}: two pictures to train on are needed, not {len(rows)}")
     _, first = np.unique(dataset.labels[rows], return_index=True)
     chosen = np.append(np.sort(first), np.setdiff1d(np.arange(len(rows)), first))[:count]
     w = walk(np.asarray(dataset.images[rows[chosen]]), seed)
