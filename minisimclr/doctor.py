@@ -53,9 +53,8 @@ def installed(name: str) -> str:
 
 
 def versions() -> tuple[bool, str]:
-    found = [installed(name) for name in ("minisimclr", *NEEDED)]
-    missing = any("not installed" in words for words in found)
-    return not missing, f"Python {platform.python_version()}, {', '.join(found)}"
+    found = ", ".join(installed(name) for name in ("minisimclr", *NEEDED))
+    return "not installed" not in found, f"Python {platform.python_version()}, {found}"
 
 
 def optional() -> tuple[bool, str]:

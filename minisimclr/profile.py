@@ -136,8 +136,7 @@ class Recorder:
         result = run(*arrays)
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        results = result if isinstance(result, tuple) else (result,)
-        made = [r for r in results if r is not None]
+        made = [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
         self.events.append({
             "name": name, "direction": direction, "start": start - self.start, "seconds": seconds,
             "flops": flops(function, direction, arrays, made),
@@ -200,12 +199,11 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["ops"][:MOST]:
         s, work, moved = row["seconds"], row["flops"], row["bytes"]
-        name, direction = row["name"], row["direction"]
         floor = max(work / roof["flops_per_second"], moved / roof["bytes_per_second"])
         lines.append(
-            f"{name:<26}{direction:>9}{row['calls']:>6}{s * 1e3:>9.2f}{s / step:>7.1%}"
-            f"{work / 1e9:>8.2f}{moved / 1e6:>8.1f}{work / s / 1e9:>8.1f}{moved / s / 1e9:>7.1f}"
-            f"{floor / s:>9.0%}"
+            f"{row['name']:<26}{row['direction']:>9}{row['calls']:>6}{s * 1e3:>9.2f}"
+            f"{s / step:>7.1%}{work / 1e9:>8.2f}{moved / 1e6:>8.1f}{work / s / 1e9:>8.1f}"
+            f"{moved / s / 1e9:>7.1f}{floor / s:>9.0%}"
         )
     if rest := result["ops"][MOST:]:
         s = sum(row["seconds"] for row in rest)

@@ -67,7 +67,7 @@ class Display:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
         width = 24 if columns >= 100 else 10
         room = columns - len(label) - width - 26
-        if room < 0:  # for a bar: print lines
+        if room < 0:  # too narrow for a bar: print lines
             self.close_bar()
             self.terminal = False
             return

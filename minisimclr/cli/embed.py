@@ -28,8 +28,7 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
     from .. import embed as library
 
     if out.suffix not in library.SUFFIXES:
-        said = f"{out} must end in {' or '.join(library.SUFFIXES)}"
-        raise click.BadParameter(said, param_hint="'--out'")
+        raise click.BadParameter(f"{out} must end in .npy or .h5", param_hint="'--out'")
     loaded = library.open_trained(run, device)
     require_writable(out)
     with Display() as display:
@@ -82,9 +81,8 @@ def neighbors(
             {"file": dataset.file_names[i], "class": names[dataset.labels[i]], "cosine": float(c)}
             for i, c in zip(near, cosine, strict=True)
         ]
-    if write_json(json_file, found):
-        return
-    for name, rows_of in found.items():
-        click.echo(name)
-        for row in rows_of:
-            click.echo(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}")
+    if not write_json(json_file, found):
+        for name, rows_of in found.items():
+            click.echo(name)
+            for row in rows_of:
+                click.echo(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}")

@@ -139,10 +139,10 @@ def split_classes(
 
     testing (N,): which pictures are already for testing.
     """
-    splits, ready = np.where(testing, TEST, PRETRAIN).astype(np.uint8), testing.any()
+    splits, presplit = np.where(testing, TEST, PRETRAIN).astype(np.uint8), testing.any()
     for number, rows in enumerate(by_label(labels, ~testing, len(class_names))):
         fifth = round(len(rows) / 5) if len(rows) >= 3 else 0
-        test = 0 if ready else fifth
+        test = 0 if presplit else fifth
         labelled = fifth if labels_per_class is None or not fifth else labels_per_class
         if test + labelled > len(rows):
             raise ConfigError(

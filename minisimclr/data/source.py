@@ -71,7 +71,7 @@ class Source:
 
 
 def by_label(labels: np.ndarray, among: np.ndarray, count: int) -> list[np.ndarray]:
-    """The rows, in order, of each label from 0 to `count` - 1, of those chosen in `among` (N,)."""
+    """For each label from 0 to `count` - 1 its rows, in order, of those marked in `among` (N,)."""
     rows = np.flatnonzero(among)
     rows = rows[np.argsort(labels[rows], kind="stable")]
     return np.split(rows, np.searchsorted(labels[rows], range(count)))[1:]  # the first part has -1
