@@ -86,8 +86,9 @@ def gpu() -> tuple[bool, str]:
 def disk() -> tuple[bool, str]:
     folder = cache_folder()
     there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    free, used = shutil.disk_usage(there).free, sum(p.stat().st_size for p in folder.glob("*.h5"))
-    said = f"{folder}: data sets of {used / 1e6:,.0f} MB, {free / 1e9:,.1f} GB free"
+    free, files = shutil.disk_usage(there).free, sorted(folder.glob("*.h5"))
+    used = sum(path.stat().st_size for path in files)
+    said = f"{folder}: data sets: {len(files)}, {used / 1e6:,.0f} MB; {free / 1e9:,.1f} GB free"
     if not (there.is_dir() and os.access(there, os.W_OK)):
         return False, f"{said}: {there} cannot be written: name another in XDG_CACHE_HOME"
     return free > 1e9, said if free > 1e9 else f"{said}: less than a data set may need"

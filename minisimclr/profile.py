@@ -136,7 +136,8 @@ class Recorder:
         result = run(*arrays)
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        made = [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
+        results = result if isinstance(result, tuple) else (result,)
+        made = [r for r in results if r is not None]
         self.events.append({
             "name": name, "direction": direction, "start": start - self.start, "seconds": seconds,
             "flops": flops(function, direction, arrays, made),

@@ -381,7 +381,7 @@ def test_the_doctor_finds_a_disk_that_is_almost_full(monkeypatch, tmp_path):
     for free, sound in ((900_000_000, False), (1_100_000_000, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
         ok, said = doctor.disk()
-        assert ok == sound and f"data sets of 3 MB, {free / 1e9:.1f} GB free" in said
+        assert ok == sound and f"data sets: 1, 3 MB; {free / 1e9:.1f} GB free" in said
 
 
 def test_the_doctor_misses_what_is_needed(monkeypatch):

@@ -88,15 +88,22 @@ def facts(dataset: Any) -> dict[str, Any]:
     """The figures of a data set, for people and for JSON."""
     names, splits = dataset.file_names, dataset.splits
     duplicates = [(i, j) for i, j in enumerate(dataset.duplicate_of.tolist()) if i != j]
-    across = [[names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]]
     return {
-        "name": dataset.name, "path": str(dataset.path), "images": len(dataset.images),
-        "image_size": dataset.images.shape[1], "bytes": dataset.path.stat().st_size,
+        "name": dataset.name,
+        "path": str(dataset.path),
+        "images": len(dataset.images),
+        "image_size": dataset.images.shape[1],
+        "bytes": dataset.path.stat().st_size,
         **{split: len(dataset.split(split)) for split in SPLITS},
-        "class_count": len(dataset.class_names), **asdict(dataset.options), **dataset.notes,
-        "duplicates": len(duplicates), "duplicates_across_splits": across,
+        "class_count": len(dataset.class_names),
+        **asdict(dataset.options),
+        **dataset.notes,
+        "duplicates": len(duplicates),
+        "duplicates_across_splits": [
+            [names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]
+        ],
         "sha256": dataset.fingerprint,
-    }  # fmt: skip
+    }
 
 
 def class_counts(dataset: Any) -> dict[str, dict[str, int]]:

@@ -118,7 +118,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
 
 def show_plan(plan: dict[str, Any], origins: dict[str, str]) -> int:
     """Print what --dry-run found out."""
-    settings = {n: f"{value!s:<16} {origins[n]}" for n, value in plan.pop("settings").items()}
-    for name, value in (settings | plan).items():
+    for name, value in plan.pop("settings").items():
+        click.echo(f"{name:>16}  {value!s:<16} {origins[name]}")
+    for name, value in plan.items():
         click.echo(f"{name:>16}  {value}")
     return 0
