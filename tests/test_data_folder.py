@@ -462,6 +462,18 @@ def test_duplicates_across_splits_are_named(tmp_path, capsys):
     assert len(crossing) == sum(splits[1:] != splits[0])
 
 
+def test_of_many_duplicates_the_first_are_named(tmp_path, capsys):
+    for i in range(60):
+        save(tmp_path / "a" / f"{i:02}.png", 5)
+    code, out, _ = run(capsys, "data", "prepare", tmp_path, "--image-size", 16)
+    splits = prepare(tmp_path, 16).splits
+    crossing = np.flatnonzero(splits != splits[0])
+    assert len(crossing) > 20
+    named = [line.split()[0] for line in out.splitlines() if line.endswith("  a/00.png")]
+    assert (code, named) == (0, [f"a/{i:02}.png" for i in crossing[:20]])
+    assert f"  and {len(crossing) - 20} more, which --json shows" in out
+
+
 def test_toydogs_is_drawn_once(tmp_path, monkeypatch):
     from minisimclr.data import toydogs
 

@@ -13,6 +13,7 @@ from .options import FILE, SHEET, json_option, write_json
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
 SPLITS = ("pretrain", "labelled", "test")
+MOST = 20  # lines of a list
 
 
 @click.group()
@@ -124,14 +125,19 @@ def samples(dataset: Any) -> list[tuple[str, Any]]:
 
 
 def show(values: dict[str, Any], json_file: str | None) -> None:
-    """Print one figure per line, lists and tables one entry per line, or do what --json says."""
+    """Print one figure per line, tables and the start of lists one entry per line, or do what
+    --json says.
+    """
     if write_json(json_file, values):
         return
     for key, value in values.items():
         rows = list(value.items()) if isinstance(value, dict) else value
         many = isinstance(rows, list)
         click.echo(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}")
-        for first, second in rows if many else ():
+        shown = rows[:MOST] if isinstance(value, list) else rows if many else []
+        for first, second in shown:
             if isinstance(second, dict):
                 second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
             click.echo(f"{'':>24}  {first}  {second}")
+        if many and len(shown) < len(rows):
+            click.echo(f"{'':>24}  and {len(rows) - len(shown):,} more, which --json shows")
