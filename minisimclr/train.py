@@ -81,8 +81,8 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     n = len(dataset.split("pretrain"))
     if config.batch_size > n:
         raise ConfigError(
-            f"batch_size {config.batch_size} is larger than "
-            f"the {n} unlabelled images of {config.data}: lower --batch-size, and --lr with it"
+            f"batch_size {config.batch_size} is larger than the number of unlabelled images of "
+            f"{config.data}, {n}: lower --batch-size, and --lr with it"
         )
     return dataset
 

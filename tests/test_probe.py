@@ -269,7 +269,7 @@ def test_features_that_are_no_matrix():
 
 def test_other_bad_input():
     X, y = clusters()
-    with pytest.raises(DataError, match="1 class"):
+    with pytest.raises(DataError, match="two classes or more are needed, not 1"):
         tight().fit(X, np.zeros(len(y)))
     with pytest.raises(DataError, match="a label for each"):  # the surplus would be a block alone
         knn_score(X, y, np.tile(X, (6, 1))[:512], np.zeros(1024))
@@ -597,9 +597,10 @@ def test_pictures_without_a_label_are_left_out():
 
 
 @pytest.mark.parametrize("labels, found", [
-    (np.full(120, -1), "0 of 0 class"), (np.full(120, 0), "50 of 1 class"),
+    (np.full(120, -1), "labelled: 0, their classes: 0"),
+    (np.full(120, 0), "labelled: 50, their classes: 1"),
     (np.where((np.arange(120) % 2 == 0) & (np.arange(120) < 100), np.arange(120) % 3, -1),
-     r"50 of 3 class\(es\) and 0 to test with"),
+     "labelled: 50, their classes: 3, to test with: 0"),
 ])  # fmt: skip
 def test_probe_says_why_it_cannot(labels, found):
     dataset = Colours(labels=labels)

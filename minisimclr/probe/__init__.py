@@ -182,7 +182,7 @@ def labelled_and_test(
     if (classes := len(np.unique(y[train]))) < 2 or not len(test):
         raise DataError(
             f"{dataset.name}: labelled images of at least two classes and test images are needed; "
-            f"there are {len(train)} of {classes} class(es) and {len(test)} to test with"
+            f"labelled: {len(train)}, their classes: {classes}, to test with: {len(test)}"
         )
     train = train if labels is None else train[stratified(y[train], labels, seed)]
     lost = np.isin(y[test], y[train], invert=True)

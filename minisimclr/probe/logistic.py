@@ -68,7 +68,7 @@ class Problem:
         X, xp = finite(X), xp_of(X)
         self.classes, rows = np.unique(labels_of(X, y), return_inverse=True)
         if len(self.classes) < 2:
-            raise DataError(f"labels of two classes are needed, not {len(self.classes)} class(es)")
+            raise DataError(f"labels of two classes or more are needed, not {len(self.classes)}")
         self.mean = X.mean(0)
         X = X - self.mean
         self.axes = xp.linalg.eigh(X.T @ X)[1]  # (D, N) (N, D) -> (D, D)
