@@ -215,6 +215,7 @@ def build(launcher=None):
         waits = "bincount" if name == "bincount" else ""  # looks for the largest number
         setattr(cupy, name, forward(getattr(np, name), waits))
     cupy.add.types = ["ee->e", "EE->E", "ff->f"]
+    cupy.add.at = forward(np.add.at)
     for name in WAITING_FUNCTIONS.split():
         setattr(cupy, name, forward(getattr(np, name), waits=name))
     for name in (*TYPES.split(), "inf", "nan", "pi", "newaxis"):

@@ -165,6 +165,7 @@ OPERATIONS = {
     "Reshape": (lambda x: x.reshape(4, 3), [(3, 4)]),
     "Transpose": (lambda x: x.transpose(1, 2, 0), [(5, 3, 4)]),
     "GetItem": (lambda x: x[1:, 2], [(5, 3)]),
+    "GetItem by numbers": (lambda x: x[backend.xp_of(x.data).asarray([4, 0, 4])], [(5, 3)]),
     "Concatenate": (lambda a, b: basic.concatenate([a, b]), [(5, 3), (2, 3)]),
     "Conv2d": (lambda x, w: ops.conv.conv2d(x, w, 2, 1), [IMAGES, (3, 3, 4, 5)]),
     "Conv2d 1x1": (lambda x, w: ops.conv.conv2d(x, w, 2), [IMAGES, (1, 1, 4, 5)]),
