@@ -59,7 +59,7 @@ def test_results_are_those_of_the_file():
 def test_the_test_command_is_the_one_that_ci_runs():
     script = (ROOT / ".ci" / "run").read_text("utf-8")
     (line,) = re.findall(r"^test_command=.*", script, re.M)
-    assert re.search(r'^bash .*-c "\$test_command"$', script, re.M)
+    assert re.search(r'^bash .*-c "\$test_command --numprocesses=2"$', script, re.M)
     command = ["bash", "-euo", "pipefail", "-c", f'{line}; echo "$test_command"']
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found == 'pip install -e ".[test]" && python -m pytest\n'
