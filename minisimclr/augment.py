@@ -66,9 +66,9 @@ def draw_views(
         raise ConfigError(f"crop_scale must be 0 < low <= high <= 1, not {crop_scale}")
     if not strength >= 0:
         raise ConfigError(f"strength must be at least 0, not {strength}")
-    raw = np.random.Philox(key=[seed, 0], counter=[0, 0, step, stream]).random_raw(2 * n * 35)
-    u = ((raw >> np.uint64(11)) * 2.0**-53).reshape(2, n, 35)  # uniform in [0, 1)
-    coins, places, factors, order, areas, aspects = np.split(u, [5, 7, 11, 15, 25], axis=2)
+    raw = np.random.Philox(key=[seed, 0], counter=[0, 0, step, stream]).random_raw
+    u = (raw((2, n, 15 + 2 * ATTEMPTS)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    coins, places, factors, order, areas, aspects = np.split(u, [5, 7, 11, 15, 15 + ATTEMPTS], 2)
     flip, jitter, grey, blur, sigma = np.moveaxis(coins, 2, 0)  # each (2, N)
 
     area = (low + (high - low) * areas) * (height * width)  # (2, N, ATTEMPTS)

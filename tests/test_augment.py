@@ -121,6 +121,16 @@ def test_crops_are_drawn_as_by_rejection():
     assert (boxes[..., 2:] == 40).all(axis=2).mean() < 1e-3
 
 
+def test_fewer_attempts_take_more_whole_images(monkeypatch):
+    """On images so narrow that only small crops fit."""
+    whole = {}
+    for attempts in (10, 1):
+        monkeypatch.setattr(augment, "ATTEMPTS", attempts)
+        boxes = draw_views(0, 0, 200, 64, 16).boxes
+        whole[attempts] = np.mean(np.all(boxes[..., 2:] == (16, 64), axis=-1))
+    assert whole[10] < 0.3 < 0.6 < whole[1]
+
+
 @pytest.mark.parametrize("bad", [{"crop_scale": (0, 1)}, {"crop_scale": (0.5, 0.2)},
                                  {"crop_scale": (0.5, 1.5)}, {"strength": -1}])  # fmt: skip
 def test_bad_parameters(bad):
