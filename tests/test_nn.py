@@ -331,8 +331,13 @@ def test_modules_that_nobody_would_find_are_refused():
     net = ms.nn.Module()
     net.layers = [np.ones(2), layer]
     for ask in (net.state_dict, net.eval, lambda: list(net.named_parameters())):
-        with pytest.raises(TypeError, match="modules in a list are not found: make layers a Seq"):
+        with pytest.raises(TypeError, match="what layers holds is not found: use Sequential or"):
             ask()
+    for hidden in (layer,), {"a": layer}, [layer.weight]:  # they would not be trained, either
+        net.layers = hidden
+        with pytest.raises(TypeError, match="what layers holds is not found"):
+            net.state_dict()
+    net.layers = [layer]
     net.first = layer  # found there
     assert len(net.state_dict()) == 2
     with pytest.raises(NotImplementedError, match="Module has no forward"):

@@ -39,10 +39,11 @@ class Module:
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, (list, tuple)):
-                modules = (id(each) for each in value if isinstance(each, Module))
-                if any(each not in map(id, vars(self).values()) for each in modules):
-                    raise TypeError(f"modules in a list are not found: make {name} a Sequential")
+            elif isinstance(value, (list, tuple, dict)):
+                inside = value.values() if isinstance(value, dict) else value
+                held = {id(each) for each in inside if isinstance(each, (Module, Parameter))}
+                if held - {*map(id, vars(self).values())}:
+                    raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(what their names begin with, module): this one and all below, in definition order."""
@@ -100,9 +101,8 @@ class Module:
                 setattr(owner, attribute, arrays[name])
         return self
 
-    def _convert(self, change: Callable[[Array], Array]) -> Self:
-        own = self._arrays().items()
-        return self._replace({name: change(a) for name, a in own if a.dtype.kind == "f"})
+    def _convert(self, cast: Callable[[Array], Array]) -> Self:
+        return self._replace({n: cast(a) for n, a in self._arrays().items() if a.dtype.kind == "f"})
 
     def astype(self, dtype: Any) -> Self:
         """Parameters and statistics in float32 or float64, in place; gradients are dropped."""
