@@ -16,15 +16,15 @@ from .ops.loss import nt_xent
 from .tensor import Function, Parameter, Tensor, gradcheck, no_grad
 
 if TYPE_CHECKING:
-    from . import data, probe, simclr, train, weights
+    from . import data, embed, probe, simclr, train, weights
     from .train import pretrain
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Function", "Parameter", "Tensor", "TrainConfig", "augment", "data", "gradcheck", "kernels",
-    "nn", "no_grad", "nt_xent", "ops", "optim", "pretrain", "probe", "schedule", "simclr", "train",
-    "weights",
+    "Function", "Parameter", "Tensor", "TrainConfig", "augment", "data", "embed", "gradcheck",
+    "kernels", "nn", "no_grad", "nt_xent", "ops", "optim", "pretrain", "probe", "schedule",
+    "simclr", "train", "weights",
 ]  # fmt: skip
 
 
@@ -36,6 +36,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs HDF5 or Pillow on first use, so that `minisimclr --help` stays quick."""
     if name == "pretrain":
         return import_module(".train", __name__).pretrain
-    if name in ("data", "probe", "simclr", "train", "weights"):
+    if name in ("data", "embed", "probe", "simclr", "train", "weights"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -150,6 +150,8 @@ def test_files_stay_short(path):
 def test_what_is_public_is_shown():
     assert set(minisimclr.__all__) <= set(dir(minisimclr))
     assert len(set(dir(minisimclr))) == len(dir(minisimclr))
+    script = "import minisimclr as ms; ms.embed.open_trained; [getattr(ms, n) for n in ms.__all__]"
+    subprocess.run([sys.executable, "-c", script], check=True)  # nothing is imported before
 
 
 def test_heavy_libraries_wait():
