@@ -84,7 +84,7 @@ def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     rows = dense.search(X, y, 3, 2, 100, 7, lambda event, values: events.append((event, values)))
     assert [values["done"] for _, values in events] == [1, 2] and seeds == [7, 7]
     assert all(row["validation"] == 1 for row in rows)
-    assert len(epochs) == sum(row["epochs"] + dense.PATIENCE for row in rows)
+    assert len(epochs) == sum(row["epochs"] + 10 for row in rows)
     epochs.clear()
     dense.search(X, y, 3, 2, 3, 0, quiet)
     assert len(epochs) == 6  # at most 3 each

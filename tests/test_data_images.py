@@ -169,6 +169,14 @@ def test_draft_changes_little(test_data):
     assert 0 < np.mean(changes) < 1.5
 
 
+def test_a_draft_keeps_one_and_a_half_times_the_side():
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    content = encode(Image.fromarray(noise), "JPEG")
+    for size, drafted in (33, False), (32, True):
+        image = Image.open(io.BytesIO(content)).resize((size, size), Image.Resampling.BICUBIC)
+        assert np.array_equal(decode(content, size), np.asarray(image)) != drafted
+
+
 NOISE = encode(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG"
 )
