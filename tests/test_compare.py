@@ -231,6 +231,13 @@ def test_a_point_of_the_curve_is_of_several_draws(run, dataset, monkeypatch):
     assert point == {"labels": 6, "top1": [1, 2, 3, 4, 5]} and len(set(seen)) > 3
 
 
+def test_the_curve_names_no_more_labels_than_there_are(run, dataset, monkeypatch):
+    most = np.bincount(dataset.labels[dataset.split("labelled")]).max()
+    monkeypatch.setattr(compare, "BUDGETS", (1, most - 1, most, most + 1, None))
+    shown = [row["per_class"] for row in Comparison(run, dataset).curve().rows]
+    assert shown == [1, most - 1, "all"] * 2  # trained and random weights
+
+
 def weights_file(path, number):
     weights.safetensors.write(path, {"a": np.full(3, number, "f4")}, {})
     return path

@@ -241,10 +241,15 @@ class Comparison:
         return Part([*self.depends, "finetune", self.epochs, FACTORS], rows, make)
 
     def curve(self) -> Part:
-        """Linear heads by the number of labels per class, on every kind of frozen features."""
+        """Linear heads by the number of labels per class, on every kind of frozen features.
+
+        A number that no class has more labels than would be "all" under another name.
+        """
         names = [f"SimCLR {self.network}", f"{self.network}, random weights"]
         names += [f"InceptionV3 {BLOCK}"] if self.inception else []
-        rows = [{"system": name, "per_class": n or "all"} for name in names for n in BUDGETS]
+        most = np.bincount(self.dataset.labels[self.train]).max()  # labels that a class has
+        budgets = [n for n in BUDGETS if (n or 0) < most]
+        rows = [{"system": name, "per_class": n or "all"} for name in names for n in budgets]
 
         def make() -> list[Row]:
             models = self.run.model, embed.control(self.run, self.dataset)
@@ -253,7 +258,7 @@ class Comparison:
             made: list[Row] = []
             for extract in extracts:
                 X, test_X = extract(self.train), extract(self.test)
-                for n in BUDGETS:
+                for n in budgets:
                     made.append(self.efficiency(X, test_X, n))
                     done = {"done": len(made), "total": len(rows)}
                     self.notify("progress", done | {"label": "label-efficiency curve"})
@@ -268,9 +273,7 @@ class Comparison:
         draws = [
             some_of_each(y, per_class or len(y), seed) for seed in range(DRAWS if per_class else 1)
         ]
-        top1 = [
-            measure(X[xp_of(X).asarray(rows)], y[rows], test_X, test_y)["top1"] for rows in draws
-        ]
+        top1 = [measure(X[xp_of(X).asarray(r)], y[r], test_X, test_y)["top1"] for r in draws]
         return {"labels": len(draws[0]), "top1": top1}
 
 
