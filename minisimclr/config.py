@@ -3,6 +3,7 @@
 The command line makes its options from these fields, so the two cannot drift apart.
 """
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -68,6 +69,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif getattr(value, "ndim", 1) == 0:  # NumPy's number, as a sweep has
+                object.__setattr__(self, name, value.item())
         found = (_problem(f, getattr(self, f.name)) for f in fields(self))
         problems = [problem for problem in found if problem]
         if not problems and self.crop_min > 1:

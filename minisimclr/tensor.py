@@ -63,6 +63,8 @@ class Tensor:
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
             data = np.asarray(data, np.float32)  # Python's numbers imply no precision
         xp_of(data)  # raises TypeError for what is no array
+        if data.dtype == np.uint8:
+            raise TypeError("bytes of images are not in [0, 1]: divide them by 255")
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
         self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data
@@ -110,6 +112,8 @@ class Tensor:
 
     def __float__(self) -> float:
         return float(self.data)
+
+    item = __float__
 
     def __format__(self, spec: str) -> str:
         return format(self.numpy(), spec) if spec else repr(self)

@@ -408,6 +408,19 @@ def test_depth_is_not_limited_by_recursion():
     assert x.grad == 1
 
 
+def test_bytes_are_refused():
+    """Images from 0 to 255 would go through any network without a word."""
+    with pytest.raises(TypeError, match="divide them by 255"):
+        Tensor(np.zeros((1, 8, 8, 3), np.uint8))
+    assert Tensor(np.arange(3)).dtype == np.float32
+
+
+def test_a_number_by_two_names():
+    assert float(Tensor(2.5)) == Tensor(2.5).item() == 2.5
+    with pytest.raises(TypeError):
+        Tensor([1.0, 2.0]).item()
+
+
 def test_arrays_die_without_the_collector():
     """Forward keeps only what an operation saved; backward leaves nothing behind."""
     gc.collect()

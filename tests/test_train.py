@@ -858,6 +858,16 @@ def test_the_defaults_are_those_of_the_readme_s_table():
     assert (config.temperature, config.strength, config.crop_min) == (0.2, 0.8, 0.2)
 
 
+def test_settings_may_be_paths_and_numbers_of_numpy(tmp_path):
+    given = {"data": tmp_path, "lr": np.logspace(-1, 0, 2)[0], "epochs": np.int64(3)}
+    config = ms.TrainConfig(**given, temperature=np.float32(0.5))
+    found = config.data, config.lr, config.epochs, config.temperature
+    assert [*map(type, found)] == [str, float, int, float]
+    assert found == (str(tmp_path), 0.1, 3, 0.5)
+    with pytest.raises(ConfigError, match="lr must be of type float, not array"):
+        ms.TrainConfig(lr=np.ones(1))
+
+
 def test_settings_may_be_at_their_limits():
     least = {"image_size": 8, "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "strength": 0}
     ms.TrainConfig(**least, weight_decay=0, crop_min=1, temperature=1e-9, lr=1e-9, seed=2**63 - 1)

@@ -259,7 +259,7 @@ def load(path: Path) -> Dataset:
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over
-        raise DataError(f"{path}: not a cache; for pictures, name their folder") from error
+        raise DataError(f"{path}: no cache, or damaged; for pictures, name a folder") from error
 
 
 def fits(dataset: Dataset) -> bool:
