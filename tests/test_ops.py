@@ -99,6 +99,9 @@ def test_conv2d_errors_name_the_shapes():
     for image in ((32, 32, 3), (3, 32), (2, 4, 4, 3, 3)):  # first of all: one without its batch
         with pytest.raises(ValueError, match=re.escape(f"does not fit images {image}")):
             conv2d(Tensor(randn(*image)), Tensor(randn(3, 3, 3, 5)))
+    for kernel in ((3, 5), (3, 3, 3), (3, 3, 3, 5, 1)):
+        with pytest.raises(ValueError, match=re.escape(f"weight {kernel} does not fit")):
+            conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(*kernel)))
 
 
 @pytest.mark.parametrize("relu", [False, True])

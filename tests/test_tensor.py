@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr.backend import xp_of
-from minisimclr.ops.basic import concatenate
+from minisimclr.ops.basic import cast, concatenate
 from minisimclr.ops.product import linear
 from minisimclr.tensor import Function, Tensor, gradcheck, no_grad
 
@@ -215,6 +215,27 @@ def test_the_gradient_of_a_leaf_is_like_its_data(fn):
     before = x.grad[0, 1]
     x.grad[0, 0] = 7  # as clipping does: one number, and no other
     assert x.grad[0, 1] == x.grad[2, 3] == before != 7
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        *(lambda x: x[1:], lambda x: x[[0, 0]], lambda x: cast(x, np.float64)),
+        *(lambda x: x**2.0, lambda x: 1.0 / x, lambda x: x.mean(axis=0), Tensor.exp, Tensor.relu),
+    ],
+)
+def test_the_gradient_of_a_value_is_of_its_type(fn, monkeypatch):
+    """Of a value on the way, too, where a wider type would take twice the memory."""
+    types = []
+
+    def observe(function, direction, run, arrays):
+        types.append(arrays[0].dtype)
+        return run(*arrays)
+
+    y = fn(2.0 * Tensor(randn(3, 4).astype(np.float32), requires_grad=True)).sum()
+    monkeypatch.setattr("minisimclr.tensor.observer", observe)
+    y.backward()
+    assert types[-1] == np.float32
 
 
 def test_an_operation_is_applied_once():
