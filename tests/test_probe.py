@@ -248,6 +248,15 @@ def test_only_the_chosen_penalty_warns_of_a_fit_that_did_not_converge(monkeypatc
         assert len(caught) == chosen_warns
 
 
+def test_a_measurement_chooses_by_its_seed_and_keeps_the_warning(monkeypatch):
+    def select_c(X, y, seed, notify):
+        return 1.0, f"at the edge with seed {seed}"
+
+    monkeypatch.setattr("minisimclr.probe.select_c", select_c)
+    X, y = clusters()
+    assert measure(X, y, X, y, seed=7)["warning"] == "at the edge with seed 7"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_features_that_are_not_finite(bad):
     X, y = clusters()
