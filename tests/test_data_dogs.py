@@ -176,7 +176,7 @@ BAD_LISTS = {
     "escape": (layout.mat(["../../etc/passwd", *TRAIN[1:]], LABELS), "not breed/picture"),
     "no folder": (layout.mat(["x.jpg", *TRAIN[1:]], LABELS), "not breed/picture"),
     "twice": (layout.mat([TRAIN[1], *TRAIN[1:]], LABELS), "twice"),
-    "overlap": (layout.mat([TEST[0], *TRAIN[1:]], LABELS), "in both lists"),
+    "overlap": (layout.mat([TEST[0], *TRAIN[1:]], LABELS), "in both lists: 1, "),
 }
 
 

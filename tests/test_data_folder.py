@@ -504,6 +504,7 @@ def test_listing_many_files_shows_progress(tmp_path, monkeypatch):
     told = []
     open_dataset(tmp_path, 16, lambda *done: told.append(done))
     assert told[:3] == [(4, 0), (8, 0), (1, 9)] and told[-1] == (9, 9)
+    assert len(open_dataset(tmp_path, 16).images) == 9  # shown to nobody
 
 
 def test_a_million_pictures_are_listed_soon(tmp_path):
