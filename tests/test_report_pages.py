@@ -15,6 +15,7 @@ from dataclasses import replace
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -469,6 +470,8 @@ def test_a_histogram_with_nan_costs_its_epoch_alone(run, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     drawn = panels.similarities(report.read(tmp_path / "run"))
     assert "epoch 1 by" in drawn and "epoch 3 by" in drawn and "epoch 2 by" not in drawn
+    empty = [{"epoch": 1, "positives": [0] * 20, "negatives": [0] * 20}]
+    assert "epoch 1 by" in panels.similarities(SimpleNamespace(epochs=empty))  # and no warning
 
 
 @pytest.mark.parametrize("file, path", [

@@ -53,7 +53,7 @@ def similarities(facts: Facts) -> str:
     drawn, middles = [], np.linspace(-0.95, 0.95, 20).round(2).tolist()
     ends = three(facts.epochs, "positives")
     shares = [[np.array(e[k]) / (sum(e[k]) or 1) for k in ("positives", "negatives")] for e in ends]
-    top = 1.4 * float(np.max(shares))
+    top = 1.4 * float(np.max(shares) or 1)
     for epoch, (same, other) in zip(ends, shares, strict=True):
         pairs: Series = {"same picture": (middles, same), "different": (middles, other)}
         title = f"epoch {epoch['epoch']}"
