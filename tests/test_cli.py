@@ -588,9 +588,11 @@ def test_debug_shows_where_an_error_comes_from():
 
 
 def test_every_setting_has_its_option():
-    shown = run("train", "--help").stdout
+    shown = "".join(run("train", "--help").stdout.split())
     for f in fields(TrainConfig):
-        assert f"--{f.name.replace('_', '-')}" in shown
+        flag, choices = f"--{f.name.replace('_', '-')}", f.metadata["choices"]
+        assert (f"{flag}[{'|'.join(choices)}]" if choices else flag) in shown
+        assert f"[default:{f.default}]" in shown[shown.index(flag) :].partition(".--")[0], flag
 
 
 @pytest.mark.parametrize("command", ["report", "probe", "embed --out x.npy", "weights inspect"])

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from minisimclr.cli import main
-from minisimclr.cli.data import class_counts, samples
+from minisimclr.cli.data import class_counts, samples, show
 from minisimclr.data import Dataset, Options, folder, open_dataset, prepare
 from minisimclr.errors import ConfigError, DataError
 
@@ -474,6 +474,16 @@ def test_of_many_duplicates_the_first_are_named(tmp_path, capsys):
     named = [line.split()[0] for line in out.splitlines() if line.endswith("  a/00.png")]
     assert (code, named) == (0, [f"a/{i:02}.png" for i in crossing[:20]])
     assert f"  and {len(crossing) - 20} more, which --json shows" in out
+
+
+def test_lists_are_cut_after_20_lines_and_tables_are_not(capsys):
+    show({"classes": {f"c{i}": {"test": i} for i in range(30)}, "pairs": [["a", "b"]] * 20}, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 30 + 1 + 20 and lines[30].split() == ["c29", "test", "29"]
+    show({"pairs": [["a", "b"]] * 1234}, None)
+    head, *lines, last = capsys.readouterr().out.splitlines()
+    assert (head.split(), len(lines)) == (["pairs", "1234"], 20)
+    assert last.strip() == "and 1,214 more, which --json shows"
 
 
 def test_toydogs_is_drawn_once(tmp_path, monkeypatch):

@@ -460,12 +460,13 @@ def test_files_changed_by_hand_cost_their_part_alone(file, run, tmp_path, monkey
                 section(facts)
 
 
-def test_a_histogram_with_nan_costs_its_epoch_alone(run, tmp_path):
+@pytest.mark.parametrize("key", ["positives", "negatives"])
+def test_a_histogram_with_nan_costs_its_epoch_alone(key, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     ends = [row for row in rows if "positives" in row]
-    ends[1]["positives"][3] = float("nan")
+    ends[1][key][3] = float("nan")
     ends[2]["negatives"] = [0] * 20
     path.write_text("\n".join(map(json.dumps, rows)))
     drawn = panels.similarities(report.read(tmp_path / "run"))
