@@ -144,6 +144,12 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
             np.testing.assert_array_equal(ours[name], values[name].ravel())
 
 
+def test_what_is_no_matrix_is_passed_over():
+    numbers = struct.pack("<IIii", 5, 8, 1, 2)  # of a file's own, with no name
+    content = layout.mat(TRAIN, LABELS) + numbers
+    assert matlab.load(content, ("file_list", "labels"))["file_list"] == TRAIN
+
+
 def bomb() -> bytes:
     inner = zlib.compress(bytes(100 << 20), 9)
     return layout.mat([], np.zeros(0, np.uint8))[:128] + struct.pack("<II", 15, len(inner)) + inner

@@ -250,6 +250,7 @@ def test_captions_beyond_ascii_take_a_font_of_the_system(monkeypatch):
         if not isinstance(name, str):
             return real(name, size, **how)  # Pillow's own
         tried.append(name)
+        assert size == 10  # as Pillow's own
         if name == "none.ttf":
             raise OSError("cannot open resource")
         return font
