@@ -477,7 +477,8 @@ def test_a_histogram_with_nan_costs_its_epoch_alone(key, run, tmp_path):
 
 @pytest.mark.parametrize("file, path", [
     ("profile.json", ("ops", 0, "seconds")), ("profile.json", ("roofline", "flops_per_second")),
-    ("probe.json", ("controls", "chance")), ("probe.json", ("C",)),
+    ("profile.json", ("roofline", "bytes_per_second")), ("probe.json", ("controls", "chance")),
+    ("probe.json", ("C",)),
 ])  # fmt: skip
 def test_a_0_that_cannot_be_costs_its_part_alone(file, path, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
@@ -492,6 +493,13 @@ def test_a_0_that_cannot_be_costs_its_part_alone(file, path, run, tmp_path):
     report.judge(facts)
     panels.hot_spots(facts)  # timed again, if need be
     assert (facts.files["probe"] is None) == (file == "probe.json")
+
+
+def test_a_probe_that_gets_nothing_right_is_one(run, tmp_path):
+    path = shutil.copytree(run, tmp_path / "run") / "probe.json"
+    values = json.loads(path.read_text()) | {"top1": 0, "top5": 0, "knn": 0, "ci95": [0, 0]}
+    path.write_text(json.dumps(values))
+    assert report.read(tmp_path / "run").files["probe"] == values
 
 
 def test_pages_without_docstrings_are_refused_in_a_line(run):
