@@ -469,6 +469,11 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
     assert "2 runs compared" in Path("comparison.html").read_text("utf-8")
     assert call("report", run.path, other, "--out", "both.html").exit_code == 0
     assert Path("both.html").read_bytes() == Path("comparison.html").read_bytes()
+    monkeypatch.setattr(report, "judge", lambda found: [report.Finding("ok", "", found.path.name)])
+    monkeypatch.setattr(report, "headline", lambda findings: ("ok", f"{findings[0].title}: sound"))
+    for path, value in json.loads(call("report", run.path, other, "--json").stdout).items():
+        assert value["verdict"] == f"{Path(path).name}: sound"
+        assert value["findings"][0]["title"] == Path(path).name
 
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):
