@@ -108,9 +108,9 @@ def read_json(path: Path, like: Any) -> Any:
 
 
 def fits(value: Any, like: Any) -> bool:
-    """Whether a value from a file has the form `like`: a type (float: any number); 0.0, a finite
-    number above it; [x], a list of any length; (x, y), a list like it; a dict of required keys;
-    {None: x}, a dict of any keys.
+    """Whether a value from a file has the form `like`: a type (float: any number); a number such
+    as 0.0, a finite one above it; [x], a list of any length; (x, y), a list like it; a dict of
+    required keys; {None: x}, a dict of any keys.
     """
     match like:
         case dict():

@@ -42,7 +42,7 @@ class Tensor:
     """An array that remembers the operation that made it.
 
     data: numpy or cupy array; float32, float64 and bfloat16 are kept, anything else (numbers and
-        lists of them too) becomes float32.
+        lists of them too) becomes float32. Bytes, as images have, raise TypeError.
     grad: None, or an array like `data` once `backward` has reached this leaf.
     """
 
