@@ -117,11 +117,11 @@ def our_step(case: str, threads: int, device: str, kind: str):
     batches = cycle([backend.to_device(rng.random(shape, np.float32), where) for _ in range(count)])
 
     def step() -> None:
-        optimizer.zero_grad()
         with backend.precision(kind or "fp32", where):
             z = model.head(model.encoder(Tensor(next(batches))))
             nt_xent(z[:n], z[n:], 0.5).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     if device == "cpu":
         return step, Clock(), lambda: resident() - before

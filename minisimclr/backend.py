@@ -254,9 +254,9 @@ _pool_peak = 0  # bytes; a pool forgets what it has given back
 @contextmanager
 def sized_by_first(device: str) -> Iterator[None]:
     """Within the block, the first of many equal steps, a GPU's memory pool holds only what is in
-    use; afterwards it keeps, in one piece, the most that was in use.
+    use; afterwards it keeps, in one piece, the most that was in use and no longer is.
 
-    By itself it keeps pieces that suit the forward pass, and takes a quarter more for the backward.
+    By itself it takes up to a quarter more. Arrays that outlive the block hold on to their pieces.
     """
     pool = None if device == "cpu" else cupy().get_default_memory_pool()
     if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # someone else's, or no pool
@@ -283,7 +283,7 @@ def sized_by_first(device: str) -> Iterator[None]:
         yield
     pool.free_all_blocks()
     with suppress(MemoryError):  # the pool then grows as usual
-        pool.malloc(max(0, most - pool.total_bytes()))  # given back to the pool at once
+        pool.malloc(max(0, most - pool.used_bytes()))  # given back to the pool at once
 
 
 def peak_memory(device: str) -> int:

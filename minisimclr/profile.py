@@ -64,9 +64,9 @@ def profile(
 
     def step(i: int) -> None:
         z = model.head(model.encoder(Tensor(views[i % BATCHES])))
-        optimizer.zero_grad()
         nt_xent(z[:batch_size], z[batch_size:]).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     def tell(done: int) -> None:
         total = WARMUP + steps + 1

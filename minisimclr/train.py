@@ -150,6 +150,7 @@ def start_step(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any
     optimizer.lr = plan.rate(run.step)
     views = draw(config, run.step, images)
     step = training_step(run.model, optimizer, images, views, config.image_size, config.temperature)
+    optimizer.zero_grad()  # the next forward pass has their memory
     run.step += 1
     line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
     return step, line | {"chance": chance_loss(config.batch_size), "lr": optimizer.lr}
@@ -166,8 +167,7 @@ def train(
     seen: list[tuple[float, ...]] = []  # figures of each step of this epoch
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
-    mark = 0.0  # when the previous step was read
-    first, warned = run.step, False
+    first, warned, mark = run.step, False, 0.0  # mark: when the previous step was read
     with (
         np.errstate(over="ignore", invalid="ignore"),  # steps that are not finite are reported
         stop_signals() as stop,
