@@ -344,6 +344,13 @@ def test_modules_that_nobody_would_find_are_refused():
         net(Tensor(np.ones((2, 3))))
 
 
+def test_a_device_of_another_name_is_refused():
+    net = ms.nn.resnet_small(width=2)
+    assert net.to("cpu").to("auto") is net
+    with pytest.raises(ConfigError, match="unknown device 'cuda': use auto, cpu or cuda:0"):
+        net.to("cuda")
+
+
 def test_calibrate_gives_a_random_network_the_statistics_of_its_data():
     net = ms.nn.resnet10(width=4)
     x = rand(16, 16, 16, 3, dtype=np.float32)

@@ -419,9 +419,11 @@ def test_a_run_is_exported(tmp_path, capsys):
     assert json.loads(metadata["config"])["image_size"] == 24
     assert (metadata["step"], metadata["encoder"]) == ("7", config.encoder)
     newest = sorted((path / "checkpoints").glob("*.h5"))[-1]
-    same, preprocessing = weights.encoder(newest)  # a checkpoint itself is read, too
-    assert_state(same, encoder.state_dict())
-    assert preprocessing == weights.Preprocessing(24)
+    for itself in newest, path:  # a checkpoint is read, too, and a run's folder for its newest
+        assert weights.read(itself).path == newest
+        same, preprocessing = weights.encoder(itself)
+        assert_state(same, encoder.state_dict())
+        assert preprocessing == weights.Preprocessing(24)
 
 
 def test_paths_may_be_text_and_a_folder_is_no_file(tmp_path):
@@ -429,5 +431,8 @@ def test_paths_may_be_text_and_a_folder_is_no_file(tmp_path):
     weights.save(net, str(tmp_path / "w.safetensors"), weights.Preprocessing(32))
     assert weights.encoder(str(tmp_path / "w.safetensors"))[0].shapes() == net.shapes()
     for path in (".", "/", tmp_path):
-        with pytest.raises(DataError, match="cannot be read"):
+        with pytest.raises(DataError, match=r"cannot be read: (?!ValueError)"):
             weights.read(path)
+    (tmp_path / "text").write_text("no weights")
+    with pytest.raises(DataError, match="text: cannot be read: neither PyTorch"):
+        weights.read(tmp_path / "text")

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backend import Array, to_device, to_host, xp_of
+from ..backend import Array, choose_device, to_device, to_host, xp_of
 from ..errors import DataError
 from ..tensor import Parameter, Tensor, no_grad
 
@@ -111,8 +111,12 @@ class Module:
         return self._convert(lambda a: a.astype(dtype))
 
     def to(self, device: str) -> Self:
-        """Parameters and statistics on "cpu" or "cuda:N"; gradients are dropped, counters stay."""
-        return self._convert(lambda a: to_device(to_host(a), device))
+        """Parameters and statistics on "cpu", "cuda:N" or "auto"; gradients are dropped.
+
+        A GPU becomes the one for new arrays. Raises ConfigError if it cannot be used.
+        """
+        where, _ = choose_device(device)
+        return self._convert(lambda a: to_device(to_host(a), where))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Host copies of all parameters and buffers, torchvision's names and layouts."""
@@ -136,12 +140,11 @@ class Module:
                 f"{n}: shape {shapes[n]} for {s}" for n, s in own.items() if shapes.get(n, s) != s
             ],
         }
-        what = [
+        if what := [
             f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
             for word, names in differences.items()
             if names
-        ]
-        if what:
+        ]:
             raise DataError(f"{origin} does not fit this model: {' and '.join(what)}")
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:

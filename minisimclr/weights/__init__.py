@@ -27,11 +27,13 @@ CONVOLUTIONS = {9: "resnet_small", 12: "resnet10", 20: "resnet18", 36: "resnet34
 def read(path: str | Path) -> Stored:
     """Open a file of weights: its format, names, shapes and dtypes; arrays can be fetched from it.
 
-    A TensorFlow checkpoint is given as its .index file or as the name without that suffix. Raises
-    DataError for anything that is incomplete or not of a known format.
+    A TensorFlow checkpoint is given as its .index file or as the name without that suffix; the
+    folder of a run stands for its newest checkpoint. Raises DataError for anything that is
+    incomplete or not of a known format.
     """
     path = Path(path)
     with damage_reported(path):
+        path = [path, *checkpoint.listed(path / "checkpoints")][-1]
         index = path.parent / f"{path.name}.index"
         path = index if index.exists() and not path.exists() else path
     with damage_reported(path), path.open("rb") as f:

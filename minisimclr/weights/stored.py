@@ -53,7 +53,8 @@ def damage_reported(path: Path) -> Iterator[None]:
         with warnings.catch_warnings(action="error"):
             yield
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        reason = getattr(error, "strerror", None) or f"{kind}{error}"
         raise DataError(f"{path}: cannot be read: {reason[:300]}") from error
 
 
