@@ -65,12 +65,12 @@ def tile_sums(x: Array, *args: Any) -> Array:
     return part
 
 
-def merged(x: Array, part: Array, variance: Array | None, eps: float) -> Array:
+def merged(x: Array, part: Array, variance: Array | None, eps: float) -> tuple[Array, Array]:
     (wide, _), shape = tiles(x)
-    first, second = made = cupy().empty((2, x.shape[-1]), np.float32)
+    first, second = (cupy().empty(x.shape[-1], np.float32) for _ in range(2))
     given = part, variance, eps, first, second, *shape
     launch("norm", "merge_tiles", (wide,), (CHANNELS, 4 * LANES), *given)
-    return made
+    return first, second
 
 
 def apply(kernel: str, x: Array, *args: Any, out: Array | None = None) -> Array:
@@ -81,7 +81,7 @@ def apply(kernel: str, x: Array, *args: Any, out: Array | None = None) -> Array:
 
 
 def cuda_moments(x):
-    return tuple(merged(x, tile_sums(x, *[None] * 4), None, 0.0))
+    return merged(x, tile_sums(x, *[None] * 4), None, 0.0)
 
 
 def cuda_scale_shift(x, mean, variance, eps, gamma, beta, residual, relu):

@@ -20,6 +20,8 @@ from ..ops.conv import (
 from .cuda_launch import THREADS, for_each_row, is_bfloat16, launch
 
 FF = 36  # numbers in a transformed tile, and so matrix products in a convolution
+SCALARS = np.array([0, 1], np.float32)  # where cuBLAS finds the factors of its sums
+ZERO, ONE = SCALARS.ctypes.data, SCALARS.ctypes.data + SCALARS.itemsize
 
 
 def cuda_unfold(x, kernel, stride, padding, size):
@@ -73,16 +75,15 @@ def put(tiles: Array, side: int, grid: Pair, out: Array) -> Array:
     return out
 
 
-def products(a: Array, b: Array, out: Array, turned: bool = False, beta: float = 0) -> Array:
-    """out <- a @ b + beta out: (FF, n, k) @ (FF, k, m). If `turned`, a is (FF, k, n) and is
-    transposed first, for which CuPy's own product would copy it.
+def products(a: Array, b: Array, out: Array, turned: bool = False, add: bool = False) -> Array:
+    """out <- a @ b, or `add` that to out: (FF, n, k) @ (FF, k, m). If `turned`, a is (FF, k, n) and
+    is transposed first, for which CuPy's own product would copy it.
     """
     xp, (_, n, m), k = cupy(), out.shape, b.shape[1]
-    one, of_out = np.ones(1, np.float32), np.full(1, beta, np.float32)
     xp.cuda.cublas.sgemmStridedBatched(  # by columns, as in cuda_matmul
         xp.cuda.get_cublas_handle(), 0, int(turned), m, n, k,
-        one.ctypes.data, b.data.ptr, m, k * m, a.data.ptr, a.shape[2], n * k,
-        of_out.ctypes.data, out.data.ptr, m, n * m, FF,
+        ONE, b.data.ptr, m, k * m, a.data.ptr, a.shape[2], n * k,
+        ONE if add else ZERO, out.data.ptr, m, n * m, FF,
     )  # fmt: skip
     return out
 
@@ -108,7 +109,7 @@ def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
         v, m = take(x[block], 6, grid, padding), take(gy[block], 4, grid)
         # (FF, C, tiles) @ (FF, tiles, O), added to what earlier images gave
-        products(v, m, gu, turned=True, beta=block.start > 0)
+        products(v, m, gu, turned=True, add=block.start > 0)
     gw = cupy().empty((1, 3, 3, c * o), np.float32)
     return put(gu, 3, (1, 1), gw).reshape(w_shape)
 
@@ -125,13 +126,12 @@ def cuda_matmul(a, b, out=None):
         return xp.matmul(a, b, out=out)
     out = xp.empty((n, m), np.float32) if out is None else out
     (a, a_turned), (b, b_turned) = by_rows(a), by_rows(b.astype(a.dtype, copy=False))
-    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     blas, bf16, f32 = xp.cuda.cublas, xp.cuda.runtime.CUDA_R_16BF, xp.cuda.runtime.CUDA_R_32F
     # cuBLAS stores matrices by columns: a matrix here is its transpose there, and C' = B' A'.
     blas.gemmEx(
         xp.cuda.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k,
-        one.ctypes.data, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],
-        zero.ctypes.data, out.data.ptr, bf16 if is_bfloat16(out) else f32, m,
+        ONE, b.data.ptr, bf16, b.shape[1], a.data.ptr, bf16, a.shape[1],
+        ZERO, out.data.ptr, bf16 if is_bfloat16(out) else f32, m,
         blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT_TENSOR_OP,
     )  # fmt: skip
     return out

@@ -93,7 +93,7 @@ def image_blocks(x: Array, each: int) -> list[slice]:
 def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     """x (N, H, W, C) and w (KH, KW, C, O) -> (N, OH, OW, O)"""
     size = output_size(x.shape, w.shape, stride, padding)
-    matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
+    matrix = w.reshape(-1, w.shape[3]).astype(x.dtype, copy=False)  # (KH*KW*C, O)
     y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
     for block in image_blocks(x, size[0] * size[1] * len(matrix)):
         patches = unfold(x[block], w.shape[:2], stride, padding, size)
@@ -105,7 +105,7 @@ def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
 def conv_input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
     """gy (N, OH, OW, O) -> gradient of x, of shape x_shape (N, H, W, C)"""
     size = gy.shape[1:3]
-    matrix = w.reshape(-1, w.shape[3])  # (KH*KW*C, O)
+    matrix = w.reshape(-1, w.shape[3]).astype(gy.dtype, copy=False)  # (KH*KW*C, O)
     gx = xp_of(gy).empty(x_shape, gy.dtype)
     for block in image_blocks(gy, size[0] * size[1] * len(matrix)):
         g = gy[block].reshape(-1, w.shape[3])  # (n*OH*OW, O)
