@@ -149,7 +149,7 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
     Bilinear with antialiasing, like Pillow and torchvision: an output pixel is the mean of the
     input pixels under a triangle that reaches one output pixel, and at least one input pixel, to
     either side. Without antialiasing, a shrunken photo keeps every n-th pixel, and two crops of one
-    picture differ by aliasing. Unlike the authors' bicubic resizing, this stays within [0, 1].
+    picture differ by aliasing. The authors resize bicubically, without it, and leave [0, 1].
     """
     xp, (_, h, w) = xp_of(images), batch_shape(images, boxes)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)

@@ -1,9 +1,9 @@
 """Fine-tuning: the whole network trained with the labels, from a run's weights and from scratch.
 
-As in SimCLRv2 (Chen et al. 2020, arXiv:2006.10029, and the authors' code): a linear layer that
-starts at zero after the first layer of the projection head, LARS without weight decay at a rate of
-0.005 sqrt(B), random crops and flips. That rate suits weights that know something already, so it
-is multiplied by a factor. Shorter trainings on four fifths of the labelled images try a few
+As in SimCLRv2 (Chen et al. 2020, arXiv:2006.10029, and its code) for few labels: a linear layer
+that starts at zero after the first layer of the projection head, LARS without weight decay at a
+rate of 0.005 sqrt(B), random crops and flips. That rate suits weights that know something already,
+so it is multiplied by a factor. Shorter trainings on four fifths of the labelled images try a few
 factors; the one that gets most of the last fifth right wins. The control from scratch needs another
 factor and gets the same choice.
 """

@@ -24,7 +24,7 @@ class ProjectionHead(Module):
             setattr(self, f"bn{i + 1}", BatchNorm(o, beta=not last))
 
     def layer(self, i: int, h: Tensor) -> Tensor:
-        """Layer i = 1, 2, ... alone: SimCLRv2 keeps the first for fine-tuning."""
+        """Layer i = 1, 2, ... alone: SimCLRv2 keeps the first to fine-tune with few labels."""
         h = getattr(self, f"linear{i}")(h)
         return getattr(self, f"bn{i}")(h, relu=i < self.layers)
 

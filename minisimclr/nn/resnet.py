@@ -3,8 +3,8 @@
 An encoder maps images (N, H, W, 3) to features h (N, D); there is no classifier on top. The stem is
 the original one for large images (7x7 stride 2, max-pool), one 3x3 convolution for images of 32 px
 (CIFAR), or, in `resnet_small`, one 3x3 convolution of stride 2. "simclr" is the original stem as
-SimCLR's authors built it: TensorFlow's SAME padding puts the max-pool one pixel further on, so
-their weights need it.
+SimCLR's authors built it: TensorFlow's SAME padding puts the max-pool one pixel further on (at even
+sizes), so their weights need it.
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """What did an encoder learn? Freeze it, fit a linear classifier to its features, and compare.
 
-The protocol is the SimCLR paper's for small data sets (Chen et al. 2020, appendix B.8): features of
-one fixed view per image, L2-regularised multinomial logistic regression by L-BFGS. The penalty is
-chosen by cross-validation on the labelled images. Test images are used once, and the result stands
-beside its controls: chance, raw pixels, a random encoder. Last come three statistics for
-monitoring training.
+The protocol follows the SimCLR paper's for transfer (Chen et al. 2020, appendix B.8): features of
+one fixed view per image, L2-regularised multinomial logistic regression by L-BFGS. Unlike there,
+features are standardised, and the penalty is chosen by cross-validation. Test images are used once,
+and the result stands beside its controls: chance, raw pixels, a random encoder. Last come three
+statistics for monitoring training.
 """
 
 import warnings
@@ -22,8 +22,8 @@ from .logistic import LogisticRegression, Problem, finite, labels_of
 Encode = Callable[[Array], Array]  # views (N, S, S, 3) float32 in [0, 1] -> features (N, D)
 Extract = Callable[[Array], Array]  # rows (n,) of a data set -> features (n, D)
 Notify = Callable[[str, dict[str, Any]], None]  # an event and its values
-# From one data set to another, the best C for published SimCLR features differs by over five
-# decades; raw pixels and random encoders do best at the low end.
+# From one data set to another, the best C for published SimCLR features differs by five decades
+# (github.com/linusericsson/ssl-transfer); raw pixels and random encoders do best at the low end.
 C_GRID = tuple(10.0**k for k in range(-5, 6))
 FOLDS = 5
 

@@ -2,7 +2,7 @@
 
 PyTorch files carry torchvision's names, perhaps behind a prefix such as `module.`. Keras and
 SimCLR's authors number layers in the order in which a network makes them: conv2d, conv2d_1, ... and
-batch_normalization likewise; in their ResNets a stage's projection shortcut comes before the
+batch_normalization likewise; in SimCLR's ResNets a stage's projection shortcut comes before the
 convolutions of its block.
 """
 
