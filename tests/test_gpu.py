@@ -4,6 +4,7 @@ Tests of the stand-in (test_device.py) and of the kernels on the CPU (test_cuda.
 another fixture: the real CuPy, which tells of every wait by a private function of its own.
 """
 
+import gc
 import traceback
 from contextlib import nullcontext
 
@@ -115,6 +116,7 @@ def test_pieces_of_a_first_step_fit_together(cupy):
     pool = cupy.get_default_memory_pool()
 
     def held(first):
+        gc.collect()  # what other tests have left, or it would go in between
         pool.free_all_blocks()
         before = pool.total_bytes()
         with first:

@@ -128,7 +128,7 @@ def test_budget():
     for path in PACKAGE.glob("kernels/*.cu*"):  # whose comments are whole lines
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
-    assert kernels <= 1218
+    assert kernels <= 1219
     assert count.pop("weights", 0) <= 469
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1049

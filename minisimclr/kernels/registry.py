@@ -19,9 +19,10 @@ def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], 
     def register(version: Callable) -> Callable:
         @wraps(version)
         def choose(*args: Any, **named: Any) -> Any:
-            arrays = (a for a in (*args, *named.values()) if isinstance(a, kind))
-            plain = all(a.dtype == np.float32 for a in arrays if a.dtype.kind in floating)
-            return (version if plain else reference.dispatch(object))(*args, **named)
+            for a in (*args, *named.values()):
+                if isinstance(a, kind) and a.dtype.kind in floating and a.dtype != np.float32:
+                    return reference.dispatch(object)(*args, **named)
+            return version(*args, **named)
 
         return reference.register(kind)(choose)
 
