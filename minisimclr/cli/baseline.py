@@ -6,7 +6,7 @@ import click
 
 from ..errors import ConfigError
 from .display import Display
-from .options import FILE, json_option, setting, write_json
+from .options import FILE, JSON, setting, write_json
 
 
 @click.command()
@@ -19,7 +19,7 @@ from .options import FILE, json_option, setting, write_json
 @click.option("--epochs", type=click.IntRange(1), default=100, help="Epochs of a trial, at most.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of the search.")
 @setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
-@json_option
+@JSON
 def baseline(
     weights: Path | None, random: bool, data: str, image_size: int | None, block: str, trials: int,
     epochs: int, seed: int, device: str, json_file: str | None,

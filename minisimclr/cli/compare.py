@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from .display import Display
-from .options import DEVICE, FILE, VIEW, json_option, write_json
+from .options import DEVICE, FILE, JSON, VIEW, write_json
 
 
 @click.command()
@@ -18,7 +18,7 @@ from .options import DEVICE, FILE, VIEW, json_option, write_json
 @VIEW
 @DEVICE
 @click.option("--out", type=FILE, default="results", help="Folder of results.json.")
-@json_option
+@JSON
 def compare(
     run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
     epochs: int, view: int | None, device: str | None, out: Path, json_file: str | None,

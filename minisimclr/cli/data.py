@@ -8,7 +8,7 @@ import click
 
 from ..files import write_bytes
 from .display import Display
-from .options import FILE, SHEET, json_option, write_json
+from .options import FILE, JSON, SHEET, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
@@ -35,7 +35,7 @@ def data() -> None:
 @click.option("--annotation-tar", type=FILE, help="The same for the boxes.")
 @click.option("--url", help="stanford-dogs: download the three archives from here.")
 @click.option("--allow-unverified", is_flag=True, help="Accept unofficial archives.")
-@json_option
+@JSON
 def prepare(
     name, image_size, crop, skip_bad, labels_per_class, url, allow_unverified, json_file, **tars
 ) -> None:
@@ -56,7 +56,7 @@ def prepare(
 @data.command()
 @NAME
 @SIZE
-@json_option
+@JSON
 def verify(name, image_size, json_file) -> None:
     """Check every byte of a prepared cache.
 
@@ -73,7 +73,7 @@ def verify(name, image_size, json_file) -> None:
 @NAME
 @SIZE
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw samples of up to 12 classes.")
-@json_option
+@JSON
 def info(name, image_size, sheet, json_file) -> None:
     """Show what a prepared data set holds and where it is."""
     from .. import data as datasets

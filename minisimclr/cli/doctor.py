@@ -2,11 +2,11 @@
 
 import click
 
-from .options import json_option, write_json
+from .options import JSON, write_json
 
 
 @click.command()
-@json_option
+@JSON
 def doctor(json_file: str | None) -> int:
     """Tell whether this installation is sound.
 

@@ -8,7 +8,7 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import DEVICE, FILE, SHEET, json_option, write_json
+from .options import DEVICE, FILE, JSON, SHEET, write_json
 
 RUN = click.argument("run", type=FILE)
 
@@ -45,7 +45,7 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too, in a new file.")
 @DEVICE
-@json_option
+@JSON
 def neighbors(
     run: Path, images: tuple[Path, ...], data: str | None, count: int, sheet: Path | None,
     device: str | None, json_file: str | None,

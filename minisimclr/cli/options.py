@@ -73,13 +73,11 @@ class Named(click.Path):
 SHEET = Named(".png", replaces=False, path_type=Path)
 
 
-def json_option(function: Any) -> Any:
-    """--json [FILE]: figures as JSON, to standard output or a file."""
-    return click.option(
-        "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]",
-        type=Named(".json", allow_dash=True),
-        help="Print the figures as JSON, or write them to FILE, which ends in .json.",
-    )(function)  # fmt: skip
+JSON = click.option(
+    "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]",
+    type=Named(".json", allow_dash=True),
+    help="Print the figures as JSON, or write them to FILE, which ends in .json.",
+)  # fmt: skip
 
 
 def write_json(json_file: str | None, values: Any) -> bool:

@@ -9,7 +9,7 @@ import click
 from ..errors import ConfigError, OutputError
 from ..files import require_writable
 from .display import Display
-from .options import DEVICE, FILE, VIEW, json_option, write_json
+from .options import DEVICE, FILE, JSON, VIEW, write_json
 
 
 @click.command()
@@ -22,7 +22,7 @@ from .options import DEVICE, FILE, VIEW, json_option, write_json
 @click.option("--image-size", type=int, metavar="S", help="Stored side, in px, for WEIGHTS.")
 @click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
 @DEVICE
-@json_option
+@JSON
 def probe(
     path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int | None,
     view: int | None, image_size: int | None, block: str | None, device: str | None,

@@ -7,7 +7,7 @@ import click
 from ..config import TrainConfig
 from ..files import require_writable
 from .display import Display
-from .options import FILE, json_option, setting, write_json
+from .options import FILE, JSON, setting, write_json
 
 FIELDS = TrainConfig.__dataclass_fields__
 CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("encoder", "stem")}
@@ -23,7 +23,7 @@ CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("enc
 @setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
 @setting("threads", default=0, help="CPU threads; 0: as many as there are cores.")
 @click.option("--trace", type=FILE, help="Write a Chrome/Perfetto trace.")
-@json_option
+@JSON
 def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
     """Time a training step and each of its operations.
 

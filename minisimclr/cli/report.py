@@ -6,7 +6,7 @@ import click
 
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import FILE, json_option, write_json
+from .options import FILE, JSON, write_json
 
 PAGE = click.Path(dir_okay=False, path_type=Path)
 
@@ -14,7 +14,7 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 @click.command(epilog="A page needs no network and no script; open it in any browser.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=FILE)
 @click.option("--out", type=PAGE, help="Page to write.  [default: RUN/report.html]")
-@json_option
+@JSON
 def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
     """Show what a run has learned and what is wrong with it.
 

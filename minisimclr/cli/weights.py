@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
-from .options import FILE, json_option, write_json
+from .options import FILE, JSON, write_json
 
 
 @click.group()
@@ -19,7 +19,7 @@ def weights() -> None:
 
 @weights.command()
 @click.argument("file", type=FILE)
-@json_option
+@JSON
 def inspect(file: Path, json_file: str | None) -> None:
     """Print the names, shapes and dtypes in FILE.
 
