@@ -9,7 +9,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..errors import ConfigError
 from ..files import require_writable, write_bytes
 
 # The library reports what it cannot read; click would use the exit code of a wrong option.
@@ -90,13 +89,3 @@ def write_json(json_file: str | None, values: Any) -> bool:
         return True
     write_bytes(Path(json_file), text.encode())
     return False
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file. Raises ConfigError."""
-    import tomllib
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:  # not TOML, not UTF-8, a number of thousands of digits
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError, Interrupted
-from .options import FILE, Duration, read_toml, setting
+from .options import FILE, Duration, setting
 from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -43,12 +43,17 @@ def given(ctx: click.Context) -> dict[str, str]:
 
 def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple[TrainConfig, dict]:
     """The configuration and each value's origin: flag > environment > file > preset > default."""
+    import tomllib
+
     values: dict[str, Any] = {name: f.default for name, f in SETTINGS.items()}
     origins = dict.fromkeys(values, "default")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
     files += [(str(config), config)] if config else []
     for origin, path in files:
-        table = read_toml(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:  # not TOML, not UTF-8, thousands of digits
+            raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         check_keys(table, SETTINGS, str(path))
         values |= table
         origins |= dict.fromkeys(table, origin)
