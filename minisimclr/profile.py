@@ -138,10 +138,11 @@ class Recorder:
         seconds = time.perf_counter() - start
         results = result if isinstance(result, tuple) else (result,)
         made = [r for r in results if r is not None]
+        saved = vars(function).values() if direction == "backward" else ()  # it reads these, too
         self.events.append({
             "name": name, "direction": direction, "start": start - self.start, "seconds": seconds,
             "flops": flops(function, direction, arrays, made),
-            "bytes": read + sum(r.nbytes for r in made) + saved_bytes(function, direction),
+            "bytes": read + sum(getattr(a, "nbytes", 0) for a in (*made, *saved)),
         })  # fmt: skip
         return result
 
@@ -164,13 +165,6 @@ def describe(function: Function, direction: str, arrays: tuple) -> str:
         return type(function).__name__
     kh, kw, c, o = (arrays[1] if direction == "forward" else function.w).shape
     return f"Conv2d {kh}x{kw}/{function.stride[0]} {c}>{o}"
-
-
-def saved_bytes(function: Function, direction: str) -> int:
-    """Bytes of the saved arrays that a backward has to read."""
-    if direction == "forward":
-        return 0
-    return sum(getattr(value, "nbytes", 0) for value in vars(function).values())
 
 
 def flops(function: Function, direction: str, arrays: tuple, made: list) -> int:
