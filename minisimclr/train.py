@@ -14,7 +14,7 @@ import numpy as np
 
 from . import augment, backend
 from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded, xp_of
-from .config import TrainConfig, first_layers
+from .config import TrainConfig
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, batches, open_dataset
 from .errors import ConfigError, DataError, Interrupted, OutputError
@@ -255,9 +255,9 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
     positive = np.eye(len(cosines), dtype=bool)
     line: dict[str, Any] = {
-        "alignment": float(alignment(z1, z2)),
-        "uniformity": float(uniformity(z1)),
-        "effective_rank": float(effective_rank(h1)),
+        "alignment": alignment(z1, z2),
+        "uniformity": uniformity(z1),
+        "effective_rank": effective_rank(h1),
         "positives": np.histogram(cosines[positive], 20, (-1, 1))[0].tolist(),
         "negatives": np.histogram(cosines[~positive], 20, (-1, 1))[0].tolist(),
     }
@@ -288,7 +288,7 @@ def dry_run(config: TrainConfig, notify: Notify, out: Path | None = None) -> dic
         "runs on": f"{device} ({reason})",
         "run folder": str(path),
         "images": f"{len(pool):,} unlabelled of {dataset.name}",
-        "first layers": first_layers(config.stem, config.encoder, config.image_size),
+        "first layers": run.model.encoder.stem,
         "parameters": sum(p.data.size for _, p in run.model.named_parameters()),
         "steps": f"{plan.total} ({plan.steps_per_epoch} an epoch)",
         "seconds a step": round(min(seconds), 3),

@@ -23,10 +23,10 @@ from ..errors import ConfigError, DataError
 from ..files import fits, locked, read_json, write_bytes
 from ..probe import stratified
 from ..profile import profile
-from ..run import Run, new_run, open_run, read_config
+from ..run import Plan, Run, new_run, open_run, read_config
 from ..simclr import Model
 from ..tensor import Tensor, no_grad
-from ..train import Notify, Plan, draw, open_training_data, quiet, sample_views
+from ..train import Notify, draw, open_training_data, quiet, sample_views
 from .page import Missing
 
 MOST = 1200  # test pictures that are looked at
