@@ -14,8 +14,7 @@ import numpy as np
 from . import checkpoint
 from .backend import Array, choose_device, to_device, to_host
 from .cores import set_threads
-from .data import Dataset, cache_folder, open_dataset
-from .data.cache import Progress
+from .data import Dataset, Progress, cache_folder, open_dataset
 from .errors import ConfigError, DataError
 from .files import require_writable, write_bytes
 from .nn import InceptionV3, Module

@@ -16,8 +16,7 @@ import numpy as np
 
 from .augment import center_view, crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
-from .data import Dataset, batches
-from .data.cache import Progress
+from .data import Dataset, Progress, batches
 from .data.source import choose
 from .errors import DataError, DivergedError
 from .nn import Linear, Module
