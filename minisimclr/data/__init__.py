@@ -6,7 +6,6 @@ for step, images, rows in batches(dataset.images, dataset.split("pretrain"), 128
     ...
 """
 
-import hashlib
 import os
 import re
 import warnings
@@ -18,7 +17,7 @@ import PIL
 from ..errors import ConfigError, DataError
 from ..files import locked
 from . import cache, folder, stanford_dogs, toydogs
-from .cache import Dataset, Progress
+from .cache import Dataset, Progress, sha256
 from .images import FILTER
 from .loader import batches
 from .source import Options, Source
@@ -179,6 +178,6 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{stem!r} cannot be read: {reason}") from error
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", place.name)[:40]
-        stem += "-" + hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+        stem += "-" + sha256(os.fsencode(place))[:8]
     size = int(size)  # perhaps one of NumPy's, which JSON refuses
     return cache_folder() / f"{stem}-{size}px.h5", size

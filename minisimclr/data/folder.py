@@ -7,7 +7,6 @@ testing, all others are shared out as above without a fifth for testing, and tho
 beside them have no label.
 """
 
-import hashlib
 import os
 import re
 import warnings
@@ -18,7 +17,7 @@ from stat import S_ISREG
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .cache import Progress
+from .cache import Progress, sha256
 from .images import SUFFIXES, decode_file
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
 
@@ -68,7 +67,7 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
         return Plan(names, labels, classes, splits, jobs, notes)
 
     listing = [(os.sep.join(parts), *found[parts]) for parts in pictures]  # noqa: PTH118
-    identity = hashlib.sha256(repr(listing).encode()).hexdigest()
+    identity = sha256(repr(listing).encode())
     return Source(root.resolve().name, identity, plan)
 
 

@@ -9,7 +9,6 @@ shared among the breeds by largest remainder and drawn with seed 0; the rest (6,
 Source: Khosla et al., "Novel dataset for fine-grained image categorization", 2011.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..errors import ConfigError, DataError
 from ..files import file_sha256
 from . import matlab
 from .archives import members
-from .cache import Progress
+from .cache import Progress, sha256
 from .images import SUFFIXES, Box, decode
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
 
@@ -72,16 +71,16 @@ def official(
 
     archives, hashes = dict(given), {}
     for name in ("images", "lists", "annotation")[: 3 if options.crop == "boxes" else 2]:
-        size, sha256 = OFFICIAL[name]
+        size, right = OFFICIAL[name]
         if name not in archives:
-            archives[name] = folder / hashlib.sha256(url.encode()).hexdigest()[:8] / f"{name}.tar"
+            archives[name] = folder / sha256(url.encode())[:8] / f"{name}.tar"
             address = f"{url.rstrip('/')}/{name}.tar"
-            download(address, archives[name], size, None if allow_unverified else sha256, progress)
+            download(address, archives[name], size, None if allow_unverified else right, progress)
         try:
             hashes[name] = file_sha256(archives[name])
         except OSError as error:
             raise DataError(f"{archives[name]}: cannot be read ({error.strerror})") from error
-        if hashes[name] != sha256 and not allow_unverified:
+        if hashes[name] != right and not allow_unverified:
             raise DataError(
                 f"{archives[name]}: is not the official {name}.tar (SHA-256 {hashes[name]}): take "
                 "an official copy, or trust this one with --allow-unverified"
