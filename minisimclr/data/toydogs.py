@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import ConfigError
-from .source import SPLITS, Job, Options, Plan, Source
+from .source import Job, Options, Plan, Source
 
 VERSION = 2  # of the drawing: raise it whenever a pixel of any image changes
 IMAGE_SIZE = 40  # px stored per side, a little more than the 32 px that training crops to
-SPLIT_SIZES = {"pretrain": 4000, "labelled": 400, "test": 1200}  # numbered in this order
+SPLIT_SIZES = {"pretrain": 4000, "labelled": 400, "test": 1200}  # in this order, SPLITS' own
 SUPERSAMPLING = 4  # drawn this much larger, then averaged, for smooth edges
 
 COLOURS = {
@@ -94,8 +94,7 @@ def source(options: Options) -> Source:
     def plan() -> Plan:
         total = sum(SPLIT_SIZES.values())
         labels = np.array([label(index) for index in range(total)], np.int64)
-        codes = np.array([SPLITS.index(name) for name in SPLIT_SIZES], np.uint8)
-        splits = np.repeat(codes, list(SPLIT_SIZES.values()))
+        splits = np.repeat(np.arange(3, dtype=np.uint8), list(SPLIT_SIZES.values()))
 
         def jobs(size: int) -> Iterator[Job]:
             return ((index, draw, (index, size)) for index in range(total))
