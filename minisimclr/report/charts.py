@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from .page import details, table, text
+from .page import table, text
 
 INK, MUTED, GRID, OUTLINE = "#000001", "#000002", "#000003", "#ff5a36"
 SERIES = tuple(f"#0000{k}" for k in range(11, 17))  # CSS variables --k11 ... --k16
@@ -66,7 +66,8 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
     size = f'viewBox="0 0 {72 * width:g} {72 * figure.get_figheight():g}"'
     svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}'
-    return f'<div class="chart" style="width:{width:g}in">{svg}{details("The numbers", data)}</div>'
+    numbers = f"<details><summary>The numbers</summary>{data}</details>"
+    return f'<div class="chart" style="width:{width:g}in">{svg}{numbers}</div>'
 
 
 def legend(axes: Any, **look: Any) -> None:

@@ -64,7 +64,7 @@ def curves(runs: dict[str, Facts]) -> str:
     chances = {epochs[-1]["chance"] for epochs in ended.values()}
     drawn = []
     for key, title in zip(KEYS, NAMES, strict=True):
-        level = ("chance", chances.copy().pop()) if key == "loss" and len(chances) == 1 else None
+        level = ("chance", min(chances)) if key == "loss" and len(chances) == 1 else None
         series: Series = {
             name: ([e["epoch"] for e in epochs], [e[key] for e in epochs])
             for name, epochs in ended.items()

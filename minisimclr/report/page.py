@@ -77,11 +77,6 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
     )
 
 
-def details(summary: str, content: str) -> str:
-    """Content that opens on demand."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
 def row(*content: str, title: str = "") -> str:
     """Charts, cards or rows side by side where there is room."""
     head = f"<h3>{escape(title)}</h3>" if title else ""
