@@ -7,6 +7,8 @@ and the fewest bytes that the mathematics needs, so that any time can be turned 
 Results are compared before they are timed: a fast wrong answer is worth nothing.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -85,82 +87,50 @@ def pool(backward):
     return args, 9 * y.size
 
 
-# pass: (the pass, {case: a function that makes (arguments, floating-point operations)})
-CASES = {
-    "conv_output": (
-        conv_output,
-        {name: lambda name=name: convolution(name, "output") for name in CONVOLUTIONS},
+def convolutions(which, stems=True):
+    names = [name for name in CONVOLUTIONS if stems or not name.startswith("stem")]
+    return {name: partial(convolution, name, which) for name in names}
+
+
+def on_maps(operations, arguments):
+    """Cases with arguments(name, shape) and so many operations for each number of the map."""
+
+    def make(name, shape):
+        return arguments(name, shape), operations * np.prod(shape)
+
+    return {name: partial(make, name, shape) for name, shape in MAPS.items()}
+
+
+def filters():
+    return (*(randn(3, 3, 512, 512) for _ in range(3)), 0.0, 0.9, 1e-4), 6 * 9 * 512 * 512
+
+
+# the pass: {case: a function that makes (arguments, floating-point operations)}
+PASSES = {
+    conv_output: convolutions("output"),
+    conv_input_gradient: convolutions("input", stems=False),
+    conv_weight_gradient: convolutions("weight"),
+    conv_gradients: convolutions("both", stems=False),
+    moments: on_maps(3, lambda name, s: (randn(*s),)),
+    scale_shift: on_maps(
+        4, lambda name, s: (randn(*s), *statistics(name), *vectors(name, 2), randn(*s), True)
     ),
-    "conv_input_gradient": (
-        conv_input_gradient,
-        {
-            name: lambda name=name: convolution(name, "input")
-            for name in CONVOLUTIONS
-            if not name.startswith("stem")
-        },
+    gradient_sums: on_maps(
+        5, lambda name, s: (randn(*s), randn(*s), *statistics(name), relu_like(name))
     ),
-    "conv_weight_gradient": (
-        conv_weight_gradient,
-        {name: lambda name=name: convolution(name, "weight") for name in CONVOLUTIONS},
+    input_gradient: on_maps(
+        5,
+        lambda name, s: (
+            *(randn(*s), randn(*s), *statistics(name), *vectors(name, 3)),
+            np.prod(s[:-1]),
+        ),
     ),
-    "conv_gradients": (
-        conv_gradients,
-        {
-            name: lambda name=name: convolution(name, "both")
-            for name in CONVOLUTIONS
-            if not name.startswith("stem")
-        },
-    ),
-    "moments": (
-        moments,
-        {k: lambda k=k, s=s: ((randn(*s),), 3 * np.prod(s)) for k, s in MAPS.items()},
-    ),
-    "scale_shift": (
-        scale_shift,
-        {
-            k: lambda k=k, s=s: (
-                (randn(*s), *statistics(k), *vectors(k, 2), randn(*s), True),
-                4 * np.prod(s),
-            )
-            for k, s in MAPS.items()
-        },
-    ),
-    "gradient_sums": (
-        gradient_sums,
-        {
-            k: lambda k=k, s=s: (
-                (randn(*s), randn(*s), *statistics(k), relu_like(k)),
-                5 * np.prod(s),
-            )
-            for k, s in MAPS.items()
-        },
-    ),
-    "input_gradient": (
-        input_gradient,
-        {
-            k: lambda k=k, s=s: (
-                (randn(*s), randn(*s), *statistics(k), *vectors(k, 3), np.prod(s[:-1])),
-                5 * np.prod(s),
-            )
-            for k, s in MAPS.items()
-        },
-    ),
-    "added": (
-        added,
-        {k: lambda k=k, s=s: ((randn(*s), randn(*s)), np.prod(s)) for k, s in MAPS.items()},
-    ),
-    "max_pool_output": (max_pool_output, {"3x3": lambda: pool(backward=False)}),
-    "max_pool_input_gradient": (max_pool_input_gradient, {"3x3": lambda: pool(backward=True)}),
-    "momentum_update": (
-        momentum_update,
-        {
-            "3x3x512x512": lambda: (
-                (*(randn(3, 3, 512, 512) for _ in range(3)), 0.0, 0.9, 1e-4),
-                6 * 9 * 512 * 512,
-            )
-        },
-    ),
+    added: on_maps(1, lambda name, s: (randn(*s), randn(*s))),
+    max_pool_output: {"3x3": partial(pool, backward=False)},
+    max_pool_input_gradient: {"3x3": partial(pool, backward=True)},
+    momentum_update: {"3x3x512x512": filters},
 }
+CASES = {f.__name__: (f, cases) for f, cases in PASSES.items()}
 
 
 @pytest.mark.parametrize("version", ["reference", "fast"])
