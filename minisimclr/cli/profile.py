@@ -4,13 +4,12 @@ from pathlib import Path
 
 import click
 
-from ..config import TrainConfig
 from ..files import require_writable
 from .display import Display
 from .options import FILE, JSON, setting, write_json
+from .train import SETTINGS
 
-FIELDS = TrainConfig.__dataclass_fields__
-CHOICE = {name: click.Choice(FIELDS[name].metadata["choices"]) for name in ("encoder", "stem")}
+CHOICE = {name: click.Choice(SETTINGS[name].metadata["choices"]) for name in ("encoder", "stem")}
 
 
 @click.command()
