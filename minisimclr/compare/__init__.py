@@ -125,14 +125,7 @@ class Comparison:
 
     def keep(self, path: Path, parts: list[Part], done: dict, reasons: dict) -> dict[str, Any]:
         """Write results.json, with what another process may have added meanwhile."""
-        results = self.collected(parts, made_before(path) | done, reasons)
-        write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
-        return results
-
-    def collected(
-        self, parts: list[Part], done: dict[str, list[Row]], reasons: dict[str, str]
-    ) -> dict[str, Any]:
-        """The content of results.json so far."""
+        done = made_before(path) | done
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
         chance = majority_share(self.dataset.labels[self.test])
         results |= {"chance": chance, "rows": [], "curve": []}
@@ -141,6 +134,7 @@ class Comparison:
             results[part.table] += done.get(part.key, [about | state for about in part.rows])
         used = {part.key for part in parts}
         results["others"] = [row for key, rows in done.items() if key not in used for row in rows]
+        write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
         return results
 
     def digest(self, file: Path) -> str:
