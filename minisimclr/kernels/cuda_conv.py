@@ -8,15 +8,8 @@ maps). Rounding hurts them too much for bfloat16; they stay float32 whatever `pr
 import numpy as np
 
 from ..backend import Array, cupy
-from ..ops.conv import (
-    Pair,
-    conv_input_gradient,
-    conv_output,
-    conv_weight_gradient,
-    image_blocks,
-    output_size,
-    unfold,
-)
+from ..ops import conv as ops
+from ..ops.conv import Pair, image_blocks, output_size
 from .cuda_launch import THREADS, for_each_row, is_bfloat16, launch
 
 FF = 36  # numbers in a transformed tile, and so matrix products in a convolution
@@ -26,7 +19,7 @@ ZERO, ONE = SCALARS.ctypes.data, SCALARS.ctypes.data + SCALARS.itemsize
 
 def cuda_unfold(x, kernel, stride, padding, size):
     if kernel == (1, 1):  # a view, or one copy
-        return unfold.dispatch(object)(x, kernel, stride, padding, size)
+        return ops.unfold.dispatch(object)(x, kernel, stride, padding, size)
     (kh, kw), (oh, ow), (n, _, _, c) = kernel, size, x.shape
     given = cupy().ascontiguousarray(x), cupy().empty((n * oh * ow, kh * kw * c), x.dtype)
     if (c * x.itemsize | given[0].data.ptr) % 8 == 0:  # they are only copied: two or four at once
@@ -42,10 +35,10 @@ def cuda_fold(patches, out, *geometry):
 def cuda_conv_input_gradient(gy, w, x_shape, stride, padding):
     (kh, kw), (ph, pw) = w.shape[:2], padding
     if stride != (1, 1) or (kh, kw) == (1, 1) or ph >= kh or pw >= kw:
-        return conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
+        return ops.conv_input_gradient.dispatch(object)(gy, w, x_shape, stride, padding)
     # Copying patches costs less than adding them up: gx is gy convolved with the kernel turned.
     turned = w[::-1, ::-1].swapaxes(2, 3)  # (KH, KW, O, C)
-    return conv_output(gy, turned, stride, (kh - 1 - ph, kw - 1 - pw))
+    return ops.conv_output(gy, turned, stride, (kh - 1 - ph, kw - 1 - pw))
 
 
 def tile_grid(x: Array, w_shape: tuple, size: Pair, stride: Pair) -> Pair | None:
@@ -91,7 +84,7 @@ def products(a: Array, b: Array, out: Array, turned: bool = False, add: bool = F
 def cuda_conv_output(x, w, stride, padding):
     size, (*_, c, o) = output_size(x.shape, w.shape, stride, padding), w.shape
     if not (grid := tile_grid(x, w.shape, size, stride)):
-        return conv_output.dispatch(object)(x, w, stride, padding)
+        return ops.conv_output.dispatch(object)(x, w, stride, padding)
     y = cupy().empty((len(x), *size, o), np.float32)
     u = take(w.reshape(1, 3, 3, c * o), 3, (1, 1)).reshape(FF, c, o)
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
@@ -104,7 +97,7 @@ def cuda_conv_output(x, w, stride, padding):
 def cuda_conv_weight_gradient(gy, x, w_shape, stride, padding):
     *_, c, o = w_shape
     if not (grid := tile_grid(x, w_shape, gy.shape[1:3], stride)):
-        return conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
+        return ops.conv_weight_gradient.dispatch(object)(gy, x, w_shape, stride, padding)
     gu = cupy().empty((FF, c, o), np.float32)
     for block in image_blocks(x, FF * grid[0] * grid[1] * (c + o)):
         v, m = take(x[block], 6, grid, padding), take(gy[block], 4, grid)
