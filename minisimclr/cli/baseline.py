@@ -1,7 +1,5 @@
 """minisimclr baseline: the tuned dense classifier on frozen InceptionV3 features."""
 
-from pathlib import Path
-
 import click
 
 from ..errors import ConfigError
@@ -21,9 +19,8 @@ from .options import FILE, JSON, setting, write_json
 @setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
 @JSON
 def baseline(
-    weights: Path | None, random: bool, data: str, image_size: int | None, block: str, trials: int,
-    epochs: int, seed: int, device: str, json_file: str | None,
-) -> None:  # fmt: skip
+    weights, random, data, image_size, block, trials, epochs, seed, device, json_file
+) -> None:
     """Tune dense layers on frozen InceptionV3 features.
 
     The layers have dropout, the search is random, and pictures are enlarged to 299 px.

@@ -1,7 +1,5 @@
 """minisimclr compare: the report's three systems and their controls in one table."""
 
-from pathlib import Path
-
 import click
 
 from .display import Display
@@ -19,10 +17,7 @@ from .options import DEVICE, FILE, JSON, VIEW, write_json
 @DEVICE
 @click.option("--out", type=FILE, default="results", help="Folder of results.json.")
 @JSON
-def compare(
-    run: Path, inception: Path | None, simclrv2: Path | None, data: str | None, trials: int,
-    epochs: int, view: int | None, device: str | None, out: Path, json_file: str | None,
-) -> None:  # fmt: skip
+def compare(run, inception, simclrv2, data, trials, epochs, view, device, out, json_file) -> None:
     """Put three systems and their controls in one table.
 
     Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 get the same images and labels. Finished parts are

@@ -7,7 +7,7 @@ from .options import JSON, write_json
 
 @click.command()
 @JSON
-def doctor(json_file: str | None) -> int:
+def doctor(json_file) -> int:
     """Tell whether this installation is sound.
 
     Looks at versions, devices, caches and disk, then tries gradients and training for some seconds.

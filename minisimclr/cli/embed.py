@@ -1,6 +1,5 @@
 """minisimclr embed and neighbors: use a trained encoder on your own pictures."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,7 +17,7 @@ RUN = click.argument("run", type=FILE)
 @click.argument("path", required=False)
 @click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output.")
 @DEVICE
-def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
+def embed(run, path, out, device) -> None:
     """Write the features that RUN's encoder gives to pictures.
 
     PATH, if not the run's own data, is a folder or the name of a data set. A .npy file holds the
@@ -46,10 +45,7 @@ def embed(run: Path, path: str | None, out: Path, device: str | None) -> None:
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too, in a new file.")
 @DEVICE
 @JSON
-def neighbors(
-    run: Path, images: tuple[Path, ...], data: str | None, count: int, sheet: Path | None,
-    device: str | None, json_file: str | None,
-) -> None:  # fmt: skip
+def neighbors(run, images, data, count, sheet, device, json_file) -> None:
     """Find the pictures that RUN's encoder finds most like IMAGE."""
     import numpy as np
 

@@ -1,7 +1,6 @@
 """minisimclr probe: what a trained encoder is worth, beside its controls."""
 
 from os.path import isdir
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,11 +22,7 @@ from .options import DEVICE, FILE, JSON, VIEW, write_json
 @click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
 @DEVICE
 @JSON
-def probe(
-    path: Path, data: str | None, labels: int | None, finetune: bool, epochs: int | None,
-    view: int | None, image_size: int | None, block: str | None, device: str | None,
-    json_file: str | None,
-) -> None:  # fmt: skip
+def probe(path, data, labels, finetune, epochs, view, image_size, block, device, json_file) -> None:
     """Tell what the features of a RUN or of WEIGHTS are worth.
 
     A linear classifier is fitted to the frozen features of labelled images and tested once, beside

@@ -1,7 +1,5 @@
 """minisimclr profile: where a training step spends its time."""
 
-from pathlib import Path
-
 import click
 
 from ..files import require_writable
@@ -23,7 +21,7 @@ CHOICE = {name: click.Choice(SETTINGS[name].metadata["choices"]) for name in ("e
 @setting("threads", default=0, help="CPU threads; 0: as many as there are cores.")
 @click.option("--trace", type=FILE, help="Write a Chrome/Perfetto trace.")
 @JSON
-def profile(trace: Path | None, json_file: str | None, threads: int, **settings) -> None:
+def profile(trace, json_file, threads, **settings) -> None:
     """Time a training step and each of its operations.
 
     The times are compared with this machine's roofline: the least time that its arithmetic and

@@ -15,7 +15,7 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=FILE)
 @click.option("--out", type=PAGE, help="Page to write.  [default: RUN/report.html]")
 @JSON
-def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> None:
+def report(runs, out, json_file) -> None:
     """Show what a run has learned and what is wrong with it.
 
     Several runs are compared on one page: comparison.html, unless --out says otherwise.
@@ -46,7 +46,7 @@ def report(runs: tuple[Path, ...], out: Path | None, json_file: str | None) -> N
 @click.option("--images", default=4, type=click.IntRange(2, 12), help="Pictures in the batch.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all draws.")
 @click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
-def walkthrough(data: str, images: int, seed: int, out: Path) -> None:
+def walkthrough(data, images, seed, out) -> None:
     """Show one step of SimCLR line by line, with its numbers.
 
     The page shows the code, and what each line of it makes of a batch of pictures.

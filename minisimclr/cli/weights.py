@@ -20,7 +20,7 @@ def weights() -> None:
 @weights.command()
 @click.argument("file", type=FILE)
 @JSON
-def inspect(file: Path, json_file: str | None) -> None:
+def inspect(file, json_file) -> None:
     """Print the names, shapes and dtypes in FILE.
 
     FILE may be in any of the formats; nothing in it is run.
@@ -49,7 +49,7 @@ def check_out(out: Path) -> None:
 @click.argument("file", type=FILE)
 @click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
 @click.option("--until", help="Last part to import, such as mixed8 or layer3.")
-def import_(file: Path, out: Path, until: str | None) -> None:
+def import_(file, out, until) -> None:
     """Write the encoder in FILE with torchvision's names.
 
     The network is the one that its shapes fit; --until takes a part, for files that stop early.
@@ -65,7 +65,7 @@ def import_(file: Path, out: Path, until: str | None) -> None:
 @weights.command()
 @click.argument("run", type=FILE)
 @click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
-def export(run: Path, out: Path) -> None:
+def export(run, out) -> None:
     """Write the encoder of RUN with torchvision's names.
 
     It comes from the newest checkpoint.
