@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..augment import LUMA, SMALL, Views, apply_views, batch_shape, crop_resize
+from ..augment import LUMA, SMALL, apply_views, batch_shape, crop_resize
 from ..cores import parallel, threads
 from .registry import blocks, in_blocks
 
@@ -25,9 +25,7 @@ BAND = 16  # output pixels in a block, at most: a cache line of weights
 
 
 @apply_views.register(np.ndarray)
-def apply_views_sorted(
-    images: np.ndarray, views: Views, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def apply_views_sorted(images, views, size):
     n, _, _ = batch_shape(images, views.boxes)
     boxes, flips, factors, orders, greys, sigmas = (
         drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
@@ -59,9 +57,7 @@ def apply_views_sorted(
 
 
 @crop_resize.register(np.ndarray)
-def crop_resize_planes(
-    images: np.ndarray, boxes: np.ndarray, flips: np.ndarray, size: int
-) -> np.ndarray:
+def crop_resize_planes(images, boxes, flips, size):
     out = np.empty((batch_shape(images, boxes)[0], size, size, 3), np.float32)
 
     def work(i: slice) -> None:

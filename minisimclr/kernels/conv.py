@@ -26,7 +26,7 @@ def is_pointwise(w_shape: tuple, padding: Pair) -> bool:
 
 
 @for_float32(ops.conv_output)
-def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
+def output(x, w, stride, padding):
     size = output_size(x.shape, w.shape, stride, padding)
     if m := winograd.tile(len(x), w.shape, size, stride, padding):
         return winograd.output(x, w, padding[0], size, m)
@@ -42,7 +42,7 @@ def output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
 
 
 @for_float32(ops.conv_input_gradient)
-def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: Pair) -> Array:
+def input_gradient(gy, w, x_shape, stride, padding):
     size = gy.shape[1:3]
     gx = np.empty(x_shape, gy.dtype)
     c, o = w.shape[2:]
@@ -66,7 +66,7 @@ def input_gradient(gy: Array, w: Array, x_shape: tuple, stride: Pair, padding: P
 
 
 @for_float32(ops.conv_weight_gradient)
-def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: Pair) -> Array:
+def weight_gradient(gy, x, w_shape, stride, padding):
     size = gy.shape[1:3]
     kh, kw, c, o = w_shape
     if is_pointwise(w_shape, padding):
@@ -87,7 +87,7 @@ def weight_gradient(gy: Array, x: Array, w_shape: tuple, stride: Pair, padding: 
 
 
 @for_float32(ops.conv_gradients)
-def gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -> tuple:
+def gradients(gy, x, w, stride, padding):
     if m := winograd.tile(len(x), w.shape, x.shape[1:3], stride, padding):
         return winograd.gradients(gy, x, w, padding[0], m)
     gx = input_gradient(gy, w, x.shape, stride, padding)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..augment import SMALL, Views, apply_views, batch_shape, blur
+from ..augment import SMALL, apply_views, batch_shape, blur
 from ..backend import Array, cupy
 from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift, update_running
@@ -154,7 +154,7 @@ def cuda_update_all(w, optimizer, ok):
         optimizer.trust = {name: ratio for (name, p), ratio in of_all if p.kind == WEIGHT}
 
 
-def cuda_apply_views(images: Array, views: Views, size: int) -> tuple[Array, Array]:
+def cuda_apply_views(images, views, size):
     xp, (n, height, width) = cupy(), batch_shape(images, views.boxes)
     table = np.empty((2, n), VIEW)
     drawn = views.boxes, views.factors, views.orders, views.flips, views.greys

@@ -64,7 +64,7 @@ def sum_rows(rows: Array, out: Array) -> None:
 
 
 @for_float32(moments)
-def _moments(x: Array) -> tuple[Array, Array]:
+def _moments(x):
     k, (rows,) = long_rows(x)
     m, c = x.size // x.shape[-1], x.shape[-1]
 
@@ -90,10 +90,7 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
 
 @for_float32(scale_shift)
-def _scale_shift(
-    x: Array, mean: Array, variance: Array, eps: float, gamma: Array, beta: Array,
-    residual: Array | None, relu: bool,
-) -> Array:  # fmt: skip
+def _scale_shift(x, mean, variance, eps, gamma, beta, residual, relu):
     k, (rows, residuals) = long_rows(x, residual)
     scale = gamma * inverse_std(variance, eps)
     scale, shift = np.tile(scale, k), np.tile(beta - mean * scale, k)
@@ -114,9 +111,7 @@ def _scale_shift(
 
 
 @for_float32(gradient_sums)
-def _gradient_sums(
-    gy: Array, x: Array, mean: Array, variance: Array, eps: float, y: Array | None
-) -> tuple[Array, Array, Array]:
+def _gradient_sums(gy, x, mean, variance, eps, y):
     k, (gs, xs, ys) = long_rows(gy, x, y)
     out, inv_std = gs if ys is None else np.empty_like(gs), inverse_std(variance, eps)
     # Unless the mean is far from 0, it costs sums of g x a digit or two at most; else take it off.
@@ -138,10 +133,7 @@ def _gradient_sums(
 
 
 @for_float32(input_gradient)
-def _input_gradient(
-    g: Array, x: Array, mean: Array, variance: Array, eps: float, gamma: Array,
-    sum_g: Array, sum_gxhat: Array, count: float, out: Array | None = None,
-) -> Array:  # fmt: skip
+def _input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gxhat, count, out=None):
     k, (gs, xs, gx) = long_rows(g, x, out)
     scale = gamma * (inv_std := inverse_std(variance, eps))
     a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std

@@ -4,7 +4,6 @@ threads.
 
 import numpy as np
 
-from ..backend import Array
 from ..cores import parallel
 from ..optim import momentum_update
 from ..tensor import added
@@ -15,9 +14,7 @@ SMALL = 1 << 16  # numbers not worth a second thread
 
 
 @for_float32(momentum_update)
-def _momentum_update(
-    w: Array, g: Array, v: Array, lr: float, momentum: float, decay: float
-) -> None:
+def _momentum_update(w, g, v, lr, momentum, decay):
     if not (w.flags.c_contiguous and v.flags.c_contiguous):  # no flat view to write through
         return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
     w, g, v = w.reshape(-1), g.reshape(-1), v.reshape(-1)
@@ -38,7 +35,7 @@ def _momentum_update(
 
 
 @for_float32(added)
-def _added(a: Array, b: Array) -> Array:
+def _added(a, b):
     if a.size < SMALL:
         return a + b
     total = np.empty(a.shape, a.dtype)

@@ -6,8 +6,7 @@ from math import prod
 
 import numpy as np
 
-from ..backend import Array
-from ..ops.conv import Padding, Pair, sum_windows, windows
+from ..ops.conv import sum_windows, windows
 from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
 from .registry import for_float32, in_blocks
 
@@ -15,7 +14,7 @@ BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
 
 
 @for_float32(max_pool_output)
-def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
+def _max_pool_output(x, kernel, stride, padding):
     count = prod(kernel)
     size = output_size(x.shape, kernel, stride, padding)
     y = np.empty((len(x), *size, x.shape[3]), x.dtype)
@@ -43,9 +42,7 @@ def _max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> 
 
 
 @for_float32(max_pool_input_gradient)
-def _max_pool_input_gradient(
-    gy: Array, argmax: Array, x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding
-) -> Array:
+def _max_pool_input_gradient(gy, argmax, x_shape, kernel, stride, padding):
     gx = np.empty(x_shape, gy.dtype)
 
     def work(some: slice) -> None:
