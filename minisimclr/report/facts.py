@@ -18,7 +18,7 @@ import numpy as np
 from .. import augment
 from ..config import TrainConfig
 from ..data import Dataset, batches
-from ..embed import extractor
+from ..embed import control, extractor
 from ..errors import ConfigError, DataError
 from ..files import fits, locked, read_json, write_bytes
 from ..probe import stratified
@@ -26,7 +26,7 @@ from ..profile import profile
 from ..run import Plan, Run, new_run, open_run, read_config
 from ..simclr import Model
 from ..tensor import Tensor, no_grad
-from ..train import Notify, draw, open_training_data, quiet, sample_views
+from ..train import Notify, draw, open_training_data, quiet
 from .page import Missing
 
 MOST = 1200  # test pictures that are looked at
@@ -146,9 +146,8 @@ class Facts:
     @cached_property
     def test_h(self) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, D) of the test rows, by the trained network and by the fresh one."""
-        data, run, size = self.need("dataset"), self.need("run"), self.config.image_size
-        self.fresh.calibrate(sample_views(data, size, "cpu"), self.config.at_once)
-        models, rows = (run.model, self.fresh), self.test_rows
+        data, run, rows = self.need("dataset"), self.need("run"), self.test_rows
+        models = run.model, control(run, data)
         h, fresh_h = (extractor(run, m, data, notify=self.notify)(rows) for m in models)
         return h, fresh_h
 
