@@ -572,6 +572,19 @@ def test_a_run_that_lacks_parts_gets_a_page_that_says_so(harm, run, page, tmp_pa
     assert "Not shown" in lacking
 
 
+def test_a_log_damaged_in_the_middle_says_from_where_on_it_is_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for harmed in (b'{"step": ', b"\xff\xfe", b"[1]"):
+        log.write_bytes(b"".join([*lines[:2], harmed, b"\n", *lines[3:]]))
+        facts = report.read(tmp_path / "run")
+        said = f"metrics.jsonl: line 3 cannot be read: it and the {len(lines) - 3} after it"
+        assert facts.missing[0].startswith(said) and len(facts.files["metrics"]) == 2
+    log.write_bytes(b"".join(lines)[:-20])  # half a line, as a killed run leaves it
+    assert not report.read(tmp_path / "run").missing
+
+
 def test_trust_ratios_are_shown_for_lars_only(run, page, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "config.json"

@@ -168,18 +168,21 @@ class Facts:
         return result
 
 
-def read_lines(path: Path, like: Any) -> Rows:
-    """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`."""
+def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
+    """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`; and
+    how many lines come after that one.
+    """
     rows: Rows = []
-    # A run that is killed may leave half a line.
-    with suppress(OSError, ValueError, RecursionError), path.open() as file:
-        for line in file:
-            row = json.loads(line)
-            if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
-                break
-            # All rows share their keys: a long run has 100,000 of them.
-            rows.append({sys.intern(key): value for key, value in row.items()})
-    return rows
+    with suppress(OSError), path.open("rb") as file:
+        with suppress(ValueError, RecursionError):  # a run that is killed may leave half a line
+            for line in file:
+                row = json.loads(line)
+                if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
+                    break
+                # All rows share their keys: a long run has 100,000 of them.
+                rows.append({sys.intern(key): value for key, value in row.items()})
+        return rows, sum(1 for _ in file)
+    return rows, 0
 
 
 def is_going(path: Path) -> bool:
@@ -195,10 +198,14 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
     """The run at `path`. Raises DataError if there is none."""
     likes = {"config": {None: {"value": object, "origin": object}}, "env": {}, "probe": PROBE}
     files = {name: read_json(path / f"{name}.json", like) for name, like in likes.items()}
-    files |= {name: read_lines(path / f"{name}.jsonl", like) for name, like in LOGS.items()}
+    facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
+    for name, like in LOGS.items():
+        files[name], left = read_lines(path / f"{name}.jsonl", like)
+        if left:
+            bad = f"line {len(files[name]) + 1} cannot be read"
+            facts.missing.append(f"{name}.jsonl: {bad}: it and the {left:,} after it are left out.")
     if files["probe"] and len(files["probe"]["rows"]) < 2:
         files["probe"] = None  # a figure without its controls
-    facts = Facts(path, read_config(path), files, is_going(path), notify=notify)
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
     facts.missing += [f"This run has no complete {name}." for name, v in files.items() if not v]
