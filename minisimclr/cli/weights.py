@@ -23,7 +23,7 @@ def weights() -> None:
 def inspect(file, json_file) -> None:
     """Print the names, shapes and dtypes in FILE.
 
-    FILE may be in any of the formats; nothing in it is run.
+    FILE may be in any of the formats, or a run's folder; nothing in it is run.
     """
     from ..weights import read
 
