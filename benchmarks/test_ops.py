@@ -121,7 +121,10 @@ PASSES = {
     input_gradient: on_maps(
         5,
         lambda name, s: (
-            *(randn(*s), randn(*s), *statistics(name), *vectors(name, 3)),
+            randn(*s),
+            randn(*s),
+            *statistics(name),
+            *vectors(name, 3),
             np.prod(s[:-1]),
         ),
     ),

@@ -111,7 +111,8 @@ class Module:
         return self._convert(lambda a: a.astype(dtype))
 
     def to(self, device: str) -> Self:
-        """Parameters and statistics on "cpu", "cuda:N" or "auto"; gradients are dropped.
+        """Parameters and statistics on "cpu", "cuda:N" or "auto"; gradients are dropped, counters
+        stay.
 
         A GPU becomes the one for new arrays. Raises ConfigError if it cannot be used.
         """

@@ -93,7 +93,8 @@ def image_blocks(x: Array, each: int) -> list[slice]:
 def conv_output(x: Array, w: Array, stride: Pair, padding: Pair) -> Array:
     """x (N, H, W, C) and w (KH, KW, C, O) -> (N, OH, OW, O)"""
     size = output_size(x.shape, w.shape, stride, padding)
-    matrix = w.reshape(-1, w.shape[3]).astype(x.dtype, copy=False)  # (KH*KW*C, O)
+    # (KH*KW*C, O); where x is bfloat16, cast here, and not once for each block
+    matrix = w.reshape(-1, w.shape[3]).astype(x.dtype, copy=False)
     y = xp_of(x).empty((len(x), *size, w.shape[3]), x.dtype)
     for block in image_blocks(x, size[0] * size[1] * len(matrix)):
         patches = unfold(x[block], w.shape[:2], stride, padding, size)
