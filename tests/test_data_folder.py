@@ -17,8 +17,11 @@ from PIL import Image
 
 from minisimclr.cli import main
 from minisimclr.cli.data import class_counts, samples, show
-from minisimclr.data import Dataset, Options, folder, open_dataset, prepare
+from minisimclr.config import TrainConfig
+from minisimclr.data import Dataset, Options, folder, from_arrays, open_dataset, prepare
+from minisimclr.embed import probe_run
 from minisimclr.errors import ConfigError, DataError
+from minisimclr.train import pretrain
 
 
 def save(path, shade=0, size=(20, 20)):
@@ -565,3 +568,58 @@ def test_classes_are_shared_out_without_a_look_at_all_pictures_for_each():
     counts = [np.bincount(found[(labels == k) & ~testing], minlength=3).tolist() for k in range(7)]
     assert counts == [[sum(c) - (fifth := round(sum(c) / 5)), fifth, 0] for c in counts]
     assert not found[(labels < 0) & ~testing].any() and (found[testing] == 2).all()
+
+
+def test_pictures_in_memory_are_split_like_a_folder_and_trained_on(pictures, tmp_path):
+    folder = open_dataset(pictures, 20)
+    given = folder.images, folder.labels, folder.class_names
+    made = from_arrays(tmp_path / "new/mine.h5", *given)
+    for name in ("images", "labels", "splits", "duplicate_of"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(folder, name))
+    assert (made.class_names, made.identity) == (folder.class_names, folder.identity)
+    made.verify()
+    first = made.path.read_bytes()
+    from_arrays(made.path, *given)
+    assert made.path.read_bytes() == first  # runs go on
+    config = TrainConfig(data=made.path, width=8, image_size=16, batch_size=32, epochs=1, threads=1)
+    run = pretrain(config, tmp_path / "run", notify=lambda *_: None)
+    assert probe_run(run, open_dataset(run.config.data))["test"] == 24
+    assert folder.identity == run.data
+
+
+def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_path):
+    images = open_dataset(pictures, 20).images[:40]
+    testing = np.arange(40) >= 30
+    labels = np.arange(40, dtype=np.uint8) % 2
+    split = from_arrays(tmp_path / "a.h5", images, labels, testing=testing, labels_per_class=2)
+    assert split.class_names == ("0", "1")
+    assert split.split("test").tolist() == list(range(30, 40))
+    assert np.bincount(split.labels[split.split("labelled")]).tolist() == [2, 2]
+    assert split.options.labels_per_class == 2
+    loose = from_arrays(tmp_path / "b.h5", images)
+    assert loose.split("pretrain").tolist() == list(range(40))
+    assert set(loose.labels) == {-1}
+    assert not loose.class_names
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"images": np.zeros((4, 3, 16, 16), np.uint8)}, r"\(N, S, S, 3\) uint8 with S from 8"),
+        ({"images": np.zeros((4, 16, 16, 3), np.float32)}, r"not \(4, 16, 16, 3\) float32"),
+        ({"images": np.zeros((4, 16, 12, 3), np.uint8)}, r"not \(4, 16, 12, 3\)"),
+        ({"images": np.zeros((4, 4, 4, 3), np.uint8)}, r"not \(4, 4, 4, 3\)"),
+        ({"images": np.zeros((0, 16, 16, 3), np.uint8)}, r"not \(0, 16, 16, 3\)"),
+        ({"images": 3}, r"not \(\)"),
+        ({"labels": [0, 1]}, r"\(4,\) integers .* not \(2,\)"),
+        ({"labels": [0, 1, 0, 1.0]}, "float64"),
+        ({"labels": [0, 1, 2, -2]}, "-2 to 2"),
+        ({"labels": [0, 1, 2, 3], "class_names": ["a", "b"]}, "0 to 3, and there are 2"),
+        ({"testing": [2, 3, 1, 0]}, r"\(4,\) bool, not"),
+    ],
+)
+def test_what_is_no_set_of_pictures_is_refused(tmp_path, changed, said):
+    given = {"images": np.zeros((4, 16, 16, 3), np.uint8)} | changed
+    with pytest.raises(ConfigError, match=said):
+        from_arrays(tmp_path / "mine.h5", **given)
+    assert not list(tmp_path.iterdir())

@@ -9,9 +9,12 @@ for step, images, rows in batches(dataset.images, dataset.split("pretrain"), 128
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import PIL
 
 from ..errors import ConfigError, DataError
@@ -20,9 +23,12 @@ from . import cache, folder, stanford_dogs, toydogs
 from .cache import Dataset, Progress, sha256
 from .images import FILTER
 from .loader import batches
-from .source import Options, Source
+from .source import Options, Plan, Source
 
-__all__ = ["Dataset", "Options", "batches", "cache_path", "open_dataset", "prepare", "prepared"]
+__all__ = [
+    "Dataset", "Options", "batches", "cache_path", "from_arrays", "open_dataset", "prepare",
+    "prepared",
+]  # fmt: skip
 
 BUILT_IN = "toydogs", "stanford-dogs"  # every other name is a path
 DEFAULT_SIZE = 80
@@ -103,6 +109,46 @@ def prepare(
         if not load_if_valid(path, recipe):  # else another process has just built it
             cache.build(path, source.name, source.plan(), recipe, progress)
         return cache.load(path)
+
+
+def from_arrays(
+    path: str | Path, images: Any, labels: Any = None, class_names: Sequence[str] | None = None,
+    testing: Any = None, labels_per_class: int | None = None,
+) -> Dataset:  # fmt: skip
+    """Publish pictures (N, S, S, 3) uint8 as the cache file `path`, which can be named as a data
+    set from then on; open it.
+
+    labels (N,): positions in class_names (None: the numbers), -1 where unknown. testing (N,) bool:
+    those for testing (None: a fifth of each class); the rest is split as in a folder. Raises
+    ConfigError, OSError.
+    """
+    path, images = Path(path), np.asarray(images)
+    n, side = images.shape[:2] if images.ndim == 4 else (0, 0)
+    if images.dtype != np.uint8 or images.shape != (n, side, side, 3) or side not in SIZES or not n:
+        raise ConfigError(
+            f"pictures are (N, S, S, 3) uint8 with S from {SIZES[0]} to {SIZES[-1]}, "
+            f"not {images.shape} {images.dtype}"
+        )
+    labels = np.full(n, -1) if labels is None else np.asarray(labels)
+    testing = np.zeros(n, bool) if testing is None else np.asarray(testing)
+    whole = labels.dtype.kind in "iu" and testing.dtype == bool
+    if not (whole and labels.shape == testing.shape == (n,)):
+        given = f"{labels.shape} {labels.dtype} and {testing.shape} {testing.dtype}"
+        raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
+    labels = labels.astype(np.int64)
+    names = list(map(str, range(labels.max() + 1) if class_names is None else class_names))
+    if not -1 <= labels.min() <= labels.max() < len(names):
+        said = f"{labels.min()} to {labels.max()}, and there are {len(names)} class names"
+        raise ConfigError(f"labels are from -1 to the number of classes less 1, not {said}")
+    splits = folder.split_classes(labels, testing, names, labels_per_class)
+    plan = Plan(
+        [f"picture {row}" for row in range(n)], labels, names, splits,
+        lambda size: ((row, np.asarray, (image,)) for row, image in enumerate(images)),
+    )  # fmt: skip
+    options = asdict(Options(labels_per_class=labels_per_class))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cache.build(path, path.stem, plan, {"source": "arrays", "size": side, "options": options}, None)
+    return cache.load(path)
 
 
 def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:
