@@ -4,14 +4,17 @@ beside their controls, and which pictures are most alike.
 
 import hashlib
 import io
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from os.path import isdir
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import checkpoint
+from .augment import center_view
 from .backend import Array, choose_device, to_device, to_host
 from .cores import set_threads
 from .data import Dataset, Progress, cache_folder, open_dataset
@@ -102,28 +105,39 @@ def probe_run(
     return probe(dataset, "SimCLR", trained, fresh, labels, notify=notify) | {"step": run.step}
 
 
+def sight(
+    net: Module, preprocessing: Preprocessing, block: str | None, device: str
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Features (n, C) float32 of pictures (n, S, S, 3) uint8 by a network with published weights.
+
+    block: of InceptionV3; its output is averaged over the pixels.
+    """
+    device, _ = choose_device(device)
+    net.to(device).eval()
+
+    def see(images: np.ndarray) -> np.ndarray:
+        x = Tensor(to_device(preprocessing(images), device))
+        with no_grad():
+            if isinstance(net, InceptionV3) and block:
+                return to_host(net.features(x, block).data.mean((1, 2)))
+            return to_host(net(x).data)
+
+    return see
+
+
 def published(
     net: Module, preprocessing: Preprocessing, dataset: Dataset, block: str | None, device: str,
     notify: Notify,
 ) -> Extract:  # fmt: skip
     """Features of rows of a data set by a network with published weights, or its random control.
 
-    block: of InceptionV3; its output is averaged over the pixels: (n, C) float32. Features are kept
-    in the cache folder, since they take much longer to make than to read.
+    They are kept in the cache folder, since they take much longer to make than to read.
     """
     kind = KEPT, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())
-    device, _ = choose_device(device)
-    net.to(device).eval()
-
-    def forward(rows: np.ndarray) -> np.ndarray:
-        x = Tensor(to_device(preprocessing(dataset.images[rows]), device))
-        with no_grad():
-            if isinstance(net, InceptionV3) and block:
-                return to_host(net.features(x, block).data.mean((1, 2)))
-            return to_host(net(x).data)
+    see = sight(net, preprocessing, block, device)
 
     def extract(rows: np.ndarray) -> np.ndarray:
         key = state.copy()
@@ -135,7 +149,7 @@ def published(
         require_writable(path)  # fail before long work, not after it
         parts = []
         for i in range(0, len(rows), BATCH):
-            parts.append(forward(rows[i : i + BATCH]))
+            parts.append(see(dataset.images[rows[i : i + BATCH]]))
             done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
             notify("progress", done | {"label": "features"})
         safetensors.write(path, {"features": np.concatenate(parts)}, {})
@@ -166,10 +180,50 @@ def probe_weights(
     return probe(dataset, path.name, trained, control, labels, notify=notify)
 
 
-def embed(run: Run, dataset: Dataset, notify: Notify = quiet) -> np.ndarray:
-    """Features h (N, D) float32 of all pictures, each in its centre view."""
-    rows = np.arange(len(dataset.images))
-    return to_host(extractor(run, run.model, dataset, notify=notify)(rows))
+class Trained(NamedTuple):
+    """A trained encoder, from a run or published, and pictures to use it on."""
+
+    dataset: Dataset
+    extract: Extract  # their features (n, D), by rows
+    see: Callable[[np.ndarray], np.ndarray]  # those of other pictures (n, S, S, 3) uint8
+    about: dict[str, Any]  # where it is from
+
+    def embed(self) -> np.ndarray:
+        """Features h (N, D) float32 of all pictures, each in its centre view."""
+        return to_host(self.extract(np.arange(len(self.dataset.images))))
+
+
+def open_encoder(
+    path: Path, data: str | None = None, block: str | None = None, device: str | None = None,
+    notify: Notify = quiet, progress: Progress | None = None,
+) -> Trained:  # fmt: skip
+    """The encoder of the run, or in the file of weights, at `path`, for pictures with this name.
+
+    data: a name or a folder; a run has its own. Pictures for weights are stored as large as the
+    network sees them. Raises ConfigError, DataError.
+    """
+    if isdir(path):  # noqa: PTH112 - False without permission
+        if block:
+            raise ConfigError("--block goes with a file of weights")
+        run = open_trained(path, device)
+        dataset, size = opened(run, data, progress), run.config.image_size
+        extract, (where, _) = (
+            extractor(run, run.model, dataset, notify=notify),
+            choose_device(run.config.device),
+        )
+
+        def see(images: np.ndarray) -> np.ndarray:
+            return to_host(run.model.encode(to_device(center_view(images, size), where)))
+
+        return Trained(dataset, extract, see, {"run": path.name, "step": run.step})
+    net, preprocessing = encoder(path, block)
+    if data is None:
+        raise ConfigError(f"which pictures? {path} has none of its own, as a run does")
+    dataset, device = open_dataset(data, preprocessing.stored, progress), device or "auto"
+    extract = published(net, preprocessing, dataset, block, device, notify)
+    return Trained(
+        dataset, extract, sight(net, preprocessing, block, device), {"weights": path.name}
+    )
 
 
 def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +238,9 @@ def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.
     return order, np.take_along_axis(s, order, axis=1)
 
 
-def save(path: str | Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
-    """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows.
+def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any]) -> None:
+    """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows,
+    and what is said `about` their encoder.
 
     Raises ConfigError for another suffix, OSError if it cannot be written.
     """
@@ -195,7 +250,7 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, run: Run) -> None:
     elif path.suffix == ".h5":
         names = [name.encode(errors="surrogateescape") for name in dataset.file_names]
         arrays = {"features": h, "labels": dataset.labels, "file_names": np.array(names)}
-        about = {"data": dataset.fingerprint, "class_names": dataset.class_names}
-        checkpoint.save(path, arrays, about | {"run": run.path.name, "step": run.step})
+        about |= {"data": dataset.fingerprint, "class_names": dataset.class_names}
+        checkpoint.save(path, arrays, about)
     else:
         raise ConfigError(f"{path}: name a file that ends in {' or '.join(SUFFIXES)}")

@@ -660,7 +660,7 @@ def test_where_json_cannot_go_is_said_before_any_work(tmp_path):
 )
 def test_where_output_cannot_go_is_said_before_any_work(command, trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    for name in ("embed.opened", "report.build_report", "data.open_dataset"):
+    for name in ("embed.open_dataset", "report.build_report", "data.open_dataset"):
         monkeypatch.setattr(f"minisimclr.{name}", Mock(side_effect=AssertionError))
     words = command.split()
     with pytest.raises(SystemExit) as exit:

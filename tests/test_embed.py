@@ -75,8 +75,8 @@ def test_what_takes_long_tells_how_far_it_is(run, pictures):
     def note(event, values):
         told.append((event, values["done"], values["total"], values["label"]))
 
-    embed.embed(run, dataset, note)
     n = len(dataset.images)
+    embed.extractor(run, run.model, dataset, notify=note)(np.arange(n))
     assert told == [("progress", 64, n, "features"), ("progress", n, n, "features")]
     told.clear()
     few = replace(run, config=replace(run.config, batch_size=2))  # no more than fit into a step
@@ -195,6 +195,7 @@ TUNING = "SimCLR, fine-tuned, rate x 1"
         ("neighbors {run} {query} --data {data}", {PREPARING, FEATURES}),
         ("probe {run} --data {data}", {PREPARING, FEATURES, PENALTY}),
         ("probe {run} --finetune --epochs 1", {PREPARING, TUNING}),
+        ("embed {weights} {data} --out {out}/h.npy", {PREPARING, FEATURES}),
         ("probe {weights} --data {data}", {PREPARING, FEATURES, PENALTY}),
         ("baseline --random --trials 1 --epochs 1 --data {data}", {PREPARING, FEATURES, "trials"}),
         ("walkthrough --data {data} --out {out}/w.html", {PREPARING}),
@@ -290,7 +291,46 @@ def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):
     assert done.exit_code == 2
     assert "value for '--out': " in done.output and ".npy" in done.output
     with pytest.raises(ConfigError, match=r"\.h5"):
-        embed.save(tmp_path / "h.csv", np.zeros((1, 2)), None, run)
+        embed.save(tmp_path / "h.csv", np.zeros((1, 2)), None, {})
+
+
+def test_published_weights_are_used_like_a_run(pictures, tmp_path):
+    file, net = tmp_path / "w.safetensors", ms.nn.resnet10(width=8, seed=3)
+    ms.weights.save(net, file, Preprocessing(28))
+    said = call("embed", file, pictures, "--out", tmp_path / "h.h5").stdout
+    assert said == f"{tmp_path / 'h.h5'}: features (120, 64) of {pictures.name}\n"
+    images = ms.data.open_dataset(pictures, 32).images  # of which the centre view shows 28
+    expected = net.eval()(ms.Tensor(center_view(np.asarray(images), 28))).data
+    with h5py.File(tmp_path / "h.h5") as made:
+        np.testing.assert_allclose(made["features"][:], expected, rtol=1e-4, atol=1e-5)
+        assert json.loads(bytes(made["state"][:]))["weights"] == "w.safetensors"
+    query = pictures / "stripe" / "21.png"
+    found = json.loads(call("neighbors", file, query, "--data", pictures, "--json").stdout)
+    _, cosines = embed.nearest(expected[[80 + 21]], expected, 5)
+    assert found[str(query)][0]["file"] == "stripe/21.png"
+    assert [row["cosine"] for row in found[str(query)]] == pytest.approx(cosines[0].tolist())
+
+
+def test_a_block_of_inception_is_pooled_in_its_own_range(pictures, tmp_path):
+    few, file = tmp_path / "few", tmp_path / "w.safetensors"
+    few.mkdir()
+    for name in ("00.png", "01.png"):
+        shutil.copy(pictures / "blob" / name, few)
+    net, prep = ms.nn.inception_v3(), Preprocessing(299, "symmetric")
+    ms.weights.save(net, file, prep, until="mixed0")
+    given = "embed", file, few, "--block=mixed0", "--out", tmp_path / "h.npy"
+    assert call(*given).exit_code == 0
+    x = prep(ms.data.open_dataset(few, 299).images)
+    expected = net.eval().features(ms.Tensor(x), "mixed0").data.mean((1, 2))
+    np.testing.assert_allclose(np.load(tmp_path / "h.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_weights_and_runs_do_not_have_is_said(run, tmp_path):
+    ms.weights.save(run.model.encoder, tmp_path / "w.safetensors", Preprocessing(16))
+    with pytest.raises(ConfigError, match=r"which pictures\? .*w.safetensors has none"):
+        call("embed", tmp_path / "w.safetensors", "--out", tmp_path / "h.npy")
+    with pytest.raises(ConfigError, match="--block goes with a file of weights"):
+        call("neighbors", run.path, tmp_path / "a.png", "--block=mixed8")
 
 
 def test_neighbors_finds_the_picture_itself_first(run, pictures, tmp_path):
@@ -498,7 +538,8 @@ def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
         import pathlib, resource, numpy as np
         from minisimclr import embed
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), np.zeros((400, 1), np.float32), 0, 0)
+        h = np.zeros((400, 1), np.float32)
+        embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), h, None, {{}})
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and f"File too large: '{tmp_path / 'h.npy'}'" in done.stderr

@@ -7,20 +7,21 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import DEVICE, FILE, JSON, SHEET, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, SHEET, write_json
 
-RUN = click.argument("run", type=FILE)
+ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 
 
 @click.command()
-@RUN
+@ENCODER
 @click.argument("path", required=False)
 @click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output.")
+@BLOCK
 @DEVICE
-def embed(run, path, out, device) -> None:
-    """Write the features that RUN's encoder gives to pictures.
+def embed(encoder, path, out, block, device) -> None:
+    """Write the features that a RUN or WEIGHTS give to pictures.
 
-    PATH, if not the run's own data, is a folder or the name of a data set. A .npy file holds the
+    PATH, if not the RUN's own data, is a folder or the name of a data set. A .npy file holds the
     features (n, D) alone, in the order of the data set; an .h5 file also file_names and labels.
     Features are h, which the probe sees, and not z, which the loss sees.
     """
@@ -28,42 +29,43 @@ def embed(run, path, out, device) -> None:
 
     if out.suffix not in library.SUFFIXES:
         raise click.BadParameter(f"{out} must end in .npy or .h5", param_hint="'--out'")
-    loaded = library.open_trained(run, device)
     require_writable(out)
     with Display() as display:
-        dataset = library.opened(loaded, path, display.on_prepare)
-        h = library.embed(loaded, dataset, display.notify)
-    library.save(out, h, dataset, loaded)
-    click.echo(f"{out}: features {h.shape} of {dataset.name}")
+        how = block, device, display.notify, display.on_prepare
+        trained = library.open_encoder(encoder, path, *how)
+        h = trained.embed()
+    library.save(out, h, trained.dataset, trained.about)
+    click.echo(f"{out}: features {h.shape} of {trained.dataset.name}")
 
 
 @click.command()
-@RUN
+@ENCODER
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
-@click.option("--data", help="Search here, not in the run's own data: a name or a folder.")
+@click.option("--data", help="Search here, not in the RUN's own data: a name or a folder.")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too, in a new file.")
+@BLOCK
 @DEVICE
 @JSON
-def neighbors(run, images, data, count, sheet, device, json_file) -> None:
-    """Find the pictures that RUN's encoder finds most like IMAGE."""
+def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> None:
+    """Find the pictures that a RUN or WEIGHTS find most like IMAGE."""
     import numpy as np
 
     from .. import embed as library
-    from ..augment import center_view
     from ..data.images import contact_sheet, decode_file
 
-    loaded = library.open_trained(run, device)
-    size, queries = loaded.config.image_size, []
+    queries = []
     with Display() as display:
-        dataset = library.opened(loaded, data, display.on_prepare)
+        how = block, device, display.notify, display.on_prepare
+        trained = library.open_encoder(encoder, data, *how)
+        dataset = trained.dataset
         for path in images:
             try:
                 queries.append(decode_file(path, dataset.images.shape[1]))
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
-        h = loaded.model.encode(center_view(np.stack(queries), size))
-        order, cosines = library.nearest(h, library.embed(loaded, dataset, display.notify), count)
+        h = trained.see(np.stack(queries))
+        order, cosines = library.nearest(h, trained.embed(), count)
     if sheet:
         rows = [
             (path.name[:24], np.concatenate([query[None], dataset.images[near]]))

@@ -18,6 +18,8 @@ VIEW = click.option(
     "--view", type=click.IntRange(8), metavar="S", help="Side of views, px; else as in training."
 )
 
+BLOCK = click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
+
 
 class Setting(click.Option):
     """An option whose errors name the variable that a bad value came from."""

@@ -8,7 +8,7 @@ import click
 from ..errors import ConfigError, OutputError
 from ..files import require_writable
 from .display import Display
-from .options import DEVICE, FILE, JSON, VIEW, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, VIEW, write_json
 
 
 @click.command()
@@ -19,7 +19,7 @@ from .options import DEVICE, FILE, JSON, VIEW, write_json
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of --finetune.  [default: 60]")
 @VIEW
 @click.option("--image-size", type=int, metavar="S", help="Stored side, in px, for WEIGHTS.")
-@click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
+@BLOCK
 @DEVICE
 @JSON
 def probe(path, data, labels, finetune, epochs, view, image_size, block, device, json_file) -> None:

@@ -119,7 +119,8 @@ def network(stored: Stored) -> Module:
     """The network that the shapes in a file belong to, with random weights. Raises DataError."""
     shapes = names.kernels(stored)
     width, _, side, _ = next((s for s in shapes if s[1] == 3), (0, 3, 3, 3))
-    if any(shape[2] != shape[3] for shape in shapes):
+    # Flat kernels come after mixed3, and Keras' names say nothing.
+    if any(s[2] != s[3] for s in shapes) or any("Conv2d_1a_3x3" in n for n in stored.specs):
         return InceptionV3()
     if (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
         large = "simclr" if stored.format == names.TENSORFLOW else "imagenet"

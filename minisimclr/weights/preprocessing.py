@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..augment import batch_shape, center_view, crop_resize
+from ..augment import CENTRE, batch_shape, center_view, crop_resize
 from ..backend import Array, xp_of
 
 # Mean and standard deviation per channel, of pixels in [0, 1].
@@ -29,6 +29,11 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 0 < self.size <= 4096 or self.pixels not in PIXELS:
             raise ValueError(f"unknown preprocessing: {self.size} px, {self.pixels!a}")
+
+    @property
+    def stored(self) -> int:
+        """Side, in px, at which pictures are stored so that this hardly resizes them."""
+        return round(self.size / CENTRE) if self.pixels == "unit" else self.size
 
     def __call__(self, images: Array) -> Array:
         """images (N, H, W, 3) uint8 -> (N, size, size, 3) float32"""
