@@ -26,6 +26,7 @@ from .train import Notify
 from .weights import Preprocessing, load
 
 BATCH = 32  # images in a step of the classifier
+PREPROCESSING = Preprocessing(299, "symmetric")  # of InceptionV3
 PATIENCE = 10  # epochs without a better validation score before a trial ends
 
 
@@ -122,7 +123,7 @@ def inception(
 
     file: its weights; None for random ones with batch norm statistics of the data.
     """
-    net, preprocessing = inception_v3(), Preprocessing(299, "symmetric")
+    net, preprocessing = inception_v3(), PREPROCESSING
     if file:
         preprocessing = load(net, file, until=block)
     else:

@@ -17,7 +17,7 @@ from . import checkpoint
 from .augment import center_view
 from .backend import Array, choose_device, to_device, to_host
 from .cores import set_threads
-from .data import Dataset, Progress, cache_folder, open_dataset
+from .data import BUILT_IN, Dataset, Progress, cache_folder, open_dataset
 from .errors import ConfigError, DataError
 from .files import require_writable, write_bytes
 from .nn import InceptionV3, Module
@@ -31,6 +31,7 @@ from .weights import Preprocessing, encoder, network, read, safetensors
 
 SUFFIXES = (".npy", ".h5")
 KEPT = 2  # version of what is kept: raise it when the same key would mean other features
+SEEN = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
 BATCH = 32  # images that a network with published weights sees at once
 
 
@@ -158,6 +159,24 @@ def published(
     return extract
 
 
+def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
+    """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
+    if block and not (isinstance(network(read(path)), InceptionV3) and block in BLOCKS):
+        raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
+    return encoder(path, block)
+
+
+def open_pictures(
+    name: str, preprocessing: Preprocessing, image_size: int | None = None,
+    progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
+    """A data set for a network with published weights, stored at `image_size`. None: what is built
+    in has a usual one, others are stored as large as the network sees them.
+    """
+    own = None if name in BUILT_IN else preprocessing.stored
+    return open_dataset(name, own if image_size is None else image_size, progress)
+
+
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
     """Give a network with random weights the batch norm statistics of some of the images."""
     calibrate(net, preprocessing(dataset.sample(MONITORED)), BATCH)
@@ -169,10 +188,8 @@ def probe_weights(
     notify: Notify,
 ) -> dict[str, Any]:  # fmt: skip
     """How well published weights do on a data set, beside random ones of the same network."""
+    net, preprocessing = open_weights(path, block)
     fresh = network(read(path))
-    if block and not (isinstance(fresh, InceptionV3) and block in BLOCKS):
-        raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
-    net, preprocessing = encoder(path, block)
     calibrated(fresh, preprocessing, dataset)
     trained, control = (
         published(each, preprocessing, dataset, block, device, notify) for each in (net, fresh)
@@ -199,31 +216,27 @@ def open_encoder(
 ) -> Trained:  # fmt: skip
     """The encoder of the run, or in the file of weights, at `path`, for pictures with this name.
 
-    data: a name or a folder; a run has its own. Pictures for weights are stored as large as the
-    network sees them. Raises ConfigError, DataError.
+    data: a name or a folder; a run has its own. Raises ConfigError, DataError.
     """
     if isdir(path):  # noqa: PTH112 - False without permission
         if block:
             raise ConfigError("--block goes with a file of weights")
         run = open_trained(path, device)
         dataset, size = opened(run, data, progress), run.config.image_size
-        extract, (where, _) = (
-            extractor(run, run.model, dataset, notify=notify),
-            choose_device(run.config.device),
-        )
+        extract = extractor(run, run.model, dataset, notify=notify)
+        where, _ = choose_device(run.config.device)
 
-        def see(images: np.ndarray) -> np.ndarray:
+        def encode(images: np.ndarray) -> np.ndarray:
             return to_host(run.model.encode(to_device(center_view(images, size), where)))
 
-        return Trained(dataset, extract, see, {"run": path.name, "step": run.step})
-    net, preprocessing = encoder(path, block)
+        return Trained(dataset, extract, encode, {"run": path.name, "step": run.step})
+    net, preprocessing = open_weights(path, block)
     if data is None:
         raise ConfigError(f"which pictures? {path} has none of its own, as a run does")
-    dataset, device = open_dataset(data, preprocessing.stored, progress), device or "auto"
+    dataset, device = open_pictures(data, preprocessing, None, progress), device or "auto"
     extract = published(net, preprocessing, dataset, block, device, notify)
-    return Trained(
-        dataset, extract, sight(net, preprocessing, block, device), {"weights": path.name}
-    )
+    see = sight(net, preprocessing, block, device)
+    return Trained(dataset, extract, see, {"weights": path.name})
 
 
 def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

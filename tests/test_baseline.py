@@ -219,7 +219,7 @@ def test_command_line(pictures, tmp_path, monkeypatch, capsys):
     assert code == 0 and "validation" in out and "random weights" in out and "chance 33.3%" in out
     code, out, _ = run("--weights", "w.h5", "--json")
     values = json.loads(out)
-    assert values["imagenet_weights"] and "20 px enlarged to 299 px" in values["features"]
+    assert values["imagenet_weights"] and "20 px as 299" in values["features"]
     assert len(values["trials"]) == 2
     for neither_or_both in ([], ["--random", "--weights", "w.h5"]):
         code, _, err = run(*neither_or_both)

@@ -459,7 +459,7 @@ def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp
 
     dogs, said = replace(dataset, name="stanford-dogs"), "have seen the test photos"
     names = {"stanford-dogs": dogs}  # what is classified where nothing is said
-    monkeypatch.setattr("minisimclr.data.open_dataset", lambda name, *_: names[name])
+    monkeypatch.setattr(embed, "open_dataset", lambda name, *_: names[name])
     file = tmp_path / "w.safetensors"
     weights.save(run.model.encoder, file, weights.Preprocessing(16))
     few = "--trials", 1, "--epochs", 1

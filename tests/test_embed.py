@@ -181,6 +181,8 @@ def test_options_of_a_probe_of_weights_arrive(run, pictures, tmp_path, monkeypat
     options = "--image-size=20", "--block=mixed3", "--labels=7", "--device=cuda:1"
     assert call("probe", file, "--data", pictures, *options).exit_code == 0
     assert asked == [(file, 20, "mixed3", 7, "cuda:1")]
+    assert call("probe", file, "--data", pictures).exit_code == 0
+    assert asked[1:] == [(file, 18, None, None, "auto")]  # 16 in the centre view
 
 
 PREPARING, FEATURES, PENALTY = "preparing data", "features", "choosing the penalty"
@@ -311,6 +313,15 @@ def test_published_weights_are_used_like_a_run(pictures, tmp_path):
     assert [row["cosine"] for row in found[str(query)]] == pytest.approx(cosines[0].tolist())
 
 
+def test_pictures_for_weights_are_as_large_as_they_see_unless_built_in(pictures, monkeypatch):
+    simclr, inception = Preprocessing(28), Preprocessing(30, "symmetric")
+    assert embed.open_pictures(str(pictures), simclr).images.shape[1] == 32  # 28 in the centre
+    assert embed.open_pictures(str(pictures), inception).images.shape[1] == 30
+    assert embed.open_pictures(str(pictures), inception, 20).images.shape[1] == 20
+    monkeypatch.setattr(embed, "open_dataset", lambda *given: given[:2])
+    assert embed.open_pictures("stanford-dogs", simclr) == ("stanford-dogs", None)  # as prepared
+
+
 def test_a_block_of_inception_is_pooled_in_its_own_range(pictures, tmp_path):
     few, file = tmp_path / "few", tmp_path / "w.safetensors"
     few.mkdir()
@@ -329,6 +340,8 @@ def test_what_weights_and_runs_do_not_have_is_said(run, tmp_path):
     ms.weights.save(run.model.encoder, tmp_path / "w.safetensors", Preprocessing(16))
     with pytest.raises(ConfigError, match=r"which pictures\? .*w.safetensors has none"):
         call("embed", tmp_path / "w.safetensors", "--out", tmp_path / "h.npy")
+    with pytest.raises(ConfigError, match=r"block 'layer3': InceptionV3 has .* others none"):
+        call("embed", tmp_path / "w.safetensors", tmp_path, "--block=layer3", "--out=h.npy")
     with pytest.raises(ConfigError, match="--block goes with a file of weights"):
         call("neighbors", run.path, tmp_path / "a.png", "--block=mixed8")
 

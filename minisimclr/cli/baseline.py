@@ -11,7 +11,10 @@ from .options import FILE, JSON, setting, write_json
 @click.option("--weights", type=FILE, help="InceptionV3 weights, any format.")
 @click.option("--random", is_flag=True, help="The control: random weights instead.")
 @click.option("--data", default="stanford-dogs", help="Data set: a name or a path.")
-@click.option("--image-size", type=int, metavar="S", help="Stored side, in px, before enlarging.")
+@click.option(
+    "--image-size", type=int, metavar="S",
+    help="Stored side, in px.  [default: 80 for stanford-dogs, 299 for a path]",
+)  # fmt: skip
 @click.option("--block", default="mixed8", help="Block whose output is classified.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")
 @click.option("--epochs", type=click.IntRange(1), default=100, help="Epochs of a trial, at most.")
@@ -23,19 +26,19 @@ def baseline(
 ) -> None:
     """Tune dense layers on frozen InceptionV3 features.
 
-    The layers have dropout, the search is random, and pictures are enlarged to 299 px.
+    The layers have dropout, the search is random, and the network sees pictures at 299 px.
     """
     from .. import baseline as dense
-    from ..data import open_dataset
+    from ..embed import SEEN, open_pictures
 
     if (weights is None) != random:
         raise ConfigError("give either --weights FILE or, for the control, --random")
     with Display() as progress:
-        dataset = open_dataset(data, image_size, progress.on_prepare)
+        dataset = open_pictures(data, dense.PREPROCESSING, image_size, progress.on_prepare)
         extract = dense.inception(dataset, weights, block, device, progress.notify)
         result = dense.baseline(dataset, extract, trials, epochs, seed, progress.notify)
     side = dataset.images.shape[1]
-    result["features"] = f"InceptionV3 {block}, {side} px enlarged to 299 px (bilinear)"
+    result["features"] = f"InceptionV3 {block}, {side} px as 299 (bilinear)"
     result["imagenet_weights"] = not random
     if write_json(json_file, result):
         return
@@ -49,4 +52,4 @@ def baseline(
         f"top-5 {result['top5']:.1%}, chance {result['controls']['chance']:.1%}"
     )
     if not random and dataset.name.startswith("stanford-dogs"):
-        click.echo("ImageNet weights have seen the test photos: Stanford Dogs is made of ImageNet.")
+        click.echo(SEEN)

@@ -18,7 +18,10 @@ from .options import BLOCK, DEVICE, FILE, JSON, VIEW, write_json
 @click.option("--finetune", is_flag=True, help="Train the whole network of RUN with the labels.")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of --finetune.  [default: 60]")
 @VIEW
-@click.option("--image-size", type=int, metavar="S", help="Stored side, in px, for WEIGHTS.")
+@click.option(
+    "--image-size", type=int, metavar="S",
+    help="Stored side, in px, for WEIGHTS.  [default: 80 for stanford-dogs, else as they see]",
+)  # fmt: skip
 @BLOCK
 @DEVICE
 @JSON
@@ -39,18 +42,19 @@ def probe(path, data, labels, finetune, epochs, view, image_size, block, device,
         return show_probe(run, data, labels, (epochs or 60) if finetune else None, view, json_file)
     if finetune or view:
         raise ConfigError("--finetune and --view go with a run folder")
-    from ..data import open_dataset
     from ..probe import table
-    from ..weights import read
+    from ..weights import network, preprocessing, read
 
-    read(path)  # before the data: it may be the misspelt name of a run
+    stored = read(path)  # before the data: it may be the misspelt name of a run
+    wanted = preprocessing(network(stored), stored)
     with Display() as display:
-        dataset = open_dataset(data or "stanford-dogs", image_size, display.on_prepare)
+        name = "stanford-dogs" if data is None else data
+        dataset = embed.open_pictures(name, wanted, image_size, display.on_prepare)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
         click.echo(table(result))
         if dataset.name.startswith("stanford-dogs"):
-            click.echo("Weights trained on ImageNet have seen the test photos of Stanford Dogs.")
+            click.echo(embed.SEEN)
 
 
 def show_probe(

@@ -87,8 +87,14 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     for name, source in names.match(module, stored, until).items():
         state[name] = fetch(stored, source) if source else np.ones_like(state[name])
     module.load_state_dict(state)
-    # What the file says, or the convention of those who publish in its format.
-    size, pixels = 32 if stem == "cifar" else 224, "imagenet"
+    return preprocessing(module, stored)
+
+
+def preprocessing(module: Module, stored: Stored) -> Preprocessing:
+    """What the module's input must look like with these weights: what their file says, or the
+    convention of those who publish in its format.
+    """
+    size, pixels = 32 if getattr(module, "stem", "") == "cifar" else 224, "imagenet"
     if isinstance(module, InceptionV3):
         size, pixels = 299, "symmetric"
     with damage_reported(stored.path):
