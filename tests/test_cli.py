@@ -130,6 +130,24 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, pictures, tmp_path):
     assert list((out / "checkpoints").glob("step-*.h5"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
+@pytest.mark.parametrize("sent, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_no_half_written_file(sent, code, tmp_path):
+    child = subprocess.Popen(
+        command_line("data", "prepare", "toydogs", "--image-size", 160),
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True, preexec_fn=unlike_nohup,
+    )  # fmt: skip
+    while not list(tmp_path.rglob("*.tmp")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.Signals[sent])
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code, said
+    assert said.split("\n")[-2] == "error: interrupted" and "Traceback" not in said
+    assert [path.suffix for path in (tmp_path / "minisimclr").iterdir()] == [".lock"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="has no such terminals")
 def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
     import fcntl

@@ -5,9 +5,12 @@ written; 5 diverged; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -81,8 +84,10 @@ def run(arguments: list[str] | None) -> int:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115
     if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
         sys.stdout.reconfigure(errors="backslashreplace")
+    number: list[int] = [signal.SIGINT]  # what a KeyboardInterrupt stands for
     try:
-        code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
+        with ends_in_order(number):
+            code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
     except (
         MinisimclrError, OSError, MemoryError, click.exceptions.Exit, click.ClickException
@@ -91,7 +96,7 @@ def run(arguments: list[str] | None) -> int:
             raise
         code = explain(error)
     except (KeyboardInterrupt, click.Abort):
-        code = explain("interrupted", 130)
+        code = explain("interrupted", 128 + number[-1])
     except RuntimeError as error:
         what = REFUSED.get(str(error))
         if type(error).__module__.startswith("cupy"):
@@ -100,6 +105,29 @@ def run(arguments: list[str] | None) -> int:
             raise
         code = explain(f"{what}: {error}", 2)
     return code
+
+
+@contextmanager
+def ends_in_order(number: list[int]) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end work as Ctrl-C does, so that no file is left half-written; which
+    it was is added to `number`. Training has handlers of its own, which save its state.
+    """
+
+    def end(which: int, frame: Any) -> None:
+        number.append(which)
+        raise KeyboardInterrupt
+
+    ours = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")]
+    ours = [s for s in ours if signal.getsignal(s) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # only the main thread may handle signals
+    for s in ours:
+        signal.signal(s, end)
+    try:
+        yield
+    finally:
+        for s in ours:
+            signal.signal(s, signal.SIG_DFL)
 
 
 def explain(error: Exception | str, code: int = 1) -> int:
