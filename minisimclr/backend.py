@@ -29,7 +29,7 @@ def xp_of(array: Array) -> Any:
         return np
     if isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
         return cupy()
-    raise TypeError(f"this takes arrays (np.asarray, Tensor.data), not a {type(array).__name__}")
+    raise TypeError(f"this takes arrays (np.asarray, Tensor.data), not {type(array)}")
 
 
 @cache

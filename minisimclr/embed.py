@@ -255,8 +255,10 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any
     """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows,
     and what is said `about` their encoder.
 
-    Raises ConfigError for another suffix, OSError if it cannot be written.
+    Raises ConfigError for another suffix or number of rows, OSError if it cannot be written.
     """
+    if len(h) != len(dataset.images):
+        raise ConfigError(f"{len(h)} rows of features for the {len(dataset.images)} of {dataset}")
     if (path := Path(path)).suffix == ".npy":
         np.save(memory := io.BytesIO(), h)  # writing to a file, it would not notice a full disk
         write_bytes(path, memory.getbuffer())

@@ -79,8 +79,12 @@ class SGD:
             update_all(moving[0][1].data, self, ok)
 
     def moving(self) -> list[tuple[str, Parameter]]:
-        """The parameters that have a gradient, with their names."""
-        return [(name, p) for name, p in self.parameters.items() if p.grad is not None]
+        """The parameters that have a gradient, with their names. ValueError for another's shape."""
+        found = [(name, p) for name, p in self.parameters.items() if p.grad is not None]
+        for name, p in found:
+            if p.shape != (shape := getattr(p.grad, "shape", None)):
+                raise ValueError(f"{name} has shape {p.shape}, and its gradient {shape}")
+        return found
 
     def decay_of(self, p: Parameter) -> float:
         return self.weight_decay if p.kind == WEIGHT else 0.0

@@ -8,6 +8,7 @@ resumed ends with the same log and the same last checkpoint, byte for byte, as o
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import threading
@@ -198,19 +199,23 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    making = out.with_name(f".{out.name}.{os.getpid()}")  # a full disk leaves nothing behind
+    making = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # a full disk leaves nothing
     try:
         (making / "checkpoints").mkdir(parents=True)
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
         write_bytes(making / "env.json", json.dumps(environment, indent=1).encode())
         (making / "metrics.jsonl").touch()
-        while beside and out.exists():  # other runs began in the same second
-            out = out.with_name(f"{out.name}-{os.getpid()}")
-        making.rename(out)
+        while True:
+            try:
+                making.rename(out)
+                return out
+            except OSError:
+                if not (beside and out.exists()):  # else another run began in the same second
+                    raise
+                out = out.with_name(f"{out.name}-{secrets.token_hex(2)}")
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
-    return out
 
 
 def log_line(log: Any, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from math import isfinite, log
 
 from . import augment
 from .backend import Array, later, xp_of
-from .nn import ENCODERS, BatchNorm, Module, ProjectionHead, ResNet
+from .nn import ENCODERS, BatchNorm, Module, ProjectionHead, ResNet, evaluating
 from .ops.loss import contrastive_accuracy, nt_xent
 from .optim import SGD
 from .tensor import Tensor, no_grad
@@ -38,16 +38,17 @@ class Model(Module):
 
     def encode(self, x: Array, batch_size: int = 256) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
-        if x.dtype.kind != "f" or x.ndim != 4:
-            raise TypeError(f"encode takes what center_view makes, not {x.shape} {x.dtype}")
-        with self.encoder.evaluating():
+        if x.dtype.kind != "f" or x.ndim != 4 or (x.size and x.max() > 2):
+            seen = f"{x.shape} {x.dtype}" + (f" up to {x.max():g}" if x.size else "")
+            raise TypeError(f"encode takes what center_view makes, in [0, 1], not {seen}")
+        with evaluating():
             starts = range(0, max(1, len(x)), batch_size)
             h = [self.encoder(Tensor(x[i : i + batch_size])).data for i in starts]
         return xp_of(x).concatenate(h)  # (N, D)
 
     def project(self, h: Array) -> Array:
         """z = g(h), likewise."""
-        with self.head.evaluating():
+        with evaluating():
             return self.head(Tensor(h)).data  # (N, d_out)
 
 
@@ -112,11 +113,13 @@ def calibrate(module: Module, x: Array, batch_size: int) -> None:
     for m in norms:
         m.running_mean.fill(0)  # else a rounding error of the old ones would stay
         m.running_var.fill(0)
-    for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
-        for m in norms:
-            m.momentum = 1 / (1 + k)
-        with no_grad():
-            module(Tensor(x[start : start + batch_size]))
-    for m, kept in zip(norms, before, strict=True):
-        m.momentum, m.num_batches_tracked = kept
-    module.eval()
+    try:
+        for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
+            for m in norms:
+                m.momentum = 1 / (1 + k)
+            with no_grad():
+                module(Tensor(x[start : start + batch_size]))
+    finally:  # after Ctrl-C, too
+        for m, kept in zip(norms, before, strict=True):
+            m.momentum, m.num_batches_tracked = kept
+        module.eval()

@@ -3,10 +3,9 @@
 A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
 attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
 array lives on after the forward pass only if some operation saved it. `backward` visits operations
-in reverse topological order and frees each one right after use, so that saved arrays make room for
-gradients. Saved arrays are not copies: change weights only when all backward passes through them
-are done. Gradients are plain arrays: nothing here can be differentiated twice, and a second
-backward through the same graph raises an error.
+in reverse topological order and frees each one right after use. Saved arrays are not copies: change
+weights only when all backward passes through them are done. Gradients are plain arrays: nothing
+here can be differentiated twice, and a graph can be used for one backward only.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from .backend import Array, to_host, xp_of
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
-# A profiler may set this: it is called as observer(function, direction, run, arrays) for every
-# forward and backward, and must return run(*arrays).
+# A profiler may set this: called as observer(function, direction, run, arrays) for every pass, it
+# must return run(*arrays).
 observer: Callable[[Function, str, Callable, tuple], Any] | None = None
 
 
@@ -101,6 +100,11 @@ class Tensor:
 
     __iadd__ = __imul__ = __itruediv__ = __isub__
 
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("comparing records no graph: compare a Tensor's .data")
+
+    __hash__ = object.__hash__
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -145,16 +149,17 @@ class Parameter(Tensor):
 
     def __init__(self, data: Array, kind: str = WEIGHT):
         super().__init__(data, requires_grad=True)
+        if kind not in (WEIGHT, BIAS, NORM):
+            raise ValueError(f"a parameter is a {WEIGHT}, {BIAS} or {NORM}, not {kind!r}")
         self.kind = kind
 
 
 class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 
-    `backward` returns the gradient of each input (a tuple, or one array for one input); where
-    `self.needs[i]` is false it may skip the work and return None; `self.shapes[i]` is the shape of
-    that input. Both may write only into arrays they have allocated themselves: inputs, `gy` and
-    saved arrays are shared with others.
+    `backward` returns the gradient of each input (a tuple, or one array for one input), or None
+    where `self.needs[i]` is false; `self.shapes[i]` is that input's shape. Both may write only into
+    arrays they have allocated themselves: inputs, `gy` and saved arrays are shared with others.
     """
 
     # For each input: the Function that made it; itself, if a leaf; None if it needs no gradient.
@@ -174,18 +179,17 @@ class Function:
             raise RuntimeError(f"{type(self).__name__} was applied before: make one for each use")
         for x in inputs:
             if not isinstance(x, Tensor):
-                raise TypeError(f"{type(self).__name__} takes Tensors, not a {type(x).__name__}")
+                raise TypeError(f"{type(self).__name__} takes Tensors, not {type(x)}")
         arrays = tuple(x.data for x in inputs)
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
         run = self.forward
         y = run(*arrays) if observer is None else observer(self, "forward", run, arrays)
+        xp_of(y)  # raises TypeError for what is no array
         out = Tensor(y)
         if any(self.needs):
             out.requires_grad, out.creator = True, self
-            self.parents = tuple(
-                (x.creator or x) if need else None
-                for x, need in zip(inputs, self.needs, strict=True)
-            )
+            each = zip(inputs, self.needs, strict=True)
+            self.parents = tuple((x.creator or x) if need else None for x, need in each)
             self.shapes = tuple(a.shape for a in arrays)
         return out
 
@@ -247,8 +251,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
 
 def _count_children(root: Function) -> dict[Function, int]:
     """For every operation below `root`, how many others will send it a gradient."""
-    children = {root: 0}
-    stack = [root]
+    children, stack = {root: 0}, [root]
     while stack:  # no recursion: graphs get deeper than Python's stack
         function = stack.pop()
         if function.used_up:
@@ -268,10 +271,9 @@ def gradcheck(
 ) -> None:  # fmt: skip
     """Check fn's gradients against finite differences in float64, one random direction per input.
 
-    fn maps Tensors to a Tensor. For each input, a random tangent v and one random cotangent u must
-    satisfy <u, J v> = <J'u, v>; the left side costs two forwards, whatever the size. Inputs and u
-    are read-only meanwhile, so an operation that writes into them raises an error. Raises
-    AssertionError naming the input.
+    fn maps Tensors to a Tensor, J is its matrix of derivatives, and backward applies J's transpose:
+    for random u and v, u . (J v), which takes two forwards, must equal (J.T u) . v. Inputs and u
+    are read-only meanwhile. Raises AssertionError naming the input.
     """
     rng = np.random.default_rng(seed)
     points = [np.array(a, np.float64) for a in arrays]
@@ -289,12 +291,10 @@ def gradcheck(
             for sign in (1, -1)
         )
         terms = u * (ahead - behind) / (2 * eps)
-        numeric = float(terms.sum())  # <u, J v>
+        numeric = float(terms.sum())  # u . (J v)
         assert tensor.grad is not None, f"gradcheck: input {i} got no gradient"
-        analytic = float(np.sum(tensor.grad * v))  # <J'u, v>
+        analytic = float(np.sum(tensor.grad * v))  # (J.T u) . v
         # Terms may cancel: their sum is only as exact as their sizes allow.
         if not abs(numeric - analytic) <= rtol * (1e-6 + float(abs(terms).sum())):
-            raise AssertionError(
-                f"gradcheck: input {i} of shape {point.shape}: backward says {analytic:.10g}, "
-                f"finite differences say {numeric:.10g} (difference {analytic - numeric:.3g})"
-            )
+            said = f"backward says {analytic:.10g}, finite differences say {numeric:.10g}"
+            raise AssertionError(f"gradcheck: input {i} of shape {point.shape}: {said}")

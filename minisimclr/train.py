@@ -60,6 +60,8 @@ def pretrain(
     ignores them. Raises ConfigError, DataError, OutputError, DivergedError if the loss stops being
     a number, and Interrupted once the state is saved after SIGINT (Ctrl-C), SIGTERM or SIGHUP.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"pretrain takes a TrainConfig(data=...), not {config!r}")
     path = Run.path_for(out and Path(out), config)  # fail before long work, not after it
     set_threads(config.threads)
     with backend.precision(config.precision, *choose_device(config.device)):

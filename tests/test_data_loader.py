@@ -29,6 +29,11 @@ def test_batches_hold_the_images_they_name():
         assert images.dtype == np.uint8 and type(images) is np.ndarray
 
 
+def test_indices_may_be_a_list():
+    _, images, _ = next(batches(IMAGES, INDICES.tolist(), 10, seed=1))
+    np.testing.assert_array_equal(images, take(1)[0][1])
+
+
 def test_an_epoch_sees_each_image_once_and_drops_the_short_batch():
     rows = [rows for _, _, rows in take(8)]
     for epoch in (rows[:4], rows[4:]):

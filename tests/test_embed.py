@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -293,7 +294,14 @@ def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):
     assert done.exit_code == 2
     assert "value for '--out': " in done.output and ".npy" in done.output
     with pytest.raises(ConfigError, match=r"\.h5"):
-        embed.save(tmp_path / "h.csv", np.zeros((1, 2)), None, {})
+        embed.save(tmp_path / "h.csv", np.zeros((1, 2)), SimpleNamespace(images=[0]), {})
+
+
+def test_features_of_other_pictures_are_not_saved_beside_these_labels(pictures, tmp_path):
+    dataset = ms.data.open_dataset(pictures, 20)
+    with pytest.raises(ConfigError, match="3 rows of features for the 120 of Dataset"):
+        embed.save(tmp_path / "h.h5", np.zeros((3, 2)), dataset, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_published_weights_are_used_like_a_run(pictures, tmp_path):
@@ -548,11 +556,12 @@ def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp
 def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
     """NumPy writes an array past Python's buffers, and overlooks that the last of it got lost."""
     code = f"""if True:
-        import pathlib, resource, numpy as np
+        import pathlib, resource, types, numpy as np
         from minisimclr import embed
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         h = np.zeros((400, 1), np.float32)
-        embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), h, None, {{}})
+        dataset = types.SimpleNamespace(images=h)
+        embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), h, dataset, {{}})
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and f"File too large: '{tmp_path / 'h.npy'}'" in done.stderr

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import minisimclr as ms
 from minisimclr.errors import ConfigError, DataError
+from minisimclr.nn import evaluating
 from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
 from minisimclr.simclr import Model, calibrate, training_step
@@ -329,7 +331,7 @@ def test_sequential_applies_functions_too():
 def test_modules_that_nobody_would_find_are_refused():
     layer = ms.nn.Linear(3, 3, rng=np.random.default_rng(0))
     net = ms.nn.Module()
-    net.layers = [np.ones(2), layer]
+    net.layers = [np.ones(2), {"a": ({layer},)}]
     for ask in (net.state_dict, net.eval, lambda: list(net.named_parameters())):
         with pytest.raises(TypeError, match="what layers holds is not found: use Sequential or"):
             ask()
@@ -421,3 +423,28 @@ def test_calibrate_in_batches_takes_the_mean_of_whole_ones():
         mean = np.mean([getattr(part.bn1, name) for part in parts], axis=0)
         np.testing.assert_allclose(getattr(net.bn1, name), mean, rtol=1e-5)
         assert np.isfinite(getattr(net.bn1, name)).all()
+
+
+def test_encoding_in_one_thread_leaves_the_training_of_another_alone():
+    model = Model.build("resnet_small", "small", 4, seed=0).train()
+    x = Tensor(rand(4, 8, 8, 3, dtype=np.float32))
+    with ThreadPoolExecutor(1) as other, evaluating():
+        assert not model.head.training and not model.encoder(x).requires_grad
+        assert other.submit(lambda: model.head.training).result()
+        assert other.submit(lambda: model.encoder(x).requires_grad).result()
+        assert model.encoder.bn1.num_batches_tracked == 1
+    assert model.head.training
+
+
+def test_values_beyond_those_of_a_view_are_no_view():
+    model = Model.build("resnet_small", "small", 2, seed=0)
+    with pytest.raises(TypeError, match=r"center_view makes, in \[0, 1\], not .* up to 255"):
+        model.encode(np.full((1, 8, 8, 3), 255, np.float32))
+
+
+def test_calibrate_cut_short_leaves_the_momentum_as_it_was():
+    net = ms.nn.resnet10(width=4)
+    with pytest.raises(ValueError, match="at least two rows"):
+        calibrate(net, rand(1, 8, 8, 3, dtype=np.float32), 8)
+    assert {m.momentum for _, m in net.named_modules() if isinstance(m, ms.nn.BatchNorm)} == {0.1}
+    assert not net.training

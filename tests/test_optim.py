@@ -146,3 +146,12 @@ def test_batch_scaling():
     assert scaled_rate(0.3, 512, "linear") == pytest.approx(0.6)
     assert scaled_rate(0.075, 4096, "sqrt") == pytest.approx(scaled_rate(0.3, 4096, "linear"))
     assert scaled_rate(0.3, 512, "none") == 0.3
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    w = Parameter(np.zeros((2, 3), np.float32))
+    w.grad = np.ones((3, 2), np.float32)
+    for optimizer in (SGD([("w", w)], 0.1), LARS([("w", w)], 0.1)):
+        with pytest.raises(ValueError, match=r"w has shape \(2, 3\), and its gradient \(3, 2\)"):
+            optimizer.step()
+    assert not w.data.any()

@@ -307,7 +307,7 @@ def test_other_bad_input():
     for C in (-1, np.inf, np.nan):
         with pytest.raises(ConfigError, match=f"greater than 0 and finite, not {C}"):
             LogisticRegression(C=C)
-    with pytest.raises(ConfigError, match="k must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match=r"k must be at least 1 and T above 0, not 0 and 0\.07"):
         knn_score(X, y, X, y, k=0)
 
 
@@ -319,6 +319,7 @@ def test_features_of_half_precision_are_as_good():
     assert uniformity(half) == uniformity(half.astype("f4")) < -1
     assert alignment(half, half[::-1]) == alignment(half.astype("f4"), half[::-1].astype("f4")) > 0
     assert tight().fit(half, y).score(half.astype("f4"), y) > 0.9
+    assert measure(half, y, half, y)["top1"] > 0.9
 
 
 def test_features_far_from_zero_are_standardized():
@@ -686,3 +687,27 @@ def test_effective_rank():
         s = np.linalg.svd(h.astype(np.float64), compute_uv=False)
         p = s / s.sum()
         assert effective_rank(h) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+def test_what_is_no_number_is_neither_a_feature_nor_a_label():
+    X, y = clusters()
+    model = tight().fit(X, y)
+    with pytest.raises(DataError, match="not finite"):
+        model.predict(np.where(np.arange(len(X[0])) == 3, np.nan, X))
+    with pytest.raises(DataError, match="a label is not a number"):
+        tight().fit(X, np.where(y == 1, np.nan, y))
+
+
+def test_labels_may_be_names_however_they_are_stored():
+    X, y = clusters()
+    names = np.array(["ant", "bee", "cat", "dog"])[y]
+    for kind in (names.astype(object), names.tolist()):
+        assert tight().fit(X, kind).score(X, names) == tight().fit(X, names).score(X, kind) > 0.9
+
+
+def test_votes_do_not_vanish_at_a_low_temperature():
+    X, y = clusters()
+    nearest = knn_score(X, y, X + 0.1, y, k=1)
+    assert nearest > 0.9 and knn_score(X, y, X + 0.1, y, temperature=1e-4) == nearest
+    with pytest.raises(ConfigError, match="T above 0, not 5 and -1"):
+        knn_score(X, y, X, y, 5, -1)

@@ -388,9 +388,27 @@ def test_another_run_may_begin_while_the_folder_is_made(config, tmp_path):
 
     with patch("minisimclr.run.write_bytes", meanwhile):
         path = make_run_folder(tmp_path / "run", config, {}, beside=True)
-        assert path.name == f"run-{os.getpid()}" and (path / "metrics.jsonl").exists()
+        assert re.fullmatch("run-[0-9a-f]{4}", path.name) and (path / "metrics.jsonl").exists()
         with pytest.raises(OutputError, match="cannot make the run folder"):
             make_run_folder(tmp_path / "run", config, {})
+
+
+def test_runs_that_begin_at_once_in_threads_have_folders_of_their_own(config, tmp_path):
+    def begin(_):
+        return make_run_folder(tmp_path / "run", config, {}, beside=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(begin, range(12)))
+    assert len(made) == 12 and {*tmp_path.iterdir()} == made
+    for path in made:
+        assert read_config(path) == config
+
+
+def test_what_is_no_configuration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=r"a TrainConfig\(data=...\), not 'photos/'"):
+        pretrain("photos/")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_may_be_strings(config, tmp_path):
@@ -814,7 +832,9 @@ def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys
 
 
 def test_pictures_are_not_taken_for_views(finished):
-    with pytest.raises(TypeError, match=r"takes what center_view makes, not \(.*\) uint8"):
+    with pytest.raises(
+        TypeError, match=r"takes what center_view makes, in \[0, 1\], not \(.*\) uint8"
+    ):
         finished.model.encode(np.zeros((2, 16, 16, 3), np.uint8))
     with pytest.raises(TypeError, match=r"not \(16, 16, 3\) float32"):
         finished.model.encode(np.zeros((16, 16, 3), np.float32))

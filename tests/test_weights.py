@@ -436,3 +436,18 @@ def test_paths_may_be_text_and_a_folder_is_no_file(tmp_path):
     (tmp_path / "text").write_text("no weights")
     with pytest.raises(DataError, match="text: cannot be read: neither PyTorch"):
         weights.read(tmp_path / "text")
+
+
+def test_parameters_of_the_module_itself_and_of_a_single_layer_are_kept(tmp_path):
+    class Mixer(nn.Module):
+        def __init__(self, seed):
+            rng = np.random.default_rng(seed)
+            self.place = ms.Parameter(rng.standard_normal((1, 4, 3), np.float32))
+            self.mix = nn.Linear(3, 3, rng=rng)
+
+    for i, (first, second) in enumerate(
+        [(Mixer(0), Mixer(1)), [nn.Linear(3, 4, rng=np.random.default_rng(i)) for i in range(2)]]
+    ):
+        weights.save(first, tmp_path / f"{i}.safetensors", weights.Preprocessing(16))
+        weights.load(second, tmp_path / f"{i}.safetensors")
+        assert_state(second, first.state_dict())

@@ -31,6 +31,7 @@ def batches(
     its rank. An epoch is len(indices) // batch_size steps; the rest, too few for a batch, sit out.
     The time that next() takes is the time spent waiting for data. Raises ConfigError.
     """
+    indices = np.asarray(indices)
     if indices.dtype.kind not in "iu":
         raise ConfigError(f"indices are the numbers of images, and not {indices.dtype}")
     steps = len(indices) // batch_size if batch_size > 0 else 0

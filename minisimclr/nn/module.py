@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import numpy as np
@@ -18,12 +19,25 @@ from ..backend import Array, choose_device, to_device, to_host, xp_of
 from ..errors import DataError
 from ..tensor import Parameter, Tensor, no_grad
 
+_evaluating: ContextVar[bool] = ContextVar("evaluating", default=False)
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Within the block, and in this thread alone: running statistics, no dropout, no graph."""
+    token = _evaluating.set(True)
+    try:
+        with no_grad():
+            yield
+    finally:
+        _evaluating.reset(token)
+
 
 class Module:
     """Base of all layers and networks: subclasses assign attributes and define forward."""
 
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
-    training = True
+    _training = True
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward: call its parts")
@@ -35,15 +49,17 @@ class Module:
         named = (f"{name} {p.shape}" for name, p in self.named_parameters())
         return "\n  ".join([type(self).__name__, *named])
 
+    @property
+    def training(self) -> bool:
+        """Whether batch statistics and dropout are used: see `train` and `evaluating`."""
+        return self._training and not _evaluating.get()
+
     def children(self) -> Iterator[tuple[str, Module]]:
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, (list, tuple, dict)):
-                inside = value.values() if isinstance(value, dict) else value
-                held = {id(each) for each in inside if isinstance(each, (Module, Parameter))}
-                if held - {*map(id, vars(self).values())}:
-                    raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
+            elif isinstance(value, GROUPS) and held(value) - {*map(id, vars(self).values())}:
+                raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(what their names begin with, module): this one and all below, in definition order."""
@@ -71,23 +87,11 @@ class Module:
     def train(self, training: bool = True) -> Self:
         """Use batch statistics and dropout from now on (False: running statistics, no dropout)."""
         for _, module in self.named_modules():
-            module.training = training
+            module._training = training
         return self
 
     def eval(self) -> Self:
         return self.train(False)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within the block: running statistics, no dropout, no graph. Then as before."""
-        modes = [(module, module.training) for _, module in self.named_modules()]
-        self.eval()
-        try:
-            with no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _arrays(self) -> dict[str, Array]:
         return {n: v.data if isinstance(v, Parameter) else v for n, _, _, v in self._members()}
@@ -161,6 +165,20 @@ class Module:
                 array = _from_torch_layout(np.asarray(state[name])).astype(like.dtype, order="C")
                 arrays[name] = xp_of(like).asarray(array)
         self._replace(arrays)
+
+
+GROUPS = list, tuple, set, dict
+
+
+def held(group: Any) -> set[int]:
+    """The ids of the modules and parameters in one of GROUPS, at any depth."""
+    found: set[int] = set()
+    for value in group.values() if isinstance(group, dict) else group:
+        if isinstance(value, GROUPS):
+            found |= held(value)
+        elif isinstance(value, (Module, Parameter)):
+            found.add(id(value))
+    return found
 
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:

@@ -10,12 +10,14 @@ is already a matrix in memory.
 from collections.abc import Iterable, Iterator
 from functools import singledispatch
 from math import ceil
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from ..backend import Array, xp_of
 from ..tensor import Function, Tensor
+from .basic import cast
 from .product import matmul
 
 Pair = tuple[int, int]
@@ -163,8 +165,9 @@ class Conv2d(Function):
         return None, conv_weight_gradient(gy, x, self.w.shape, self.stride, self.padding)
 
 
-def pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else value
+def pair(value: Any) -> Pair:
+    """One number for both axes as a pair; a pair unchanged."""
+    return (int(value), int(value)) if isinstance(value, Integral) else value
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pair = 0) -> Tensor:
@@ -181,6 +184,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     if not fit or min(output_size(x.shape, weight.shape, stride, padding)) < 1:
         said = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
         raise ValueError(f"conv2d: {said}")
+    if {x.dtype, weight.dtype} == {np.dtype(np.float32), np.dtype(np.float64)}:
+        x, weight = cast(x, np.float64), cast(weight, np.float64)
     made_by = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes
     source = made_by if hasattr(made_by, "recompute") else None
     return Conv2d(stride, padding, source)(x, weight)

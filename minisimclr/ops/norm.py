@@ -166,7 +166,8 @@ def batch_norm(
         raise ValueError(f"batch norm: the residual is {residual.shape}, but x is {x.shape}")
     inputs = (x, gamma, beta) if residual is None else (x, gamma, beta, residual)
     if not training:
-        return BatchNorm(relu, eps, *running)(*inputs)
+        constants = (each.copy() for each in running)  # the next training step changes them
+        return BatchNorm(relu, eps, *constants)(*inputs)
     count = prod(x.shape[:-1])
     if count < 2:
         raise ValueError(f"batch norm needs at least two rows to train on, not shape {x.shape}")

@@ -9,8 +9,9 @@ from ..tensor import Function, Tensor
 from .conv import Padding, Pair, pair, sum_windows, windows
 
 
-def pads(padding: int | Padding) -> Padding:
-    return ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+def pads(padding: int | Pair | Padding) -> Padding:
+    rows, columns = pair(padding)
+    return pair(rows), pair(columns)
 
 
 def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
@@ -82,7 +83,7 @@ class AveragePool(Pool):
 
 
 def max_pool(
-    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
+    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Pair | Padding = 0
 ) -> Tensor:
     """Maximum of each window of x (N, H, W, C); padding is never the maximum.
 
@@ -95,7 +96,7 @@ def max_pool(
 
 
 def average_pool(
-    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Padding = 0
+    x: Tensor, kernel: int | Pair, stride: int | Pair, padding: int | Pair | Padding = 0
 ) -> Tensor:
     """Mean of the pixels of each window of x (N, H, W, C) that are not padding.
 

@@ -113,6 +113,7 @@ def measure(
     X: Array, y: Array, test_X: Array, test_y: Array, seed: int = 0, notify: Notify | None = None
 ) -> dict[str, Any]:
     """Choose C, fit again to all of X (N, D), test once: top1, top5, ci95, knn, C, warning."""
+    X, test_X = finite(X), finite(test_X)
     y = labels_of(X, y)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # by the C not chosen
         C, edge = select_c(X, y, seed=seed, notify=notify)
@@ -142,10 +143,10 @@ def knn_score(
     """The fraction of test_X named right by the k nearest of X, votes weighted by exp(cosine / T).
 
     From Wu et al. 2018 (instance discrimination), with their k and T. All of X vote if k is larger.
-    Raises ConfigError for k below 1.
+    Raises ConfigError for k below 1 and T not above 0.
     """
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, not {k}")
+    if k < 1 or not temperature > 0:
+        raise ConfigError(f"k must be at least 1 and T above 0, not {k} and {temperature}")
     xp, k = xp_of(X), min(k, len(X))
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(labels_of(X, y), return_inverse=True)
@@ -155,7 +156,8 @@ def knn_score(
         part = slice(start, start + most)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
         near = xp.argpartition(similarity, -k, axis=1)[:, -k:]  # (B, k)
-        weights = xp.exp((xp.take_along_axis(similarity, near, 1) - 1) / temperature)
+        cosines = xp.take_along_axis(similarity, near, 1)
+        weights = xp.exp((cosines - cosines.max(1, keepdims=True)) / temperature)  # one is 1
         cells = rows[near] + K * xp.arange(len(near))[:, None]  # (B, k), places in votes
         votes = xp.bincount(cells.ravel(), weights.ravel(), len(near) * K).reshape(-1, K)  # (B, K)
         right += (classes[to_host(votes.argmax(1))] == test_y[part]).sum()

@@ -44,7 +44,7 @@ class LogisticRegression:
 
     def decision_function(self, X: Array) -> Array:
         """The logits z (N, K)."""
-        return X @ self.coef_.T + self.intercept_
+        return finite(X) @ self.coef_.T + self.intercept_
 
     def predict(self, X: Array) -> np.ndarray:
         return self.classes_[to_host(self.decision_function(X).argmax(1))]
@@ -176,6 +176,10 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
     """
     if (labels := np.asarray(y)).shape != X.shape[:1]:
         raise DataError(f"a label for each image is needed, not {labels.shape} for {X.shape}")
+    if labels.dtype == object and all(isinstance(label, str) for label in labels):
+        labels = labels.astype(str)
+    elif (labels != labels).any():
+        raise DataError("a label is not a number (NaN)")
     if known is not None and (labels.dtype.kind in "US") != (known.dtype.kind in "US"):
         raise DataError(f"labels are {labels.dtype}, but those learned are {known.dtype}")
     return labels

@@ -65,14 +65,16 @@ def match(module: Module, stored: Stored, until: str | None = None) -> dict[str,
 
 def part(module: Module, until: str | None) -> list[str]:
     """Names in a state dict of the module's children up to `until`."""
+    if until is None:
+        return list(module.shapes())
     children = [name for name, _ in module.children()]
-    last = BLOCKS.get(until, (until,))[0] if until else children[-1]
+    last = BLOCKS.get(until, (until,))[0]
     if last not in children:
         shown = {attribute: name for name, (attribute, _) in BLOCKS.items()}
         named = ", ".join(shown.get(name, name) for name in children)
         raise ConfigError(f"no part {until!r}: this model has {named}")
-    kept = children[: children.index(last) + 1]
-    return [name for name in module.shapes() if name.split(".")[0] in kept]
+    later = children[children.index(last) + 1 :]
+    return [name for name in module.shapes() if name.split(".")[0] not in later]
 
 
 def prefixed(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str, str]:
