@@ -32,6 +32,8 @@ except ImportError:  # Windows
 
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS on Linux returns
 
+unfinished: set[Path] = set()  # temporary files that are being written
+
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
@@ -43,6 +45,7 @@ def publish(path: Path) -> Iterator[Path]:
     place = target(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.add(temporary)
     try:
         yield temporary
         sync(temporary)
@@ -55,6 +58,8 @@ def publish(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name the user knows
         raise
+    finally:
+        unfinished.discard(temporary)
     sync(place.parent)
 
 
@@ -108,8 +113,8 @@ def read_json(path: Path, like: Any) -> Any:
 
 
 def fits(value: Any, like: Any) -> bool:
-    """Whether a value from a file has the form `like`: a type (float: any number); a number such
-    as 0.0, a finite one above it; [x], a list of any length; (x, y), a list like it; a dict of
+    """Whether a value from a file has the form `like`: a type (float: any finite number); a number
+    such as 0.0, one above it; [x], a list of any length; (x, y), a list like it; a dict of
     required keys; {None: x}, a dict of any keys.
     """
     match like:
@@ -125,7 +130,9 @@ def fits(value: Any, like: Any) -> bool:
             return long and all(map(fits, value, like))
         case float():
             return isinstance(value, (int, float)) and like < value < 1e100
-    return isinstance(value, (int, float) if like is float else like)
+    if like is float:
+        return isinstance(value, (int, float)) and abs(value) < 1e100  # not NaN either
+    return isinstance(value, like)
 
 
 def file_sha256(path: Path) -> str:

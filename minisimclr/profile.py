@@ -13,6 +13,7 @@ and the share of the roofline that it reached.
 import json
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -131,6 +132,8 @@ class Recorder:
 
     def observe(self, function: Function, direction: str, run: Callable, arrays: tuple) -> Any:
         name, read = describe(function, direction, arrays), sum(a.nbytes for a in arrays)
+        if direction == "backward" and getattr(function, "source", None):  # which has its input
+            read += prod(function.shapes[0]) * arrays[0].itemsize
         synchronize(self.device)
         start = time.perf_counter()
         result = run(*arrays)

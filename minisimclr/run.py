@@ -1,8 +1,9 @@
 """A run is a folder: configuration, logs and checkpoints of one pre-training.
 
-What training writes depends only on the configuration and the data, except in `timings.jsonl` and
-`env.json`, which hold what depends on the clock and the machine. So a run that was stopped and
-resumed ends with the same log and the same last checkpoint, byte for byte, as one that was not.
+On one machine, with one number of threads, what training writes depends only on the configuration
+and the data, except in `timings.jsonl` and `env.json`, which hold what depends on the clock and the
+machine. So a run that was stopped and resumed ends with the same log and the same last checkpoint,
+byte for byte, as one that was not.
 """
 
 import json

@@ -234,10 +234,10 @@ def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
 LONG_WARMUP = "the rate rises for {} epochs, but the run has {}: lower --warmup-epochs"
 DIVERGED = "loss {loss}, gradient norm {gradient_norm}"
 ON_CHANCE_LINE = (
-    "the loss ({:.3f}) is not clearly below its chance line ln(2N-1) = {:.3f}, its value when "
-    "all views look alike; {:.1%} of the views found their partner, by chance {:.1%} would. Early "
-    "on that is normal; later, try a lower --lr, as small batches need, or a lower --temperature, "
-    "and look for a rate of zero or collapse"
+    "the loss ({:.3f}) is not clearly below the chance line, {:.3f} = ln(2N-1): the loss if all "
+    "views look alike. {:.1%} of the views found their partner; guessing finds {:.1%}. Early on "
+    "that is normal; later, try a lower --temperature or a lower --lr, which small batches need; "
+    "or a higher one, if the weights hardly move"
 )
 
 

@@ -131,8 +131,8 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, code, pictures, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
-@pytest.mark.parametrize("sent, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_leaves_no_half_written_file(sent, code, tmp_path):
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_half_written_file(sent, tmp_path):
     child = subprocess.Popen(
         command_line("data", "prepare", "toydogs", "--image-size", 160),
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
@@ -143,8 +143,7 @@ def test_a_signal_leaves_no_half_written_file(sent, code, tmp_path):
         time.sleep(0.01)
     child.send_signal(signal.Signals[sent])
     _, said = child.communicate(timeout=60)
-    assert child.returncode == code, said
-    assert said.split("\n")[-2] == "error: interrupted" and "Traceback" not in said
+    assert (child.returncode, said) == (-signal.Signals[sent], "")
     assert [path.suffix for path in (tmp_path / "minisimclr").iterdir()] == [".lock"]
 
 
@@ -727,6 +726,9 @@ def test_profile(tmp_path):
     # It reads the images again, and the gradient of what it made.
     both = 4 * (8 * 16 * 16 * 3 + 8 * 16 * 16 * 4)
     assert rows["Conv2d 3x3/1 3>4", "backward"]["bytes"] >= both
+    # Of 2 x 2 pixels: gy, gx and x, which the batch norm before it keeps; w and gw.
+    some = 4 * (3 * 8 * 2 * 2 * 32 + 2 * 3 * 3 * 32 * 32)
+    assert rows["Conv2d 3x3/1 32>32", "backward"]["bytes"] == some
     assert rows["Linear", "forward"]["flops"] == 2 * 8 * 32 * (32 + 128)  # both of the head
     assert rows["NTXent", "forward"]["flops"] == 2 * 8 * 8 * 128
     assert min(result["roofline"].values()) > 1e7  # in flop and byte a second, of any machine

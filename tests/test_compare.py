@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -483,6 +485,29 @@ def test_two_comparisons_may_write_to_one_file(run, dataset, cheap, tmp_path, mo
     results = Comparison(run, dataset, **options).make(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "20 px of 20" in {row.get("pixels") for row in results["others"]}
+
+
+@pytest.mark.filterwarnings("ignore:waiting for the process")
+def test_no_row_is_lost_where_two_write_at_once(run, dataset, tmp_path, monkeypatch):
+    """Each reads the file and then writes it: the other must not write in between."""
+    made = Comparison(run, dataset)
+    parts = [made.probed(), made.finetuned()]
+
+    def keep(part):
+        row = dict.fromkeys(("system", "method", "pretraining", "pixels"), "")
+        row |= dict.fromkeys(("top1", "labels", "seconds"), 1.0)
+        row |= {"ci95": [0, 1], "key": part.key, "status": "measured"}
+        made.keep(tmp_path / "results.json", [part], {part.key: [row]}, {})
+
+    def slowly(*given):
+        time.sleep(0.2)
+        write(*given)
+
+    write = compare.write_bytes
+    monkeypatch.setattr(compare, "write_bytes", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(keep, parts))
+    assert compare.made_before(tmp_path / "results.json").keys() == {part.key for part in parts}
 
 
 def test_what_cannot_be_made_is_said_and_the_rest_is_made(

@@ -79,11 +79,13 @@ def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
     assert rows[0] == [60, 62, 15, 86, 96]  # for ever
 
 
-def test_a_sample_without_pretrain_is_of_what_there_is(tmp_path):
+def test_a_sample_without_pretrain_is_not_of_pictures_to_test_with(tmp_path):
     for i in range(3):
         save(tmp_path / "a" / f"{i}.png", 50 * i)
     dataset = prepare(tmp_path, 16, Options(labels_per_class=2))
-    assert not len(dataset.split("pretrain")) and len(dataset.sample(9)) == 3
+    assert not len(dataset.split("pretrain"))
+    labelled = dataset.images[dataset.split("labelled")]
+    np.testing.assert_array_equal(np.sort(dataset.sample(9), 0), np.sort(labelled, 0))
 
 
 def test_small_classes(tmp_path):

@@ -265,6 +265,8 @@ def test_projection_head_is_the_authors():
     z = head(Tensor(rand(8, 6))).data
     assert z.shape == (8, 4)
     np.testing.assert_allclose(z.mean(0), 0, atol=1e-12)  # normalised last, and not shifted
+    first, last = (head.layer(i, Tensor(rand(8, 6 if i == 1 else 5))).data for i in (1, 2))
+    assert first.min() == 0 < first.max() and last.min() < 0  # ReLU between, not at the end
     three = ms.nn.ProjectionHead(6, 5, 4, layers=3)
     assert len(list(three.named_parameters())) == 8
 

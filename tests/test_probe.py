@@ -155,10 +155,11 @@ def test_a_constant_feature_gets_no_weight():
     X[:, 3] = 7
     assert abs(tight().fit(X, y).coef_[:, 3]).max() < 1e-9
     # A constant may be off its computed mean by rounding, which must not become a deviation.
-    X = np.full((999, 1), 0.1, np.float32)
-    here, there = standardize(X, X + 0.5)
-    assert here == pytest.approx(0, abs=1e-6)
-    assert there == pytest.approx(0.5, abs=1e-6)
+    for kind in (np.float32, np.float64):
+        X = np.full((9999, 3), 0.1, kind)  # several columns are summed row by row
+        here, there = standardize(X, X + kind(0.5))
+        assert here == pytest.approx(0, abs=1e-6) and there == pytest.approx(0.5, abs=1e-6)
+        assert here.dtype == kind
 
 
 def test_a_warm_start_ends_where_a_cold_one_does():
@@ -422,6 +423,11 @@ def test_select_c_warns_at_both_edges_of_its_grid():
 def test_select_c_takes_the_middle_one_of_equals():
     X, y = clusters(100, 10, 3, spread=9)
     assert select_c(X, y, [1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, "")
+
+
+def test_select_c_says_that_it_chose_blindly():
+    C, warning = select_c(np.ones((13, 3)), np.arange(13) % 12)
+    assert C == 1 and "too few labelled images to choose C: all of them did alike" in warning
 
 
 def test_select_c_without_labels_to_spare():

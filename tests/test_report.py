@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import minisimclr as ms
 from minisimclr import run as runs
 from minisimclr import simclr, train
 from minisimclr.embed import opened, probe_run
-from minisimclr.errors import DivergedError
+from minisimclr.errors import DivergedError, Interrupted
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
 from minisimclr.report import headline, judge, read, verdict
@@ -61,8 +62,10 @@ def test_faults_come_before_warnings(monkeypatch):
     monkeypatch.setattr(verdict, "RULES", [rule(level) for level in (GOOD, WARNING, FAULT)])
     found = judge(None)
     assert [each.level for each in found] == [FAULT, WARNING, GOOD]
-    assert [each.advice for each in found] == ["Do this.", "Do this.", ""]
+    assert [each.advice for each in found] == ["Do this.", "", ""]  # the fault's comes first
     assert headline(found)[0] == FAULT
+    monkeypatch.setattr(verdict, "RULES", [rule(level) for level in (GOOD, WARNING)])
+    assert [each.advice for each in judge(None)] == ["Do this.", ""]
 
 
 def test_of_a_run_without_findings_nothing_can_be_said():
@@ -156,12 +159,24 @@ def halves_added(monkeypatch, config):
     return replace(config, lr=0.05), "the means of both halves are added"
 
 
+def temperature_twice(monkeypatch, config):
+    right = losses.nt_xent
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, t: right(z1, z2, t * t))
+    return config, "the temperature is applied twice"
+
+
+def neighbours(monkeypatch, config):
+    monkeypatch.setattr(losses, "partners", lambda views, xp: xp.arange(views) ^ 1)
+    return config, "neighbouring rows, not rows i and i + n, are taken for partners"
+
+
 def batch_of_4(monkeypatch, config):
     return replace(config, batch_size=4, epochs=1), "batch is too small"
 
 
 BREAKS = (no_rate, tiny_rate, identical_views, no_normalisation, no_mask, cold, constant_encoder,
-          no_negatives, batch_of_4, hot, no_temperature, halves_added)  # fmt: skip
+          no_negatives, batch_of_4, hot, no_temperature, halves_added, temperature_twice,
+          neighbours)  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", BREAKS)
@@ -179,6 +194,54 @@ def test_a_broken_library_is_no_alibi(broken, config, tmp_path, monkeypatch):
     settings, words = broken(monkeypatch, config)
     found = faults(pretrain(settings, tmp_path / "run").path)
     assert any(words in title.lower() for title in found), found
+
+
+def test_a_gradient_that_is_not_the_loss_s_is_named(sound, monkeypatch):
+    """Its loss is right, and may even fall."""
+    backward = losses.NTXent.backward
+    monkeypatch.setattr(losses.NTXent, "backward", lambda self, gy: 0.9 * backward(self, gy))
+    findings = judge(read(sound))
+    assert headline(findings) == (FAULT, "Broken: the gradient is not that of the loss")
+    assert findings[0].evidence.startswith("In the code that is installed now: gradcheck: input 0")
+
+
+def test_what_would_help_a_sound_run_is_not_advised_to_a_broken_one(config, tmp_path):
+    run = pretrain(replace(config, lr=1e-7, epochs=2), tmp_path / "run")
+    findings = judge(read(run.path))
+    assert findings[0].title == "The weights do not move" and findings[0].advice
+    assert not [f for f in findings if f.level != FAULT and f.advice]
+    assert "More training would help" not in [f.title for f in findings]
+
+
+def test_few_steps_of_a_warm_up_are_not_called_frozen(config, tmp_path):
+    short = replace(config, optimizer="lars", lr=0.01, warmup_epochs=9.0, epochs=9)
+
+    def stop(event, values):
+        if event == "step" and values["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        pretrain(short, tmp_path / "run", notify=stop)
+    run = stopped.value.run
+    assert run.step == 3 and read(run.path).movement < 1e-3
+    assert "The weights do not move" not in faults(run.path)
+
+
+@pytest.mark.parametrize("s, seen", [(0.0, True), (0.19, True), (0.2, False), (1.0, False)])
+def test_colours_that_hardly_change_are_a_warning(s, seen, sound, config):
+    found = verdict.colours(replace(read(sound), config=replace(config, strength=s)))
+    assert bool(found) == seen and (not found or found.level == WARNING)
+
+
+@pytest.mark.parametrize("figure", ["loss", "effective_rank"])
+def test_a_log_with_what_is_no_number_is_not_called_healthy(figure, sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "run")
+    lines = (log := tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {figure: float("nan")})
+    log.write_text("\n".join(lines) + "\n")
+    facts = read(tmp_path / "run")
+    assert len(facts.epochs) == facts.config.epochs - 1
+    assert (figure == "effective_rank") == (len(facts.files["metrics"]) == len(lines))
 
 
 @pytest.mark.parametrize("last_step, seen", [
@@ -357,8 +420,9 @@ def edited(sound, folder, rows=None, **metrics):
 
 def test_more_training_is_asked_for_while_the_loss_falls_and_pairs_are_missed(sound, tmp_path):
     facts = edited(sound, tmp_path / "run")
-    for count, fall, asked in ((2, 0.5, True), (2, -0.5, False), (6, 0.06, True), (6, 0.04, False),
-                               (8, 0.5, True), (10, 0.5, False)):  # fmt: skip
+    for count, fall, asked in ((2, 0.5, True), (2, -0.5, False), (2, 0.005, False),
+                               (6, 0.06, True), (6, 0.04, False), (8, 0.5, True),
+                               (10, 0.5, False)):  # fmt: skip
         losses = np.repeat([3 + fall, 3], count // 2)
         facts.__dict__["epochs"] = [{"loss": loss, "accuracy": 0.9} for loss in losses]
         assert bool(found := verdict.too_short(facts)) == asked

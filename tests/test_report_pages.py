@@ -362,10 +362,14 @@ def test_the_map_has_the_main_axes(run, drawn):
 
 
 def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
-    said = panels.hot_spots(facts := report.read(run))
+    facts = report.read(run)
+    turned = dict(reversed(facts.profile["roofline"].items()))  # as jq --sort-keys might
+    facts.__dict__["profile"] = facts.profile | {"roofline": turned | {"made_by": "me"}}
+    said = panels.hot_spots(facts)
     assert escape(profile_table(facts.profile)) in said
     (_, _, unit, groups), named = drawn[-1]
-    peak, band = facts.profile["roofline"].values()
+    roof = facts.profile["roofline"]
+    peak, band = roof["flops_per_second"], roof["bytes_per_second"]
     x, y = named["roof"]
     np.testing.assert_allclose(y, np.minimum(peak, band * x) / 1e9)
     ops = [op for op in facts.profile["ops"] if op["direction"] == "forward" and op["flops"]]

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from ..errors import MinisimclrError
+from ..files import unfinished
 
 COMMANDS = (
     "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
@@ -84,9 +85,8 @@ def run(arguments: list[str] | None) -> int:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115
     if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
         sys.stdout.reconfigure(errors="backslashreplace")
-    number: list[int] = [signal.SIGINT]  # what a KeyboardInterrupt stands for
     try:
-        with ends_in_order(number):
+        with leaving_nothing_half_written():
             code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
     except (
@@ -96,7 +96,7 @@ def run(arguments: list[str] | None) -> int:
             raise
         code = explain(error)
     except (KeyboardInterrupt, click.Abort):
-        code = explain("interrupted", 128 + number[-1])
+        code = explain("interrupted", 130)
     except RuntimeError as error:
         what = REFUSED.get(str(error))
         if type(error).__module__.startswith("cupy"):
@@ -108,14 +108,18 @@ def run(arguments: list[str] | None) -> int:
 
 
 @contextmanager
-def ends_in_order(number: list[int]) -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end work as Ctrl-C does, so that no file is left half-written; which
-    it was is added to `number`. Training has handlers of its own, which save its state.
+def leaving_nothing_half_written() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP first remove files that are being written, then end this
+    process. (An exception might be lost in a callback.) Training has handlers of its own.
     """
 
-    def end(which: int, frame: Any) -> None:
-        number.append(which)
-        raise KeyboardInterrupt
+    def end(number: int, frame: Any) -> None:
+        for path in unfinished.copy():
+            with suppress(OSError):
+                path.unlink()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container outlives that
 
     ours = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")]
     ours = [s for s in ours if signal.getsignal(s) == signal.SIG_DFL]  # nohup ignores SIGHUP

@@ -20,7 +20,7 @@ from .. import baseline, checkpoint, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
 from ..errors import DataError, DivergedError
-from ..files import file_sha256, write_bytes
+from ..files import file_sha256, locked, write_bytes
 from ..finetune import FACTORS, finetune
 from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run
@@ -125,16 +125,18 @@ class Comparison:
 
     def keep(self, path: Path, parts: list[Part], done: dict, reasons: dict) -> dict[str, Any]:
         """Write results.json, with what another process may have added meanwhile."""
-        done = made_before(path) | done
         results: dict[str, Any] = {"data": self.name, "classes": len(self.dataset.class_names)}
         chance = majority_share(self.dataset.labels[self.test])
         results |= {"chance": chance, "rows": [], "curve": []}
-        for part in parts:
-            state = {"status": "not run", "warning": reasons.get(part.key, "")}
-            results[part.table] += done.get(part.key, [about | state for about in part.rows])
         used = {part.key for part in parts}
-        results["others"] = [row for key, rows in done.items() if key not in used for row in rows]
-        write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
+        with locked(path):
+            done = made_before(path) | done
+            for part in parts:
+                state = {"status": "not run", "warning": reasons.get(part.key, "")}
+                results[part.table] += done.get(part.key, [about | state for about in part.rows])
+            others = (rows for key, rows in done.items() if key not in used)
+            results["others"] = [row for rows in others for row in rows]
+            write_bytes(path, (json.dumps(results, indent=1) + "\n").encode())
         return results
 
     def digest(self, file: Path) -> str:

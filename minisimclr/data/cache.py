@@ -79,10 +79,9 @@ class Dataset:
     def sample(self, count: int) -> np.ndarray:
         """Up to `count` pictures (n, S, S, 3) of pretrain, random but always the same.
 
-        If pretrain is empty, they come from all splits.
+        If pretrain is empty, they are of labelled, else of test.
         """
-        rows = self.split("pretrain")
-        rows = rows if len(rows) else np.arange(len(self.images))
+        rows = next(rows for rows in map(self.split, SPLITS) if len(rows))
         return self.images[choose(rows, count, stream=SAMPLE)]
 
     @property

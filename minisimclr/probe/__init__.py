@@ -30,8 +30,11 @@ FOLDS = 5
 
 def standardize(X: Array, *others: Array) -> list[Array]:
     """X and others, with the mean and deviation of each feature of X made 0 and 1 (constants 0)."""
-    mean, deviation = X.mean(0), X.std(0)
-    deviation[deviation <= 8 * np.finfo(mean.dtype).eps * abs(mean)] = 1
+    kind = X.dtype if X.dtype.kind == "f" else np.dtype(np.float64)
+    mean, deviation = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+    rounding = 8 * np.finfo(kind).eps + len(X) * np.finfo(np.float64).eps  # of numbers, of sums
+    deviation[deviation <= rounding * abs(mean)] = 1
+    mean, deviation = mean.astype(kind), deviation.astype(kind)
     return [(each - mean) / deviation for each in (X, *others)]
 
 
@@ -95,7 +98,9 @@ def select_c(
             if notify:
                 done = {"done": k * len(grid) + j + 1, "total": len(parts) * len(grid)}
                 notify("progress", {"label": "choosing the penalty"} | done)
-    return best_of("C", grid, right)
+    best, edge = best_of("C", grid, right)
+    blind = "too few labelled images to choose C: all of them did alike"
+    return best, blind if right.min() == right.max() < len(y) else edge
 
 
 def best_of(name: str, tried: Sequence[float], reached: Any) -> tuple[float, str]:

@@ -258,7 +258,7 @@ def hot_spots(facts: Facts) -> str:
     than is counted, as Winograd's convolution does.
     """
     found = facts.profile
-    ops, (peak, band) = found["ops"], found["roofline"].values()
+    ops, roof = found["ops"], found["roofline"]
     step, x = sum(op["seconds"] for op in ops), np.geomspace(0.05, 500, 60)
     groups, sizes = {}, {}
     for way in ("forward", "backward"):
@@ -266,12 +266,12 @@ def hot_spots(facts: Facts) -> str:
         per_byte = [op["flops"] / op["bytes"] for op in some]
         groups[way] = per_byte, [op["flops"] / op["seconds"] / 1e9 for op in some]
         sizes[way] = [8 + 250 * op["seconds"] / step for op in some]
-    roof = x, np.minimum(peak, band * x) / 1e9
+    most = x, np.minimum(roof["flops_per_second"], roof["bytes_per_second"] * x) / 1e9
     shares = {f"{op['name']} {op['direction']}": 100 * op["seconds"] / step for op in ops[:10]}
     drawn = row(
         bars("where time goes", "% of a step", shares),
         scatter("roofline", "operations per byte", "GFLOP/s", groups, scale="log", sizes=sizes,
-                roof=roof),
+                roof=most),
     )  # fmt: skip
     return drawn + code(profile_table(found), f"A step of {found['batch_size']} pictures")
 
@@ -279,7 +279,8 @@ def hot_spots(facts: Facts) -> str:
 def repeat(facts: Facts) -> str:
     """How to repeat this run
 
-    The same settings, data, versions and machine give the same weights, bit for bit.
+    The same settings, data, versions, machine and number of threads give the same weights, bit for
+    bit. 0 threads are as many as it has cores: those it used stand below.
     """
     words = ["minisimclr", "train"]
     for f in fields(TrainConfig):

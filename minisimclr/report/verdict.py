@@ -2,14 +2,17 @@
 
 Most mistakes leave a mark in the logs. Those in the loss are found by doing step 1 again: its
 weights, batch and views follow from the settings, and the loss is written out here anew, once as
-Algorithm 1 has it and once with each usual mistake. Training used the version that gives the logged
-number. On the page, each rule's docstring says what is wrong and what to do.
+Algorithm 1 has it and once with each usual mistake; one of them gives the logged number. Wrong
+gradients leave no such mark: they are checked against finite differences. On the page, each rule's
+docstring says what is wrong and what to do.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..doctor import gradients
+from ..simclr import chance_loss
 from .facts import Facts
 from .page import Missing, told
 
@@ -41,7 +44,11 @@ def judge(facts: Facts) -> list[Finding]:
             title, advice = told(rule)
             shown = "" if finding.level == GOOD else advice
             found.append(finding._replace(title=finding.title or title, advice=shown))
-    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+    found.sort(key=lambda finding: LEVELS.index(finding.level))
+    if found and found[0].level == FAULT:  # what would help a sound run does not help this one
+        found = [f if f.level == FAULT else f._replace(advice="") for f in found]
+        found = [f for f in found if f.title != told(too_short)[0]]
+    return found
 
 
 def headline(findings: list[Finding]) -> tuple[str, str]:
@@ -56,11 +63,24 @@ def frozen(facts: Facts) -> Finding | None:
     The learning rate is zero or far too small: see --lr and --warmup-epochs.
     """
     rates = [row["lr"] for row in facts.need("metrics")]
-    share = facts.movement if facts.run else None
+    warm = facts.done * facts.config.epochs > facts.config.warmup_epochs * facts.total
+    share = facts.movement if facts.run and warm else None  # at first, LARS hardly moves them
     if len(rates) < 3 or (max(rates) > 0 and (share is None or share > 1e-3)):
         return None  # the first step's rate is 0
     moved = "" if share is None else f" They moved by {share:.2g} of their length."
     return Finding(FAULT, f"The highest rate of {len(rates)} steps was {max(rates):.3g}.{moved}")
+
+
+def wrong_gradient(facts: Facts) -> Finding | None:
+    """The gradient is not that of the loss.
+
+    minisimclr doctor tells it, too; ms.gradcheck finds the operation.
+    """
+    try:
+        gradients()
+    except AssertionError as error:
+        return Finding(FAULT, f"In the code that is installed now: {error}.")
+    return None
 
 
 def identical_views(facts: Facts) -> Finding | None:
@@ -81,9 +101,12 @@ def written_out(z1: np.ndarray, z2: np.ndarray, temperature: float) -> dict[str,
     z, n = np.concatenate([z1, z2]), len(z1)  # (2N, D)
     u = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
 
-    def loss(v: np.ndarray, t: float = temperature, mask: bool = True) -> float:
+    rows = np.arange(2 * n)
+    other = (rows + n) % (2 * n)
+
+    def loss(v: np.ndarray, t: float = temperature, mask: bool = True, j: Any = other) -> float:
         s = v @ v.T / t  # (2N, D) @ (D, 2N)
-        partner = s[np.arange(2 * n), (np.arange(2 * n) + n) % (2 * n)]  # (2N,), a copy
+        partner = s[rows, j]  # (2N,), a copy
         if mask:
             np.fill_diagonal(s, -np.inf)
         top = s.max(axis=1)
@@ -95,6 +118,8 @@ def written_out(z1: np.ndarray, z2: np.ndarray, temperature: float) -> dict[str,
         "self-similarity is not masked": loss(u, mask=False),
         "embeddings are not normalised, self-similarity is not masked": loss(z, mask=False),
         "the temperature is left out": loss(u, 1.0),
+        "the temperature is applied twice": loss(u, temperature**2),
+        "neighbouring rows, not rows i and i + N, are taken for partners": loss(u, j=rows ^ 1),
         "the means of both halves are added": 2 * loss(u),
     }
 
@@ -102,7 +127,7 @@ def written_out(z1: np.ndarray, z2: np.ndarray, temperature: float) -> dict[str,
 def another_loss(facts: Facts) -> Finding | None:
     """The loss is not the NT-Xent of these settings.
 
-    Compare it with Algorithm 1 (minisimclr walkthrough), unless code or data changed since.
+    If neither code nor data changed since, compare it with Algorithm 1 (minisimclr walkthrough).
     """
     logged = facts.need("metrics")[0]["loss"]
     values = written_out(*facts.first_z, facts.config.temperature)
@@ -126,8 +151,21 @@ def temperature(facts: Facts) -> Finding | None:
     if t < 0.03:
         words = "hardly any pair but the very nearest is felt, and gradients jump"
         return Finding(FAULT, f"At {t:g} {words}.", "The temperature is far too low")
-    words = f"At {t:g} near and far views weigh almost the same."
+    n = facts.config.batch_size
+    perfect = np.log(np.exp(1 / t) + 2 * n - 2) - 1 / t  # others at right angles
+    words = f"At {t:g} near and far views weigh almost the same: even a perfect model would have "
+    words += f"a loss of {perfect:.2f}, chance is {chance_loss(n):.2f}."
     return Finding(FAULT, words, "The temperature is far too high") if t > 2 else None
+
+
+def colours(facts: Facts) -> Finding | None:
+    """Colours are hardly changed.
+
+    Try --strength 0.5 to 1: crops of one picture share their colours, and a network that finds the
+    partner by these alone need not see shapes (the paper's section 3.1).
+    """
+    s = facts.config.strength
+    return Finding(WARNING, f"The strength of the distortion is {s:g}.") if s < 0.2 else None
 
 
 def negatives(facts: Facts) -> Finding | None:
@@ -190,7 +228,8 @@ def unfinished(facts: Facts) -> Finding | None:
 def chance_line(facts: Facts) -> Finding | None:
     """The loss stays on the chance line.
 
-    Early on that is normal; later, try a lower --lr, which small batches need, or --temperature.
+    In the first two epochs that is normal. Later, try a lower --temperature, or a lower --lr, which
+    small batches need.
     """
     last, guess = facts.need("epochs")[-1], 1 / (2 * facts.config.batch_size - 1)
     said = f"The loss is {last['loss']:.3f}; by chance it would be ln(2N-1) = {last['chance']:.3f}."
@@ -222,13 +261,14 @@ def too_short(facts: Facts) -> Finding | None:
     epochs = facts.need("epochs")
     fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
     enough = len(epochs) >= 10 or epochs[-1]["accuracy"] > 0.99  # little is left to learn
-    if facts.done < facts.total or enough or fall < (0.05 if len(epochs) > 5 else 0):
+    little = len(epochs) > 1 and fall < (0.05 if len(epochs) > 5 else 0.01)
+    if facts.done < facts.total or enough or little:
         return None
     said = f"In the last half of {len(epochs)} epochs the loss fell {fall:.2f}."
     return Finding(WARNING, said if len(epochs) > 1 else "This was one epoch.")
 
 
 RULES = (
-    diverged, frozen, identical_views, another_loss, temperature, negatives, collapse, labels,
-    unfinished, chance_line, features_gain, too_short,
+    wrong_gradient, diverged, frozen, identical_views, another_loss, temperature, colours,
+    negatives, collapse, labels, unfinished, chance_line, features_gain, too_short,
 )  # fmt: skip
