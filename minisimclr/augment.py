@@ -8,7 +8,8 @@ jitter).
 
 Random draws and pixels are kept apart. `draw_views` draws every random parameter on the host as a
 pure function of (seed, step, stream), so any worker, device or resumed run sees the same views;
-`apply_views` is deterministic, works on whole batches and runs on NumPy and CuPy alike.
+`apply_views` is deterministic, works on whole batches and runs on NumPy and CuPy alike; a faster
+version of it runs unless MINISIMCLR_KERNELS=reference.
 
 Shapes: N images of H x W px, views of S x S px, three channels, values in [0, 1].
 """
@@ -170,7 +171,7 @@ def resampling(start: Array, length: Array, n_in: int, n_out: int) -> Array:
 
 
 def separable(x: Array, rows: Array, columns: Array) -> Array:
-    """rows @ x @ columns' for every image and channel: (N, H, W, C) -> (N, H', W', C)."""
+    """rows @ x @ columns.T for every image and channel: (N, H, W, C) -> (N, H', W', C)."""
     planes = x.transpose(0, 3, 1, 2)  # (N, C, H, W)
     y = rows[:, None] @ planes @ columns[:, None].swapaxes(2, 3)  # (H', H) @ (H, W) @ (W, W')
     return xp_of(x).ascontiguousarray(y.transpose(0, 2, 3, 1))  # (N, H', W', C)

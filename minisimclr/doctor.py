@@ -6,6 +6,7 @@ import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,8 @@ def installed(name: str) -> str:
 
 def versions() -> tuple[bool, str]:
     found = ", ".join(installed(name) for name in ("minisimclr", *NEEDED))
-    return "not installed" not in found, f"Python {platform.python_version()}, {found}"
+    said = f"Python {platform.python_version()}, {found}; this is {Path(__file__).parent}"
+    return "not installed" not in found, said
 
 
 def optional() -> tuple[bool, str]:

@@ -35,7 +35,8 @@ def quiet(event: str, values: dict[str, Any]) -> None:
 def say(event: str, values: dict[str, Any]) -> None:
     """Print a line for every epoch, and warnings, to standard error."""
     if event in ("epoch", "warning"):
-        print(values.get("text") or epoch_line(**values), file=sys.stderr, flush=True)
+        said = f"warning: {values['text']}" if event == "warning" else epoch_line(**values)
+        print(said, file=sys.stderr, flush=True)
 
 
 def epoch_line(epoch: int, epochs: int, **v: Any) -> str:
@@ -152,9 +153,9 @@ def start_step(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any
     optimizer.lr = plan.rate(run.step)
     views = draw(config, run.step, images)
     step = training_step(run.model, optimizer, images, views, config.image_size, config.temperature)
-    optimizer.zero_grad()  # the next forward pass has their memory
+    optimizer.zero_grad()  # frees their memory for the next forward pass
     run.step += 1
-    line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}
+    line = {"step": run.step, "epoch": -(-run.step // plan.steps_per_epoch)}  # rounded up
     return step, line | {"chance": chance_loss(config.batch_size), "lr": optimizer.lr}
 
 

@@ -444,7 +444,7 @@ def test_info_of_duplicates_and_unlabelled_sheet(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     code, out, _ = run(capsys, "data", "info", tmp_path, "--image-size", 16, "--sheet", sheet)
     assert code == 0 and "duplicates  1" in out
-    assert load(sheet).shape == (32, 150 + 160, 3)
+    assert load(sheet).shape == (2 * 80, 150 + 10 * 80, 3)  # 16 px, five times as large
 
 
 def test_a_sheet_has_at_most_12_rows():

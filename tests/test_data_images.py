@@ -266,8 +266,8 @@ def test_captions_beyond_ascii_take_a_font_of_the_system(monkeypatch):
 def test_contact_sheet():
     images = np.full((3, 20, 20, 3), 77, np.uint8)
     sheet = Image.open(io.BytesIO(contact_sheet([("a", images[:2]), ("b", images)])))
-    assert sheet.size == (150 + 60, 40)
-    assert sheet.getpixel((150 + 45, 10)) == (255, 255, 255)
-    assert sheet.getpixel((150 + 45, 30)) == (77, 77, 77)
-    captions = np.asarray(sheet)[:, :150].reshape(2, 20, 150, 3)
+    assert sheet.size == (150 + 3 * 80, 2 * 80)  # four times as large
+    assert sheet.getpixel((150 + 2 * 80, 79)) == (255, 255, 255)
+    assert sheet.getpixel((150 + 2 * 80, 80)) == (77, 77, 77)
+    captions = np.asarray(sheet)[:, :150].reshape(2, 80, 150, 3)
     assert (captions.min(axis=(1, 2, 3)) < 50).all()

@@ -771,7 +771,7 @@ def test_a_run_on_the_chance_line_says_so(config, tmp_path):
     accuracy = next(v["mean_accuracy"] for event, v in reversed(heard) if event == "epoch")
     guessing = 1 / (2 * config.batch_size - 1)
     assert (
-        f"; {accuracy:.1%} of the views found their partner, by chance {guessing:.1%}"
+        f". {accuracy:.1%} of the views found their partner; guessing finds {guessing:.1%}"
         in (warnings[1])
     )
 
@@ -828,7 +828,7 @@ def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys
     pretrain(config, tmp_path / "b", notify=quiet)
     assert capsys.readouterr() == ("", "")
     train.say("warning", {"text": "the loss"})
-    assert capsys.readouterr().err == "the loss\n"
+    assert capsys.readouterr().err == "warning: the loss\n"
 
 
 def test_pictures_are_not_taken_for_views(finished):

@@ -116,8 +116,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
             f"training is done and saved; to see its worth: minisimclr probe {path}", err=True
         )
         raise
-    install = "" if find_spec("matplotlib") else "pip install matplotlib && "
-    click.echo(f"to see more: {install}minisimclr report {path}", err=True)
+    install = "" if find_spec("matplotlib") else " (after pip install matplotlib)"
+    click.echo(f"to see more: minisimclr report {path}{install}", err=True)
     return 0
 
 

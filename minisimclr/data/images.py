@@ -23,7 +23,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
-CAPTION = 150  # px of a contact sheet
+CAPTION, SHOWN = 150, 80  # px of a contact sheet; a picture there has at least so many
 # Of macOS, Linux and Windows, those of most scripts first.
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
 
@@ -116,14 +116,18 @@ def font_for(caption: str) -> ImageFont.FreeTypeFont | None:
 
 
 def contact_sheet(rows: list[tuple[str, np.ndarray]]) -> bytes:
-    """A PNG with one row of pictures, uint8 (n, S, S, 3), beside each caption."""
-    side = max(rows[0][1].shape[1], 16)
+    """A PNG with one row of pictures, uint8 (n, S, S, 3), beside each caption. Small ones are shown
+    in whole multiples of their size.
+    """
+    times = -(-SHOWN // rows[0][1].shape[1])
+    side = times * rows[0][1].shape[1]
     columns = max(len(images) for _, images in rows)
     sheet = Image.new("RGB", (CAPTION + columns * side, len(rows) * side), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (caption, images) in enumerate(rows):
         draw.text((4, y * side + side // 2 - 6), caption, "black", font_for(caption))
         for x, image in enumerate(images):
-            sheet.paste(Image.fromarray(image), (CAPTION + x * side, y * side))
+            shown = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(shown, (CAPTION + x * side, y * side))
     sheet.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()

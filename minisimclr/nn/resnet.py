@@ -94,7 +94,7 @@ class ResNet(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outside = x.dtype
-        x = cast(x, activations.get() or outside)
+        x = cast(x, activations.get() or outside)  # bfloat16, if --precision says so
         x = self.bn1(self.conv1(x), relu=True)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, 1)

@@ -4,7 +4,8 @@
 A layer's work is three passes: its output, the gradient of its input, the gradient of its weight.
 Each unfolds a few images at a time, so the workspace does not grow with the batch: on a CPU it
 stays near the size of a cache. Arrays are NHWC and weights HWIO, (KH, KW, C, O), so that a weight
-is already a matrix in memory.
+is already a matrix in memory. Faster versions of these passes run unless
+MINISIMCLR_KERNELS=reference.
 """
 
 from collections.abc import Iterable, Iterator
@@ -146,7 +147,7 @@ def conv_gradients(gy: Array, x: Array, w: Array, stride: Pair, padding: Pair) -
 class Conv2d(Function):
     """y[n, i, j, o] = sum over a, b, c of x[n, sh*i + a - ph, sw*j + b - pw, c] * w[a, b, c, o]
 
-    x is not saved if a `source`, the batch norm that made it, can recompute it.
+    x is not saved if a `source`, the batch norm that made it, can recompute it: see norm.py.
     """
 
     def __init__(self, stride: Pair, padding: Pair, source: Any = None):

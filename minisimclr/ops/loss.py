@@ -1,16 +1,17 @@
-"""NT-Xent, the loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, Eq. 1 and Algorithm 1), and
-cross entropy.
+"""NT-Xent, the normalized temperature-scaled cross entropy that is SimCLR's loss (Chen et al. 2020,
+arXiv:2002.05709, Eq. 1 and Algorithm 1; a form of InfoNCE), and plain cross entropy.
 
 With u = z / |z| of the V = 2N views, row i's partner j(i) and s[i, k] = u[i] . u[k] / temperature:
 
     loss = mean over i of  l(i),    l(i) = -s[i, j(i)] + log sum over k != i of exp s[i, k]
 
-which is cross entropy: pick, among the 2N - 1 other views, the one that shows the same image. If
-all embeddings are equal, every l(i) is ln(2N - 1), the chance line. For the gradient, let p[i, k]
-be the softmax of row i without k = i, and t[i, k] the target: 1 for k = j(i), else 0. Then views i
-and k push each other apart by G[i, k] = (p - t) / (V temperature), or pull where it is negative:
+which is cross entropy: pick, among the 2N - 1 other views, the one that shows the same image: the
+positive, where the others are negatives. If all embeddings are equal, every l(i) is ln(2N - 1), the
+chance line. For the gradient, let p[i, k] be the softmax of row i without k = i, and y[i, k] the
+target: 1 for k = j(i), else 0. Then views i and k push each other apart by G[i, k] = (p - y) /
+(V temperature), or pull where it is negative:
 
-    du = (G + G') u            dz = (du - u (u . du)) / |z|,  the part of du along the unit sphere
+    du = (G + G.T) u           dz = (du - u (u . du)) / |z|,  the part of du along the unit sphere
 """
 
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class NTXent(Function):
         for _, partner, s in similarities(self.u, self.temperature):
             log_p = log_softmax(s)  # (b, V)
             total = total - log_p[partner].sum()
-        # Adds 0, or NaN if a length is infinite, where u = 0 would make all views look alike.
+        # An infinite length makes u 0, as if all views were alike: 0 * inf makes the loss NaN.
         return total / len(z) + 0 * self.length.sum()
 
     def backward(self, gy):

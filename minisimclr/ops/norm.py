@@ -9,7 +9,9 @@ channel, in arrays (C,); in the backward pass also g, an array like x:
 x is (..., C), normalised per channel over all M = x.size / C rows:
 
     x^ = (x - mean) / std,  std = sqrt(variance + eps)      y = relu(gamma x^ + beta + residual)
-    g = gy where y > 0      gx = gamma / std (g - mean(g) - x^ mean(g x^))
+    g = gy where y > 0      gx = (gamma / std) (g - mean(g) - x^ mean(g x^)),  x^ being one name
+
+Faster versions of these passes run unless MINISIMCLR_KERNELS=reference.
 """
 
 from functools import reduce, singledispatch
@@ -93,7 +95,7 @@ def input_gradient(
     """
     inv_std = inverse_std(variance, eps)
     scale = gamma * inv_std
-    a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std
+    a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std  # minus both means
     return xp_of(g).add(scale * g, a + b * (x - mean), out=out)
 
 

@@ -1,4 +1,7 @@
-"""Max, average and global pooling of images (N, H, W, C)."""
+"""Max, average and global pooling of images (N, H, W, C).
+
+Faster versions of the passes of max-pooling run unless MINISIMCLR_KERNELS=reference.
+"""
 
 from functools import singledispatch
 from itertools import repeat

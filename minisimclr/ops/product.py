@@ -13,7 +13,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 class Linear(Function):
-    """x W' + b for x (N, C), W (O, C), b (O,) or absent"""
+    """x W.T + b for x (N, C), W (O, C), b (O,) or absent"""
 
     def forward(self, x, w, b=None):
         self.x, self.w = x, w
@@ -29,7 +29,7 @@ class Linear(Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: x (N, C), weight (O, C), bias (O,) -> (N, O). ValueError for other shapes."""
+    """x W.T + b: x (N, C), weight (O, C), bias (O,) -> (N, O). ValueError for other shapes."""
     if x.ndim != 2 or x.shape[1:] != weight.shape[1:]:
         raise ValueError(f"linear: x (N, C) and weight (O, C), not {x.shape} and {weight.shape}")
     return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)

@@ -25,9 +25,9 @@ def three(rows: Rows, key: str) -> Rows:
 def training(facts: Facts) -> str:
     """Training
 
-    The loss should fall below its chance line early and flatten late. Contrastive accuracy is the
-    share of views whose most similar view in the batch is their partner, the other view of their
-    picture. Each point is the mean of a stretch of steps.
+    The loss, which may start above its chance line, as a new network finds the wrong views alike,
+    should fall below it early and flatten late. Contrastive accuracy is the share of views whose
+    most similar view in the batch is their partner. Each point is the mean of a stretch of steps.
     """
     steps = facts.need("metrics")
     stretches = np.array_split(np.arange(len(steps)), min(len(steps), 150))
@@ -81,8 +81,9 @@ def sphere(facts: Facts) -> str:
 def spectrum(facts: Facts) -> str:
     """Spectrum of the features
 
-    Singular values of the test pictures' features, as fractions of the largest, which is mostly
-    their mean. If the others fall off at once, few directions are used: dimensional collapse.
+    Singular values of the test pictures' features, as fractions of the largest, mostly their mean.
+    If the others fall off at once, few directions are used: dimensional collapse. To fall off
+    slowly, as random features do, is no merit by itself.
     """
     series = {}
     for name, h in zip(("trained", "random encoder"), facts.test_h, strict=True):
@@ -99,8 +100,7 @@ def described(views: Views, k: int, i: int, side: int) -> list[str]:
     if (brightness, contrast, saturation, hue) != (1, 1, 1, 0):
         words += [f"brightness ×{brightness:.2f}", f"contrast ×{contrast:.2f}"]
         words += [f"saturation ×{saturation:.2f}", f"hue {360 * hue:+.0f}°"]
-    words += ["mirrored"] if views.flips[k, i] else []
-    words += ["grey"] if views.greys[k, i] else []
+    words += ["mirrored"] * bool(views.flips[k, i]) + ["grey"] * bool(views.greys[k, i])
     sigma = views.sigmas[k, i] if side > SMALL else 0
     return words + ([f"blur {sigma:.1f} px"] if sigma else [])
 
@@ -120,8 +120,8 @@ def view_cards(images: np.ndarray, drawn: Views, pair: tuple[np.ndarray, ...], m
 def augmentation(facts: Facts) -> str:
     """Views of the first step
 
-    Pictures of step 1 and what the network saw of them: it has to learn that views a and b belong
-    together and to nothing else.
+    Pictures of step 1 and their views, drawn again. The network has to learn that views a and b
+    belong together and to nothing else.
     """
     images, drawn, *pair = facts.first_views
     return view_cards(images, drawn, tuple(pair), 6)
@@ -279,8 +279,8 @@ def hot_spots(facts: Facts) -> str:
 def repeat(facts: Facts) -> str:
     """How to repeat this run
 
-    The same settings, data, versions, machine and number of threads give the same weights, bit for
-    bit. 0 threads are as many as it has cores: those it used stand below.
+    The same settings, data, versions, machine and number of threads, which stand below, give the
+    same weights, bit for bit.
     """
     words = ["minisimclr", "train"]
     for f in fields(TrainConfig):

@@ -63,7 +63,7 @@ class Walk:
 
     @property
     def force(self) -> np.ndarray:
-        """G + G' (V, V): how hard each pair is pushed apart (+) or pulled together (-)."""
+        """G + G.T (V, V): how hard each pair is pushed apart (+) or pulled together (-)."""
         g = self.p
         g[np.arange(len(g)), self.partner] -= 1
         return (g + g.T) / (len(g) * TEMPERATURE)
@@ -74,7 +74,7 @@ def walk(images: np.ndarray, seed: int = 0) -> Walk:
     n, height, width, _ = images.shape
     drawn = augment.draw_views(seed, 0, n, height, width)
     model = Model.build("resnet_small", "small", 0, seed, d_out=2)
-    model.train()
+    model.astype(np.float64)  # for which the readable passes run
     optimizer = LARS(model.named_parameters(), RATE)
     before = {name: p.data.copy() for name, p in model.named_parameters()}
     seen: dict[str, np.ndarray] = {}
@@ -132,9 +132,10 @@ def build_walkthrough(dataset: Dataset, count: int = 4, seed: int = 0) -> bytes:
     w = walk(np.asarray(dataset.images[rows[chosen]]), seed)
     about = f"Algorithm 1 (Chen et al. 2020) on {len(chosen)} pictures of {dataset.name}"
     top = paragraph(
-        "Beside the numbers stand the lines that make them, in their readable version. The network "
-        "is new, its weights are random. Its head ends in 2 dimensions instead of 128: the sphere "
-        f"is a circle, and its picture exact. Temperature {TEMPERATURE}, seed {seed}."
+        "Beside the numbers stand the lines that make them. The network is new, its weights are "
+        "random. Its head ends in 2 dimensions instead of 128, so the sphere is a circle, which "
+        f"can be drawn exactly. Temperature {TEMPERATURE}, strength 0.5, LARS, seed {seed}; some "
+        "settings of minisimclr train are others, such as SGD and a temperature of 0.2."
     )
     sections = [partial(step, w) for step in STEPS]
     return document("walkthrough", "One step of SimCLR", about, top, sections)
@@ -209,9 +210,9 @@ def forces(w: Walk) -> str:
 
     Both views of a picture share a colour and a marker. Arrows show the way downhill: to the
     partner and away from the others, most of all from those that are near. They lie along the
-    circle, as length does not matter to the loss. Outlined: where the view is after the update
-    below. That moves weights, which all views share, so a view may not end up where its arrow
-    points.
+    circle, as length does not matter to the loss. Outlined, with a grey name: where the view is
+    after the update below. That moves weights, which all views share, so a view may not end up
+    where its arrow points.
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle
@@ -228,6 +229,7 @@ def forces(w: Walk) -> str:
             arrow = {"arrowstyle": "->", "color": look["color"], "lw": 2}
             axes.annotate("", u[i] + arrows[i], u[i], arrowprops=arrow)
             axes.annotate(name, 0.82 * u[i], ha="center", va="center")
+            axes.annotate(name, 1.2 * w.u_after[i], ha="center", va="center", color=MUTED)
         axes.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xlabel="u[0]", ylabel="u[1]")
 
     cells = []
@@ -253,6 +255,7 @@ def update(w: Walk) -> str:
     cells = [[n, v["w"], v["g"], v["trust"], v["step"]] for n, v in w.weights.items()]
     said = f"The same views through the new weights: the loss was {w.loss:.4f} and is now "
     said += f"{w.loss_after:.4f}."
+    said += " A step this long may also raise it." if w.loss_after > w.loss else ""
     lines = excerpt(trust_ratio) + excerpt(LARS.rate_of) + excerpt(momentum_update)
     head = ("weight", "|w|", "|g|", "trust ratio", "|step|")
     return lines + table(f"Rate {RATE}", head, cells) + paragraph(said)
