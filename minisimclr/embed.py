@@ -15,20 +15,22 @@ import numpy as np
 
 from . import checkpoint
 from .augment import center_view
-from .backend import Array, choose_device, to_device, to_host
+from .backend import Array, choose_device, to_device, to_host, xp_of
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, Progress, cache_folder, open_dataset
 from .errors import ConfigError, DataError
 from .files import require_writable, write_bytes
 from .nn import InceptionV3, Module
 from .nn.inception import BLOCKS
-from .probe import Extract, features, probe, unit
+from .probe import Extract, probe, unit
+from .probe.logistic import finite
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
 from .train import MONITORED, Notify, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
+See = Callable[[np.ndarray], Array]  # pictures (n, S, S, 3) uint8 -> features (n, D) float32
 SUFFIXES = (".npy", ".h5")
 KEPT = 2  # version of what is kept: raise it when the same key would mean other features
 SEEN = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
@@ -69,21 +71,27 @@ def extractor(
     a centre view of the same side does, and a somewhat larger one makes up for that (Touvron et al.
     2019, arXiv:1906.06423).
     """
+    return batched(centre_sight(run, model, view), dataset, run.config.at_once, notify)
+
+
+def centre_sight(run: Run, model: Model, view: int | None = None) -> See:
+    """Features of pictures in their centre views by a model of `run`."""
     device, _ = choose_device(run.config.device)
     model.encoder.to(device)
     size = view or run.config.image_size
+    return lambda images: model.encode(to_device(center_view(images, size), device))
+
+
+def batched(see: See, dataset: Dataset, batch_size: int, notify: Notify) -> Extract:
+    """Features of rows of a data set, seen `batch_size` at a time."""
 
     def extract(rows: np.ndarray) -> Array:
-        seen = 0
-
-        def encode(views: Array) -> Array:
-            nonlocal seen
-            h = model.encode(to_device(views, device))
-            seen += len(views)
-            notify("progress", {"done": seen, "total": len(rows), "label": "features"})
-            return h
-
-        return features(encode, dataset.images, rows, size, run.config.at_once)
+        parts = []
+        for i in range(0, len(rows), batch_size):
+            parts.append(see(dataset.images[rows[i : i + batch_size]]))
+            done = {"done": min(i + batch_size, len(rows)), "total": len(rows)}
+            notify("progress", done | {"label": "features"})
+        return finite(xp_of(parts[0]).concatenate(parts))
 
     return extract
 
@@ -106,10 +114,8 @@ def probe_run(
     return probe(dataset, "SimCLR", trained, fresh, labels, notify=notify) | {"step": run.step}
 
 
-def sight(
-    net: Module, preprocessing: Preprocessing, block: str | None, device: str
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Features (n, C) float32 of pictures (n, S, S, 3) uint8 by a network with published weights.
+def sight(net: Module, preprocessing: Preprocessing, block: str | None, device: str) -> See:
+    """Features of pictures by a network with published weights.
 
     block: of InceptionV3; its output is averaged over the pixels.
     """
@@ -138,7 +144,7 @@ def published(
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
     for array in net.state_dict().values():
         state.update(array.tobytes())
-    see = sight(net, preprocessing, block, device)
+    make = batched(sight(net, preprocessing, block, device), dataset, BATCH, notify)
 
     def extract(rows: np.ndarray) -> np.ndarray:
         key = state.copy()
@@ -146,14 +152,8 @@ def published(
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
         with suppress(DataError):  # not there, or damaged
             return read(path).fetch("features")
-        path.parent.mkdir(parents=True, exist_ok=True)
         require_writable(path)  # fail before long work, not after it
-        parts = []
-        for i in range(0, len(rows), BATCH):
-            parts.append(see(dataset.images[rows[i : i + BATCH]]))
-            done = {"done": min(i + BATCH, len(rows)), "total": len(rows)}
-            notify("progress", done | {"label": "features"})
-        safetensors.write(path, {"features": np.concatenate(parts)}, {})
+        safetensors.write(path, {"features": make(rows)}, {})
         return read(path).fetch("features")
 
     return extract
@@ -202,7 +202,7 @@ class Trained(NamedTuple):
 
     dataset: Dataset
     extract: Extract  # their features (n, D), by rows
-    see: Callable[[np.ndarray], np.ndarray]  # those of other pictures (n, S, S, 3) uint8
+    see: See  # those of other pictures
     about: dict[str, Any]  # where it is from
 
     def embed(self) -> np.ndarray:
@@ -222,14 +222,10 @@ def open_encoder(
         if block:
             raise ConfigError("--block goes with a file of weights")
         run = open_trained(path, device)
-        dataset, size = opened(run, data, progress), run.config.image_size
+        dataset = opened(run, data, progress)
         extract = extractor(run, run.model, dataset, notify=notify)
-        where, _ = choose_device(run.config.device)
-
-        def encode(images: np.ndarray) -> np.ndarray:
-            return to_host(run.model.encode(to_device(center_view(images, size), where)))
-
-        return Trained(dataset, extract, encode, {"run": path.name, "step": run.step})
+        about = {"run": path.name, "step": run.step}
+        return Trained(dataset, extract, centre_sight(run, run.model), about)
     net, preprocessing = open_weights(path, block)
     if data is None:
         raise ConfigError(f"which pictures? {path} has none of its own, as a run does")
@@ -239,14 +235,14 @@ def open_encoder(
     return Trained(dataset, extract, see, {"weights": path.name})
 
 
-def nearest(queries: np.ndarray, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: Array, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each of the queries (Q, D) the k most similar rows of h (n, D), the nearest first.
 
     Returns indices and cosines, (Q, k) each. Raises ConfigError for k below 1.
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1, not {k}")
-    s = unit(queries) @ unit(h).T  # (Q, D) @ (D, n)
+    s = unit(to_host(queries)) @ unit(h).T  # (Q, D) @ (D, n)
     order = np.argsort(-s, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(s, order, axis=1)
 

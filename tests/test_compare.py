@@ -382,15 +382,16 @@ def test_each_part_is_kept_under_all_that_it_depends_on(run, dataset, cheap, tmp
 
 
 def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
-    sides, tested, once = [], [], embed.features
+    sides, tested, once, view_of = [], [], finetune.features, embed.center_view
 
-    def features(seen):
-        return lambda encode, images, rows, size, *rest: (
-            seen.append(size) or once(encode, images, rows, size, *rest)
-        )
+    def features(encode, images, rows, size):
+        return tested.append(size) or once(encode, images, rows, size)
 
-    monkeypatch.setattr(embed, "features", features(sides))
-    monkeypatch.setattr(finetune, "features", features(tested))
+    def center_view(images, size):
+        return sides.append(size) or view_of(images, size)
+
+    monkeypatch.setattr(embed, "center_view", center_view)
+    monkeypatch.setattr(finetune, "features", features)
     monkeypatch.setattr(finetune, "FACTORS", (1, 2, 4))
     monkeypatch.setattr(compare, "BUDGETS", (1,))
     made = Comparison(run, dataset, epochs=1, view=18)
