@@ -17,7 +17,7 @@ from . import checkpoint
 from .augment import center_view
 from .backend import Array, choose_device, to_device, to_host, xp_of
 from .cores import set_threads
-from .data import BUILT_IN, Dataset, Progress, cache_folder, open_dataset
+from .data import BUILT_IN, Dataset, cache_folder, open_dataset
 from .errors import ConfigError, DataError
 from .files import require_writable, write_bytes
 from .nn import InceptionV3, Module
@@ -27,7 +27,7 @@ from .probe.logistic import finite
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
-from .train import MONITORED, Notify, quiet, sample_views
+from .train import MONITORED, Notify, preparing, quiet, sample_views
 from .weights import Preprocessing, encoder, network, read, safetensors
 
 See = Callable[[np.ndarray], Array]  # pictures (n, S, S, 3) uint8 -> features (n, D) float32
@@ -49,14 +49,13 @@ def open_trained(path: Path, device: str | None = None) -> Run:
     return run
 
 
-def opened(run: Run, data: str | None, progress: Progress | None = None) -> Dataset:
+def opened(run: Run, data: str | None, notify: Notify = quiet) -> Dataset:
     """The run's own data set, or another (a name or a folder), with pictures of the same side.
 
     Raises DataError if its own has changed since the training.
     """
-    dataset = open_dataset(
-        run.config.data if data is None else data, run.config.image_size * 5 // 4, progress
-    )
+    name, side = run.config.data if data is None else data, run.config.image_size * 5 // 4
+    dataset = open_dataset(name, side, preparing(notify))
     if data is None:
         run.check_data(dataset, "to use them all the same, name them in the command")
     return dataset
@@ -167,14 +166,13 @@ def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
 
 
 def open_pictures(
-    name: str, preprocessing: Preprocessing, image_size: int | None = None,
-    progress: Progress | None = None,
-) -> Dataset:  # fmt: skip
+    name: str, preprocessing: Preprocessing, image_size: int | None = None, notify: Notify = quiet
+) -> Dataset:
     """A data set for a network with published weights, stored at `image_size`. None: what is built
     in has a usual one, others are stored as large as the network sees them.
     """
     own = None if name in BUILT_IN else preprocessing.stored
-    return open_dataset(name, own if image_size is None else image_size, progress)
+    return open_dataset(name, own if image_size is None else image_size, preparing(notify))
 
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
@@ -212,7 +210,7 @@ class Trained(NamedTuple):
 
 def open_encoder(
     path: Path, data: str | None = None, block: str | None = None, device: str | None = None,
-    notify: Notify = quiet, progress: Progress | None = None,
+    notify: Notify = quiet,
 ) -> Trained:  # fmt: skip
     """The encoder of the run, or in the file of weights, at `path`, for pictures with this name.
 
@@ -222,14 +220,14 @@ def open_encoder(
         if block:
             raise ConfigError("--block goes with a file of weights")
         run = open_trained(path, device)
-        dataset = opened(run, data, progress)
+        dataset = opened(run, data, notify)
         extract = extractor(run, run.model, dataset, notify=notify)
         about = {"run": path.name, "step": run.step}
         return Trained(dataset, extract, centre_sight(run, run.model), about)
     net, preprocessing = open_weights(path, block)
     if data is None:
         raise ConfigError(f"which pictures? {path} has none of its own, as a run does")
-    dataset, device = open_pictures(data, preprocessing, None, progress), device or "auto"
+    dataset, device = open_pictures(data, preprocessing, None, notify), device or "auto"
     extract = published(net, preprocessing, dataset, block, device, notify)
     see = sight(net, preprocessing, block, device)
     return Trained(dataset, extract, see, {"weights": path.name})

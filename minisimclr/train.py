@@ -16,7 +16,7 @@ from . import augment, backend
 from .backend import Array, choose_device, peak_memory, to_device, to_host, uploaded, xp_of
 from .config import TrainConfig
 from .cores import set_threads
-from .data import BUILT_IN, Dataset, batches, open_dataset
+from .data import BUILT_IN, Dataset, Progress, batches, open_dataset
 from .errors import ConfigError, DataError, Interrupted, OutputError
 from .files import locked
 from .optim import LARS
@@ -74,13 +74,14 @@ def pretrain(
     return resume(path, time_limit=time_limit, notify=notify, dataset=dataset)
 
 
+def preparing(notify: Notify) -> Progress:
+    """The `progress` that tells `notify` how far a data set is."""
+    return lambda done, total: notify("prepare", {"done": done, "total": total})
+
+
 def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     """The data set, with pictures a quarter larger than the views so that crops keep detail."""
-    dataset = open_dataset(
-        config.data,
-        config.image_size * 5 // 4,
-        lambda done, total: notify("prepare", {"done": done, "total": total}),
-    )
+    dataset = open_dataset(config.data, config.image_size * 5 // 4, preparing(notify))
     n = len(dataset.split("pretrain"))
     if config.batch_size > n:
         raise ConfigError(
@@ -183,7 +184,6 @@ def train(
                 mark = begin
             images = next(arriving)  # (N, S, S, 3) uint8
             waited = time.perf_counter() - begin
-
             with backend.sized_by_first(device) if run.step == first else nullcontext():
                 step, line = start_step(run, plan, images)
             open_steps.append((step, line, {"step": run.step, "seconds": 0.0, "data_wait": waited}))

@@ -34,7 +34,7 @@ def baseline(
     if (weights is None) != random:
         raise ConfigError("give either --weights FILE or, for the control, --random")
     with Display() as progress:
-        dataset = open_pictures(data, dense.PREPROCESSING, image_size, progress.on_prepare)
+        dataset = open_pictures(data, dense.PREPROCESSING, image_size, progress.notify)
         extract = dense.inception(dataset, weights, block, device, progress.notify)
         result = dense.baseline(dataset, extract, trials, epochs, seed, progress.notify)
     side = dataset.images.shape[1]

@@ -31,8 +31,7 @@ def embed(encoder, path, out, block, device) -> None:
         raise click.BadParameter(f"{out} must end in .npy or .h5", param_hint="'--out'")
     require_writable(out)
     with Display() as display:
-        how = block, device, display.notify, display.on_prepare
-        trained = library.open_encoder(encoder, path, *how)
+        trained = library.open_encoder(encoder, path, block, device, display.notify)
         h = trained.embed()
     library.save(out, h, trained.dataset, trained.about)
     click.echo(f"{out}: features {h.shape} of {trained.dataset.name}")
@@ -56,8 +55,7 @@ def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> 
 
     queries = []
     with Display() as display:
-        how = block, device, display.notify, display.on_prepare
-        trained = library.open_encoder(encoder, data, *how)
+        trained = library.open_encoder(encoder, data, block, device, display.notify)
         dataset = trained.dataset
         for path in images:
             try:

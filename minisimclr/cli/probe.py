@@ -49,7 +49,7 @@ def probe(path, data, labels, finetune, epochs, view, image_size, block, device,
     wanted = preprocessing(network(stored), stored)
     with Display() as display:
         name = "stanford-dogs" if data is None else data
-        dataset = embed.open_pictures(name, wanted, image_size, display.on_prepare)
+        dataset = embed.open_pictures(name, wanted, image_size, display.notify)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
         click.echo(table(result))
@@ -76,7 +76,7 @@ def show_probe(
             click.echo(f"note: the figures are not kept: {error}", err=True)
             ours = False
     with Display() as display:
-        dataset = embed.opened(run, data, display.on_prepare)
+        dataset = embed.opened(run, data, display.notify)
         if epochs is None:
             result = embed.probe_run(run, dataset, labels, view, display.notify)
         else:
