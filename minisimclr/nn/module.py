@@ -170,15 +170,11 @@ class Module:
 GROUPS = list, tuple, set, dict
 
 
-def held(group: Any) -> set[int]:
-    """The ids of the modules and parameters in one of GROUPS, at any depth."""
-    found: set[int] = set()
-    for value in group.values() if isinstance(group, dict) else group:
-        if isinstance(value, GROUPS):
-            found |= held(value)
-        elif isinstance(value, (Module, Parameter)):
-            found.add(id(value))
-    return found
+def held(value: Any) -> set[int]:
+    """The ids of the modules and parameters that a value is or, in GROUPS, holds at any depth."""
+    if isinstance(value, GROUPS):
+        return set().union(*map(held, value.values() if isinstance(value, dict) else value))
+    return {id(value)} if isinstance(value, (Module, Parameter)) else set()
 
 
 def _to_torch_layout(array: np.ndarray) -> np.ndarray:
