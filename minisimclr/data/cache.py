@@ -250,7 +250,7 @@ def load(path: Path) -> Dataset:
         about = json.loads(arrays.pop("about").tobytes())
         about |= {name: tuple(about[name]) for name in ("class_names", "file_names")}
         dataset = Dataset(path=path, images=pixels, fingerprint=line["pixels"], **arrays, **about)
-        if not fits(dataset):
+        if not consistent(dataset):
             raise DataError(f"{path}: its images, labels, splits and names do not fit together")
         return dataset
     except FileNotFoundError as error:
@@ -261,7 +261,7 @@ def load(path: Path) -> Dataset:
         raise DataError(f"{path}: no cache, or damaged; for pictures, name a folder") from error
 
 
-def fits(dataset: Dataset) -> bool:
+def consistent(dataset: Dataset) -> bool:
     """Whether the parts of a data set have lengths and values that agree."""
     n, side = len(dataset.images), dataset.recipe["size"]
     rows = dataset.labels, dataset.splits, dataset.duplicate_of, dataset.file_names

@@ -23,7 +23,7 @@ from ..augment import SMALL, apply_views, batch_shape, blur
 from ..backend import Array, cupy
 from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, fold, unfold
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift, update_running
-from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
+from ..ops.pool import max_pool_input_gradient, max_pool_output, pooled_size
 from ..ops.product import matmul
 from ..optim import SGD, square_of_all, update_all
 from ..tensor import WEIGHT
@@ -105,7 +105,7 @@ def cuda_update_running(mean, variance, batch, momentum, count):
 
 
 def cuda_max_pool_output(x, kernel, stride, padding):
-    size, (before, _) = output_size(x.shape, kernel, stride, padding), zip(*padding, strict=True)
+    size, (before, _) = pooled_size(x.shape, kernel, stride, padding), zip(*padding, strict=True)
     y, argmax = (cupy().empty((len(x), *size, x.shape[3]), t) for t in (x.dtype, np.uint8))
     geometry = x.shape[1:], kernel, stride, before, size
     return for_each_row("pool", "max_pool", x, argmax, y, geometry=geometry), argmax

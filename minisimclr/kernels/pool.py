@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 
 from ..ops.conv import sum_windows, windows
-from ..ops.pool import max_pool_input_gradient, max_pool_output, output_size
+from ..ops.pool import max_pool_input_gradient, max_pool_output, pooled_size
 from .registry import for_float32, in_blocks
 
 BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
@@ -16,7 +16,7 @@ BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
 @for_float32(max_pool_output)
 def _max_pool_output(x, kernel, stride, padding):
     count = prod(kernel)
-    size = output_size(x.shape, kernel, stride, padding)
+    size = pooled_size(x.shape, kernel, stride, padding)
     y = np.empty((len(x), *size, x.shape[3]), x.dtype)
     argmax = np.empty(y.shape, np.uint8)
 

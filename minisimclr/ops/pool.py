@@ -17,7 +17,7 @@ def pads(padding: int | Pair | Padding) -> Padding:
     return pair(rows), pair(columns)
 
 
-def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
+def pooled_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
     if min(stride) < 1 or any(k <= max(p) for k, p in zip(kernel, padding, strict=True)):
         given = f"kernel {kernel}, padding {padding}, stride {stride}"
         raise ValueError(f"pooling: {given}: kernel must exceed padding, stride must be at least 1")
@@ -32,7 +32,7 @@ def output_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) ->
 def max_pool_output(x: Array, kernel: Pair, stride: Pair, padding: Padding) -> tuple[Array, Array]:
     """Largest value of each window, and (uint8) the index of its pixel, the first among equals."""
     xp = xp_of(x)
-    size = output_size(x.shape, kernel, stride, padding)
+    size = pooled_size(x.shape, kernel, stride, padding)
     x = xp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-xp.inf)
     y = xp.full((len(x), *size, x.shape[3]), -xp.inf, x.dtype)
     argmax = xp.zeros(y.shape, xp.uint8)
@@ -75,7 +75,7 @@ class AveragePool(Pool):
 
     def forward(self, x):
         xp, (kernel, stride, padding) = xp_of(x), self.geometry
-        size, around = output_size(x.shape, *self.geometry), ((0, 0), *padding, (0, 0))
+        size, around = pooled_size(x.shape, *self.geometry), ((0, 0), *padding, (0, 0))
         inside = xp.pad(xp.ones((1, *x.shape[1:3], 1), x.dtype), around)
         self.count = sum(windows(inside, kernel, stride, size))  # (1, OH, OW, 1)
         return sum(windows(xp.pad(x, around), kernel, stride, size)) / self.count
