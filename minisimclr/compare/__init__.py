@@ -275,9 +275,7 @@ class Comparison:
 
 def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Indices of `count` labels of each class, or all it has; a smaller count draws a subset."""
-    rows = by_class(labels, seed)
-    sizes = np.unique(labels, return_counts=True)[1]
-    place = np.concatenate([np.arange(size) for size in sizes])  # within the class
+    rows, place, _ = by_class(labels, seed)
     return np.sort(rows[place < count])
 
 

@@ -47,10 +47,8 @@ def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     if not 1 <= count <= len(labels):
         raise ConfigError(f"cannot take {count} of {len(labels)} labelled images")
     keys = np.random.Philox(key=seed).random_raw(len(labels))
-    rows = np.lexsort((keys, labels))  # class by class, shuffled within each
-    sizes = np.unique(labels, return_counts=True)[1]
-    place = np.concatenate([np.arange(size) for size in sizes])  # within the class
-    share = np.where(place == 0, 0, (place + 0.5) / np.repeat(sizes, sizes))  # Sainte-Lague
+    rows, place, size = by_class(labels, seed)
+    share = np.where(place == 0, 0, (place + 0.5) / size)  # Sainte-Lague
     return np.sort(rows[np.lexsort((keys[rows], share))[:count]])
 
 
@@ -64,15 +62,19 @@ def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return fit, np.setdiff1d(np.arange(len(labels)), fit)
 
 
-def by_class(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Indices of labels (N,) class by class, shuffled within each."""
-    return np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
+def by_class(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of labels (N,) class by class, shuffled within each; the place of each in its class,
+    and how many the class has.
+    """
+    rows = np.lexsort((np.random.Philox(key=seed).random_raw(len(labels)), labels))
+    sizes = np.unique(labels, return_counts=True)[1]
+    return rows, np.concatenate([np.arange(size) for size in sizes]), np.repeat(sizes, sizes)
 
 
 def folds(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     """The fold 0 ... 4 of each label (N,), each class spread over them as evenly as possible."""
     fold = np.empty(len(labels), np.int64)
-    fold[by_class(labels, seed)] = np.arange(len(labels)) % FOLDS
+    fold[by_class(labels, seed)[0]] = np.arange(len(labels)) % FOLDS
     return fold
 
 
