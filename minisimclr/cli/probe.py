@@ -43,10 +43,10 @@ def probe(path, data, labels, finetune, epochs, view, image_size, block, device,
     if finetune or view:
         raise ConfigError("--finetune and --view go with a run folder")
     from ..probe import table
-    from ..weights import network, preprocessing, read
+    from ..weights import network, preprocessing_for, read
 
     stored = read(path)  # before the data: it may be the misspelt name of a run
-    wanted = preprocessing(network(stored), stored)
+    wanted = preprocessing_for(network(stored), stored)
     with Display() as display:
         name = "stanford-dogs" if data is None else data
         dataset = embed.open_pictures(name, wanted, image_size, display.notify)

@@ -87,10 +87,10 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     for name, source in names.match(module, stored, until).items():
         state[name] = fetch(stored, source) if source else np.ones_like(state[name])
     module.load_state_dict(state)
-    return preprocessing(module, stored)
+    return preprocessing_for(module, stored)
 
 
-def preprocessing(module: Module, stored: Stored) -> Preprocessing:
+def preprocessing_for(module: Module, stored: Stored) -> Preprocessing:
     """What the module's input must look like with these weights: what their file says, or the
     convention of those who publish in its format.
     """
