@@ -195,7 +195,7 @@ def probe_weights(
     return probe(dataset, path.name, trained, control, labels, notify=notify)
 
 
-class Trained(NamedTuple):
+class Encoder(NamedTuple):
     """A trained encoder, from a run or published, and pictures to use it on."""
 
     dataset: Dataset
@@ -211,7 +211,7 @@ class Trained(NamedTuple):
 def open_encoder(
     path: Path, data: str | None = None, block: str | None = None, device: str | None = None,
     notify: Notify = quiet,
-) -> Trained:  # fmt: skip
+) -> Encoder:  # fmt: skip
     """The encoder of the run, or in the file of weights, at `path`, for pictures with this name.
 
     data: a name or a folder; a run has its own. Raises ConfigError, DataError.
@@ -223,14 +223,14 @@ def open_encoder(
         dataset = opened(run, data, notify)
         extract = extractor(run, run.model, dataset, notify=notify)
         about = {"run": path.name, "step": run.step}
-        return Trained(dataset, extract, centre_sight(run, run.model), about)
+        return Encoder(dataset, extract, centre_sight(run, run.model), about)
     net, preprocessing = open_weights(path, block)
     if data is None:
         raise ConfigError(f"which pictures? {path} has none of its own, as a run does")
     dataset, device = open_pictures(data, preprocessing, None, notify), device or "auto"
     extract = published(net, preprocessing, dataset, block, device, notify)
     see = sight(net, preprocessing, block, device)
-    return Trained(dataset, extract, see, {"weights": path.name})
+    return Encoder(dataset, extract, see, {"weights": path.name})
 
 
 def nearest(queries: Array, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
