@@ -187,12 +187,9 @@ def probe_weights(
 ) -> dict[str, Any]:  # fmt: skip
     """How well published weights do on a data set, beside random ones of the same network."""
     net, preprocessing = open_weights(path, block)
-    fresh = network(read(path))
-    calibrated(fresh, preprocessing, dataset)
-    trained, control = (
-        published(each, preprocessing, dataset, block, device, notify) for each in (net, fresh)
-    )
-    return probe(dataset, path.name, trained, control, labels, notify=notify)
+    nets = net, calibrated(network(read(path)), preprocessing, dataset)
+    trained, fresh = (published(net, preprocessing, dataset, block, device, notify) for net in nets)
+    return probe(dataset, path.name, trained, fresh, labels, notify=notify)
 
 
 class Encoder(NamedTuple):

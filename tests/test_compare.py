@@ -440,7 +440,7 @@ def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "read", nothing)
     monkeypatch.setattr(embed, "network", lambda _: nets[1])
     monkeypatch.setattr(embed, "encoder", lambda path, until: (nets[0], until))
-    monkeypatch.setattr(embed, "calibrated", lambda *given: None)
+    monkeypatch.setattr(embed, "calibrated", lambda net, *_: net)
     monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[:5]))
     monkeypatch.setattr(embed, "probe", lambda *given, **_: given)
     found = embed.probe_weights(tmp_path / "w", dataset, "mixed0", 7, "cuda:1", nothing)
