@@ -47,7 +47,7 @@ class Run:
     optimizer: SGD = field(repr=False)
     step: int = 0
     stopped: str = ""  # why training ended early: "time limit" or a signal such as "SIGINT"
-    data: str = ""  # identity of the data set it was trained on
+    trained_on: str = ""  # the identity of its data set
 
     @staticmethod
     def path_for(out: Path | None, config: TrainConfig) -> Path:
@@ -68,7 +68,7 @@ class Run:
         arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
         for part, module in self.model.children():
             arrays |= checkpoint.prefixed(part, module.state_dict())
-        state = {"step": self.step, "config": self.config.to_dict(), "data": self.data}
+        state = {"step": self.step, "config": self.config.to_dict(), "data": self.trained_on}
         sync(self.path / "metrics.jsonl")  # on disk before the checkpoint that relies on it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
         checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
@@ -76,7 +76,7 @@ class Run:
 
     def check_data(self, dataset: Dataset, advice: str) -> None:
         """Raise DataError if it was trained on other pictures or splits than those of `dataset`."""
-        if not dataset.identity.startswith(self.data):
+        if not dataset.identity.startswith(self.trained_on):
             now = f"{self.config.data} has other pictures or splits"
             raise DataError(f"{now} than when {self.path} was trained: {advice}")
 
@@ -109,7 +109,7 @@ class Run:
         for part, module in self.model.children():
             module.load_state_dict(checkpoint.unprefixed(part, arrays))
         self.optimizer.load_state_dict(checkpoint.unprefixed("velocity", arrays))
-        self.step, self.data = state["step"], state["data"]
+        self.step, self.trained_on = state["step"], state["data"]
         return state
 
 

@@ -109,7 +109,7 @@ def resume(
             run, state = open_run(path, device)
             run.config = config
             run.check_data(dataset, "restore them, or prepare it as it was")
-            run.data = dataset.identity
+            run.trained_on = dataset.identity
             log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
             if not log.exists():
                 raise DataError(f"{log} is gone: restore it, or begin anew")

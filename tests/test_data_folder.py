@@ -586,7 +586,7 @@ def test_pictures_in_memory_are_split_like_a_folder_and_trained_on(pictures, tmp
     config = TrainConfig(data=made.path, width=8, image_size=16, batch_size=32, epochs=1, threads=1)
     run = pretrain(config, tmp_path / "run", notify=lambda *_: None)
     assert probe_run(run, open_dataset(run.config.data))["test"] == 24
-    assert folder.identity == run.data
+    assert folder.identity == run.trained_on
 
 
 def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_path):

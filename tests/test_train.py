@@ -674,7 +674,7 @@ def test_a_run_that_knows_less_goes_on(finished, config, tmp_path, monkeypatch):
         earlier.setattr(ms.TrainConfig, "to_dict", lambda self: without)
         run = pretrain(config, tmp_path / "run", time_limit=0)
     run = resume(run.path)
-    assert run.step == finished.step and run.data == finished.data
+    assert run.step == finished.step and run.trained_on == finished.trained_on
 
 
 def test_a_run_keeps_its_settings(config, tmp_path):

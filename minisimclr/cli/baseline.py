@@ -4,7 +4,7 @@ import click
 
 from ..errors import ConfigError
 from .display import Display
-from .options import FILE, JSON, setting, write_json
+from .options import FILE, JSON, setting_option, write_json
 
 
 @click.command()
@@ -19,7 +19,7 @@ from .options import FILE, JSON, setting, write_json
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")
 @click.option("--epochs", type=click.IntRange(1), default=100, help="Epochs of a trial, at most.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of the search.")
-@setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
+@setting_option("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ... for InceptionV3.")
 @JSON
 def baseline(
     weights, random, data, image_size, block, trials, epochs, seed, device, json_file

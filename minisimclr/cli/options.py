@@ -29,7 +29,7 @@ class Setting(click.Option):
         return f"'{self.envvar if source is ParameterSource.ENVIRONMENT else self.opts[0]}'"
 
 
-def setting(name: str, **look: Any) -> Any:
+def setting_option(name: str, **look: Any) -> Any:
     """The option of a setting, also read from MINISIMCLR_<NAME>: for `train`, and for all commands
     if it is of the machine.
     """
@@ -37,7 +37,7 @@ def setting(name: str, **look: Any) -> Any:
     return click.option(f"--{name.replace('_', '-')}", cls=Setting, envvar=variable, **look)
 
 
-DEVICE = setting("device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
+DEVICE = setting_option("device", help="auto, cpu, cuda:0, cuda:1, ...  [default: the RUN's, auto]")
 
 
 class Duration(click.ParamType):

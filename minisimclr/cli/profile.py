@@ -4,7 +4,7 @@ import click
 
 from ..files import require_writable
 from .display import Display
-from .options import FILE, JSON, setting, write_json
+from .options import FILE, JSON, setting_option, write_json
 from .train import SETTINGS
 
 CHOICE = {name: click.Choice(SETTINGS[name].metadata["choices"]) for name in ("encoder", "stem")}
@@ -17,8 +17,8 @@ CHOICE = {name: click.Choice(SETTINGS[name].metadata["choices"]) for name in ("e
 @click.option("--image-size", default=32, help="Side of the views, in px.")
 @click.option("--batch-size", default=64, help="Images in a step; each has two views.")
 @click.option("--steps", default=5, help="Steps to time, after two that are not.")
-@setting("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
-@setting("threads", default=0, help="CPU threads; 0: as many as there are cores.")
+@setting_option("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
+@setting_option("threads", default=0, help="CPU threads; 0: as many as there are cores.")
 @click.option("--trace", type=FILE, help="Write a Chrome/Perfetto trace.")
 @JSON
 def profile(trace, json_file, threads, **settings) -> None:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError, Interrupted
-from .options import FILE, Duration, setting
+from .options import FILE, Duration, setting_option
 from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -30,7 +30,7 @@ def setting_options(function: Any) -> Any:
         said, choices = f.metadata["help"], f.metadata["choices"]
         kind = click.Choice(choices) if choices else f.type
         words = f"{said[0].upper()}{said[1:]}."
-        function = setting(f.name, type=kind, default=f.default, help=words)(function)
+        function = setting_option(f.name, type=kind, default=f.default, help=words)(function)
     return function
 
 

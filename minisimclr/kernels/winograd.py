@@ -156,8 +156,8 @@ def spectrum(w: Array, m: int, some: slice = slice(None)) -> Array:
     _, _, c, o = w.shape
     k = gcd(c, max(1, 4096 // o))  # rows at a time, so that a block stays in cache
     u = np.empty((len(g), c, o), w.dtype)
-    blocks = u.reshape(len(g), c // k, k * o).transpose(1, 0, 2)  # (C/k, f f, k*O)
-    np.matmul(g, w.reshape(9, c // k, k * o).transpose(1, 0, 2), out=blocks)  # (f f, 9) @ (9, k*O)
+    cells = u.reshape(len(g), c // k, k * o).transpose(1, 0, 2)  # (C/k, f f, k*O)
+    np.matmul(g, w.reshape(9, c // k, k * o).transpose(1, 0, 2), out=cells)  # (f f, 9) @ (9, k*O)
     return u
 
 

@@ -225,7 +225,7 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
         facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
     if not run.step:
         facts.missing.append("There is no checkpoint yet.")
-    elif not facts.dataset.identity.startswith(run.data):
+    elif not facts.dataset.identity.startswith(run.trained_on):
         facts.missing.append("The data set has changed since this run: its pictures are left out.")
         facts.dataset, facts.total = None, 0
     else:
