@@ -80,14 +80,27 @@ class Run:
             now = f"{self.config.data} has other pictures or splits"
             raise DataError(f"{now} than when {self.path} was trained: {advice}")
 
-    def check_log(self, logged: int) -> None:
-        """Raise DataError unless the first `logged` bytes of the log end with this step's line."""
-        log = self.path / "metrics.jsonl"
+    def rewind_logs(self, state: dict[str, Any]) -> None:
+        """Cut both logs off after this step, whose `state` was saved: the lines of later steps will
+        be written again. Raises DataError unless they are the logs of this training.
+        """
+        log, logged = self.path / "metrics.jsonl", state.get("logged_bytes", 0)
+        if not log.exists():
+            raise DataError(f"{log} is gone: restore it, or begin anew")
+        lines = log.read_bytes()
+        before = lines.rstrip().rpartition(b"\n")[0]  # all but its last line
+        if not state and b"alignment" in before:  # an epoch has ended, and was saved
+            raise DataError(f"{self.path}: its checkpoints are gone: restore them, or begin anew")
         # A log that has become shorter would be filled up with nothing.
-        last = log.read_bytes()[:logged].ljust(logged).rpartition(b'{"step": ')[2]
+        last = lines[:logged].ljust(logged).rpartition(b'{"step": ')[2]
         if logged and not (last.startswith(b"%d," % self.step) and last.endswith(b"}\n")):
             said = f"the lines of the first {self.step} steps are not those of their training"
             raise DataError(f"{log}: {said}: restore it")
+        os.truncate(log, logged)
+        if (clock := self.path / "timings.jsonl").exists():  # perhaps cut short by a crash
+            times = clock.read_bytes()
+            later = times.find(b'{"step": %d,' % (self.step + 1))
+            os.truncate(clock, later if later >= 0 else times.rfind(b"\n") + 1)
 
     def diverged(self, step: int, seen: str) -> DivergedError:
         """Log the step at which training diverged and what was seen; returns the error to raise."""

@@ -1,6 +1,5 @@
 """Pre-training: epochs around Algorithm 1, with logs, checkpoints, stopping and resuming."""
 
-import os
 import sys
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from .backend import Array, choose_device, peak_memory, to_device, to_host, uplo
 from .config import TrainConfig
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, Progress, batches, open_dataset
-from .errors import ConfigError, DataError, Interrupted, OutputError
+from .errors import ConfigError, Interrupted, OutputError
 from .files import locked
 from .optim import LARS
 from .probe import Notify, alignment, effective_rank, uniformity, unit
@@ -110,18 +109,7 @@ def resume(
             run.config = config
             run.check_data(dataset, "restore them, or prepare it as it was")
             run.trained_on = dataset.identity
-            log, logged = path / "metrics.jsonl", state.get("logged_bytes", 0)
-            if not log.exists():
-                raise DataError(f"{log} is gone: restore it, or begin anew")
-            before = log.read_bytes().rstrip().rpartition(b"\n")[0]  # all but its last line
-            if not state and b"alignment" in before:  # an epoch has ended, and was saved
-                raise DataError(f"{path}: its checkpoints are gone: restore them, or begin anew")
-            run.check_log(logged)
-            os.truncate(log, logged)  # lines after the checkpoint will be written again
-            if (clock := path / "timings.jsonl").exists():  # perhaps cut short by a crash
-                times = clock.read_bytes()
-                later = times.find(b'{"step": %d,' % (run.step + 1))
-                os.truncate(clock, later if later >= 0 else times.rfind(b"\n") + 1)
+            run.rewind_logs(state)
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
@@ -184,6 +172,7 @@ def train(
                 mark = begin
             images = next(arriving)  # (N, S, S, 3) uint8
             waited = time.perf_counter() - begin
+
             with backend.sized_by_first(device) if run.step == first else nullcontext():
                 step, line = start_step(run, plan, images)
             open_steps.append((step, line, {"step": run.step, "seconds": 0.0, "data_wait": waited}))
