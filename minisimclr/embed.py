@@ -49,7 +49,7 @@ def open_trained(path: Path, device: str | None = None) -> Run:
     return run
 
 
-def opened(run: Run, data: str | None, notify: Notify = quiet) -> Dataset:
+def open_data(run: Run, data: str | None, notify: Notify = quiet) -> Dataset:
     """The run's own data set, or another (a name or a folder), with pictures of the same side.
 
     Raises DataError if its own has changed since the training.
@@ -217,7 +217,7 @@ def open_encoder(
         if block:
             raise ConfigError("--block goes with a file of weights")
         run = open_trained(path, device)
-        dataset = opened(run, data, notify)
+        dataset = open_data(run, data, notify)
         extract = extractor(run, run.model, dataset, notify=notify)
         about = {"run": path.name, "step": run.step}
         return Encoder(dataset, extract, centre_sight(run, run.model), about)

@@ -38,7 +38,7 @@ def run(pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(run):
-    return embed.opened(run, None)
+    return embed.open_data(run, None)
 
 
 class Colours:
@@ -639,7 +639,7 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     rows = json.loads(out)["rows"]
     assert code == 0 and list(rows) == [file.name, "random encoder", "raw pixels"]
     net, preprocessing = weights.encoder(file)
-    dataset, some = embed.opened(run, None), np.arange(40)  # more than a batch
+    dataset, some = embed.open_data(run, None), np.arange(40)  # more than a batch
     exported = embed.published(net, preprocessing, dataset, None, "cpu", nothing)(some)
     own = embed.extractor(run, run.model, dataset)(some)
     np.testing.assert_allclose(exported, own, rtol=1e-4, atol=1e-6)

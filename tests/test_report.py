@@ -11,7 +11,7 @@ import pytest
 import minisimclr as ms
 from minisimclr import run as runs
 from minisimclr import simclr, train
-from minisimclr.embed import opened, probe_run
+from minisimclr.embed import open_data, probe_run
 from minisimclr.errors import DivergedError, Interrupted
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
@@ -36,7 +36,7 @@ def faults(path):
 @pytest.fixture(scope="module")
 def sound(config, tmp_path_factory):
     run = pretrain(config, tmp_path_factory.mktemp("runs") / "sound")
-    (run.path / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
+    (run.path / "probe.json").write_text(json.dumps(probe_run(run, open_data(run, None))))
     return run.path
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_diverged_is_named(last_step, seen, config, tmp_path, monkeyp
 
 def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
     run = pretrain(config, tmp_path / "run")
-    dataset = opened(run, None)
+    dataset = open_data(run, None)
     shuffled = np.random.default_rng(3).permutation(dataset.labels)
     result = probe_run(run, replace(dataset, labels=shuffled))
     (run.path / "probe.json").write_text(json.dumps(result))

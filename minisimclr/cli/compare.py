@@ -31,7 +31,7 @@ def compare(run, inception, simclrv2, data, trials, epochs, view, device, out, j
     loaded = embed.open_trained(run, device)
     require_writable(out / "results.json")
     with Display() as display:
-        dataset = embed.opened(loaded, data, display.notify)
+        dataset = embed.open_data(loaded, data, display.notify)
         results = library.Comparison(
             loaded, dataset, inception, simclrv2, trials, epochs, view, display.notify
         ).make(out)

@@ -76,7 +76,7 @@ def show_probe(
             click.echo(f"note: the figures are not kept: {error}", err=True)
             ours = False
     with Display() as display:
-        dataset = embed.opened(run, data, display.notify)
+        dataset = embed.open_data(run, data, display.notify)
         if epochs is None:
             result = embed.probe_run(run, dataset, labels, view, display.notify)
         else:
