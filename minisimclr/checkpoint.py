@@ -64,10 +64,6 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise DataError(f"{path}: not a readable checkpoint ({error})") from error
 
 
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.h5"
-
-
 def listed(folder: Path) -> list[Path]:
     """Checkpoints of a run by name, the newest last."""
     return sorted(p for p in folder.glob("step-*.h5") if re.fullmatch(r"step-\d{8}\.h5", p.name))

@@ -71,7 +71,7 @@ class Run:
         state = {"step": self.step, "config": self.config.to_dict(), "data": self.trained_on}
         sync(self.path / "metrics.jsonl")  # on disk before the checkpoint that relies on it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
-        checkpoint.save(checkpoint.path_of(folder, self.step), arrays, state)
+        checkpoint.save(folder / f"step-{self.step:08d}.h5", arrays, state)
         checkpoint.prune(folder)
 
     def check_data(self, dataset: Dataset, advice: str) -> None:
