@@ -74,8 +74,7 @@ class TrainConfig:
                 object.__setattr__(self, name, os.fspath(value))
             elif getattr(value, "ndim", 1) == 0:  # NumPy's number, as a sweep has
                 object.__setattr__(self, name, value.item())
-        found = (_problem(f, getattr(self, f.name)) for f in fields(self))
-        problems = [problem for problem in found if problem]
+        problems = [said for f in fields(self) if (said := _problem(f, getattr(self, f.name)))]
         if not problems and self.crop_min > 1:
             problems.append(f"crop_min must be at most 1, not {self.crop_min}")
         if problems:

@@ -70,8 +70,7 @@ def profile(
         optimizer.zero_grad()
 
     def tell(done: int) -> None:
-        total = WARMUP + steps + 1
-        notify("progress", {"done": done, "total": total, "label": "profiling"})
+        notify("progress", {"done": done, "total": WARMUP + steps + 1, "label": "profiling"})
 
     seconds = []
     with sized_by_first(device):
