@@ -18,7 +18,7 @@ from .augment import center_view, crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
 from .data import Dataset, Progress, batches
 from .data.source import choose
-from .errors import DataError, DivergedError
+from .errors import DivergedError
 from .nn import Linear, Module
 from .ops.loss import cross_entropy
 from .optim import LARS
@@ -114,8 +114,6 @@ def tuned(
     """
     y, (train, test) = dataset.labels, split
     inside, outside = (train[part] for part in holdout(y[train], seed))
-    if not len(outside):
-        raise DataError("too few labelled images: none are left to choose the learning rate by")
 
     def fitted(rows: np.ndarray, recipe: Recipe) -> Classifier | None:
         def progress(done: int, total: int) -> None:

@@ -55,9 +55,11 @@ def stratified(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 def holdout(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Indices of four fifths of the labels to fit to, and of the rest to choose settings by.
 
-    The rest is empty if each label is the only one of its class.
+    Raises DataError if there is no rest, as where each label is the only one of its class.
     """
     size = max(round(0.8 * len(labels)), len(np.unique(labels)))
+    if size == len(labels):
+        raise DataError("too few labelled images: none are left to choose settings by")
     fit = stratified(labels, size, seed)
     return fit, np.setdiff1d(np.arange(len(labels)), fit)
 
