@@ -1,4 +1,5 @@
-"""Files that others use too: durable writes, locks, and JSON that someone may have changed.
+"""Files that others use too: durable writes, locks, and JSON that someone may have changed; and
+signals, which must leave nothing half-written.
 
 A file under its final name is always complete, no matter which process is killed, or when.
 
@@ -13,13 +14,15 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, TextIO
 
 from .errors import OutputError
@@ -61,6 +64,41 @@ def publish(path: Path) -> Iterator[Path]:
     finally:
         unfinished.discard(temporary)
     sync(place.parent)
+
+
+@contextmanager
+def nothing_unfinished() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP first remove files that are being written, then end this
+    process. (An exception might be lost in a callback.)
+    """
+
+    def end(number: int, before: dict[int, Any]) -> None:
+        for path in unfinished.copy():
+            with suppress(OSError):
+                path.unlink()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container outlives that
+
+    ours = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    # nohup ignores SIGHUP, and others have handlers of their own.
+    with handling((s for s in ours if signal.getsignal(s) == signal.SIG_DFL), end):
+        yield
+
+
+@contextmanager
+def handling(numbers: Iterable[int], act: Callable[[int, dict], None]) -> Iterator[None]:
+    """Within the block, each of these signals calls act(its number, the handlers before). Another
+    thread than the main one may not handle signals: there, nothing changes.
+    """
+    before = {n: signal.getsignal(n) for n in numbers if current_thread() is main_thread()}
+    for number in before:
+        signal.signal(number, lambda number, frame: act(number, before))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def target(path: Path) -> Path:

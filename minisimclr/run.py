@@ -12,7 +12,6 @@ import platform
 import secrets
 import shutil
 import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
-from .files import require_writable, sync, write_bytes
+from .files import handling, require_writable, sync, write_bytes
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -249,25 +248,16 @@ def stop_signals() -> Iterator[dict[str, str]]:
     second one acts at once, but for SIGHUP, which shells send twice.
     """
     note: dict[str, str] = {}
-    if threading.current_thread() is not threading.main_thread():
-        yield note  # only the main thread may handle signals
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
-        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
 
-    def handle(number: int, frame: Any) -> None:
+    def stop(number: int, before: dict[int, Any]) -> None:
         note["signal"] = signal.Signals(number).name
         with suppress(OSError):  # there may be no one to read it
             os.write(2, STOPPING)  # print could interrupt itself in a handler
-        for s, handler in before.items():
-            if signal.Signals(s).name != "SIGHUP":
-                signal.signal(s, handler)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, before[s])
 
-    for s in before:
-        signal.signal(s, handle)
-    try:
+    ours = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
+        ours.append(signal.SIGHUP)
+    with handling(ours, stop):
         yield note
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

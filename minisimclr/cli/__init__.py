@@ -5,12 +5,9 @@ written; 5 diverged; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 """
 
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import click
 
 from ..errors import MinisimclrError
-from ..files import unfinished
+from ..files import nothing_unfinished
 
 COMMANDS = (
     "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
@@ -86,7 +83,7 @@ def run(arguments: list[str] | None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # no name of a file or class is too odd to be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with leaving_nothing_half_written():
+        with nothing_unfinished():
             code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
     except (
@@ -105,33 +102,6 @@ def run(arguments: list[str] | None) -> int:
             raise
         code = explain(f"{what}: {error}", 2)
     return code
-
-
-@contextmanager
-def leaving_nothing_half_written() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP first remove files that are being written, then end this
-    process. (An exception might be lost in a callback.) Training has handlers of its own.
-    """
-
-    def end(number: int, frame: Any) -> None:
-        for path in unfinished.copy():
-            with suppress(OSError):
-                path.unlink()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        os._exit(128 + number)  # the first process of a container outlives that
-
-    ours = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")]
-    ours = [s for s in ours if signal.getsignal(s) == signal.SIG_DFL]  # nohup ignores SIGHUP
-    if threading.current_thread() is not threading.main_thread():
-        ours = []  # only the main thread may handle signals
-    for s in ours:
-        signal.signal(s, end)
-    try:
-        yield
-    finally:
-        for s in ours:
-            signal.signal(s, signal.SIG_DFL)
 
 
 def explain(error: Exception | str, code: int = 1) -> int:
