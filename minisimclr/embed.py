@@ -213,6 +213,7 @@ def open_encoder(
 
     data: a name or a folder; a run has its own. Raises ConfigError, DataError.
     """
+    path = Path(path)
     if isdir(path):  # noqa: PTH112 - False without permission
         if block:
             raise ConfigError("--block goes with a file of weights")
@@ -256,7 +257,7 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any
     elif path.suffix == ".h5":
         names = [name.encode(errors="surrogateescape") for name in dataset.file_names]
         arrays = {"features": h, "labels": dataset.labels, "file_names": np.array(names)}
-        about |= {"data": dataset.fingerprint, "class_names": dataset.class_names}
+        about = about | {"data": dataset.fingerprint, "class_names": dataset.class_names}
         checkpoint.save(path, arrays, about)
     else:
         raise ConfigError(f"{path}: name a file that ends in {' or '.join(SUFFIXES)}")

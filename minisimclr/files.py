@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -76,6 +77,8 @@ def nothing_unfinished() -> Iterator[None]:
         for path in unfinished.copy():
             with suppress(OSError):
                 path.unlink()
+        if sys.stderr and sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         os._exit(128 + number)  # the first process of a container outlives that

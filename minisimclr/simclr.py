@@ -38,8 +38,8 @@ class Model(Module):
 
     def encode(self, x: Array, batch_size: int = 256) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
-        if x.dtype.kind != "f" or x.ndim != 4 or (x.size and x.max() > 2):
-            seen = f"{x.shape} {x.dtype}" + (f" up to {x.max():g}" if x.size else "")
+        if x.dtype.kind != "f" or x.ndim != 4 or (x.size and not -0.5 < x.min() <= x.max() < 1.5):
+            seen = f"{x.shape} {x.dtype}" + (f", {x.min():g} to {x.max():g}" if x.size else "")
             raise TypeError(f"encode takes what center_view makes, in [0, 1], not {seen}")
         with evaluating():
             starts = range(0, max(1, len(x)), batch_size)

@@ -598,7 +598,9 @@ def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_
     assert split.split("test").tolist() == list(range(30, 40))
     assert np.bincount(split.labels[split.split("labelled")]).tolist() == [2, 2]
     assert split.options.labels_per_class == 2
-    loose = from_arrays(tmp_path / "b.h5", images)
+    (tmp_path / ".b.h5.0123abcd.tmp").touch()  # of a process that was killed
+    loose = from_arrays(tmp_path / "b.h5", images, labels_per_class=np.int64(2))
+    assert not list(tmp_path.glob("*.tmp"))
     assert loose.split("pretrain").tolist() == list(range(40))
     assert set(loose.labels) == {-1}
     assert not loose.class_names

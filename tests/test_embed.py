@@ -314,6 +314,9 @@ def test_published_weights_are_used_like_a_run(pictures, tmp_path):
     with h5py.File(tmp_path / "h.h5") as made:
         np.testing.assert_allclose(made["features"][:], expected, rtol=1e-4, atol=1e-5)
         assert json.loads(bytes(made["state"][:]))["weights"] == "w.safetensors"
+    made = embed.open_encoder(str(file), str(pictures))
+    embed.save(tmp_path / "again.h5", made.embed(), made.dataset, made.about)
+    assert made.about == {"weights": "w.safetensors"}
     query = pictures / "stripe" / "21.png"
     found = json.loads(call("neighbors", file, query, "--data", pictures, "--json").stdout)
     _, cosines = embed.nearest(expected[[80 + 21]], expected, 5)

@@ -131,13 +131,13 @@ def test_budget():
     assert kernels <= 1194
     assert count.pop("weights", 0) <= 476
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
-    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1080
-    assert sum(count.get(room, 0) for room in TEACHES) <= 1757, count
-    assert count.pop("data") <= 1234  # every fault of archives, pictures, caches, downloads
+    assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1086
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1756, count
+    assert count.pop("data") <= 1238  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 797
     # The report's three systems.
-    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 664
-    assert sum(count.values()) <= 3095, count
+    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 665
+    assert sum(count.values()) <= 3097, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -440,8 +441,17 @@ def test_encoding_in_one_thread_leaves_the_training_of_another_alone():
 
 def test_values_beyond_those_of_a_view_are_no_view():
     model = Model.build("resnet_small", "small", 2, seed=0)
-    with pytest.raises(TypeError, match=r"center_view makes, in \[0, 1\], not .* up to 255"):
-        model.encode(np.full((1, 8, 8, 3), 255, np.float32))
+    for low, high in ((0, 255), (-1, 1), (np.nan, np.nan)):
+        x = np.linspace(low, high, 192, dtype=np.float32).reshape(1, 8, 8, 3)
+        with pytest.raises(TypeError, match=rf"makes, in \[0, 1\], not .*, {low:g} to {high:g}"):
+            model.encode(x)
+
+
+def test_a_model_comes_back_in_the_mode_in_which_it_was_kept():
+    model = Model.build("resnet_small", "small", 2, seed=0)
+    assert vars(model.eval())["training"] is False  # the name that it has in older pickles, too
+    assert not pickle.loads(pickle.dumps(model)).encoder.training
+    assert copy.deepcopy(model.train()).encoder.training
 
 
 def test_calibrate_cut_short_leaves_the_momentum_as_it_was():

@@ -26,7 +26,7 @@ import minisimclr as ms
 from minisimclr import report, simclr
 from minisimclr.augment import draw_views
 from minisimclr.cli.train import train
-from minisimclr.embed import opened, probe_run
+from minisimclr.embed import open_data, probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.files import locked
 from minisimclr.ops.loss import NTXent
@@ -53,7 +53,7 @@ def run(pictures, tmp_path_factory):
     )  # fmt: skip
     path = pretrain(config, tmp_path_factory.mktemp("runs") / "run").path
     trained = report.read(path).run
-    (path / "probe.json").write_text(json.dumps(probe_run(trained, opened(trained, None))))
+    (path / "probe.json").write_text(json.dumps(probe_run(trained, open_data(trained, None))))
     return path
 
 
@@ -630,7 +630,7 @@ def test_any_name_of_a_class_or_a_run_is_shown(pictures, tmp_path):
     )
     runs = [pretrain(config, tmp_path / name).path for name in ("_a", "$b_$c")]
     run = open_run(runs[0])[0]
-    (runs[0] / "probe.json").write_text(json.dumps(probe_run(run, opened(run, None))))
+    (runs[0] / "probe.json").write_text(json.dumps(probe_run(run, open_data(run, None))))
     page = report.build_report(report.read(runs[0])).decode()
     check(page)
     charts = "".join(re.findall(r"<svg.*?</svg>", page, re.S))

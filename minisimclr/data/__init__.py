@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def from_arrays(
             f"pictures are (N, S, S, 3) uint8 with S from {SIZES[0]} to {SIZES[-1]}, "
             f"not {images.shape} {images.dtype}"
         )
+    each = None if labels_per_class is None else index(labels_per_class)
     labels = np.full(n, -1) if labels is None else np.asarray(labels)
     testing = np.zeros(n, bool) if testing is None else np.asarray(testing)
     whole = labels.dtype.kind in "iu" and testing.dtype == bool
@@ -140,15 +142,17 @@ def from_arrays(
     if not -1 <= labels.min() <= labels.max() < len(names):
         said = f"{labels.min()} to {labels.max()}, and there are {len(names)} class names"
         raise ConfigError(f"labels are from -1 to the number of classes less 1, not {said}")
-    splits = folder.split_classes(labels, testing, names, labels_per_class)
+    splits = folder.split_classes(labels, testing, names, each)
     plan = Plan(
         [f"picture {row}" for row in range(n)], labels, names, splits,
         lambda size: ((row, np.asarray, (image,)) for row, image in enumerate(images)),
     )  # fmt: skip
-    options = asdict(Options(labels_per_class=labels_per_class))
+    options = asdict(Options(labels_per_class=each))
     path.parent.mkdir(parents=True, exist_ok=True)
-    cache.build(path, path.stem, plan, {"source": "arrays", "size": side, "options": options}, None)
-    return cache.load(path)
+    recipe = {"source": "arrays", "size": side, "options": options}
+    with locked(path):
+        cache.build(path, path.stem, plan, recipe, None)
+        return cache.load(path)
 
 
 def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:

@@ -95,7 +95,7 @@ def serve(out: int) -> None:
     """The worker's side of `ask`, which reads from the descriptor `out`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business (Windows)
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(out, "wb")
-    with suppress(BrokenPipeError):  # then nobody is left to answer to
+    with suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # nobody is left to answer to
         while questions.peek(1):
             function, item = pickle.load(questions)
             try:

@@ -37,7 +37,6 @@ class Module:
     """Base of all layers and networks: subclasses assign attributes and define forward."""
 
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
-    _training = True
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward: call its parts")
@@ -52,7 +51,7 @@ class Module:
     @property
     def training(self) -> bool:
         """Whether batch statistics and dropout are used: see `train` and `evaluating`."""
-        return self._training and not _evaluating.get()
+        return vars(self).get("training", True) and not _evaluating.get()
 
     def children(self) -> Iterator[tuple[str, Module]]:
         for name, value in vars(self).items():
@@ -87,7 +86,7 @@ class Module:
     def train(self, training: bool = True) -> Self:
         """Use batch statistics and dropout from now on (False: running statistics, no dropout)."""
         for _, module in self.named_modules():
-            module._training = training
+            vars(module)["training"] = training  # behind the property of this name
         return self
 
     def eval(self) -> Self:

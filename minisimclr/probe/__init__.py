@@ -103,7 +103,7 @@ def select_c(
                 done = {"done": k * len(grid) + j + 1, "total": len(parts) * len(grid)}
                 notify("progress", {"label": "choosing the penalty"} | done)
     best, edge = best_of("C", grid, right)
-    blind = "too few labelled images to choose C: all of them did alike"
+    blind = "all C did alike: too few labelled images, or features that tell nothing"
     return best, blind if right.min() == right.max() < len(y) else edge
 
 

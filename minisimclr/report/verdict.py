@@ -60,7 +60,7 @@ def headline(findings: list[Finding]) -> tuple[str, str]:
 def frozen(facts: Facts) -> Finding | None:
     """The weights do not move.
 
-    The learning rate is zero or far too small: see --lr and --warmup-epochs.
+    The learning rate is zero or far too small (see --lr and --warmup-epochs), or no step is taken.
     """
     rates = [row["lr"] for row in facts.need("metrics")]
     warm = facts.done * facts.config.epochs > facts.config.warmup_epochs * facts.total
@@ -78,8 +78,9 @@ def wrong_gradient(facts: Facts) -> Finding | None:
     """
     try:
         gradients()
-    except AssertionError as error:
-        return Finding(FAULT, f"In the code that is installed now: {error}.")
+    except Exception as error:  # a broken operation may raise anything
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return Finding(FAULT, f"In the code that is installed now: {kind}{error}.")
     return None
 
 
@@ -139,7 +140,8 @@ def another_loss(facts: Facts) -> Finding | None:
     said = f"Step 1, done again, has the loss {values['right']:.4f}; the log says {logged:.4f}"
     if far[best] > SAME:
         return Finding(WARNING, f"{said}.", "Step 1 cannot be repeated")
-    return Finding(FAULT, f"{said}: just what comes out if {best}.", best.capitalize())
+    title = best[0].upper() + best[1:]
+    return Finding(FAULT, f"{said}: just what comes out if {best}.", title)
 
 
 def temperature(facts: Facts) -> Finding | None:
@@ -228,16 +230,20 @@ def unfinished(facts: Facts) -> Finding | None:
 def chance_line(facts: Facts) -> Finding | None:
     """The loss stays on the chance line.
 
-    In the first two epochs that is normal. Later, try a lower --temperature, or a lower --lr, which
-    small batches need.
+    During the warm-up and in the first two epochs that is normal. Later, try a lower --temperature,
+    or a lower --lr, which small batches need.
     """
     last, guess = facts.need("epochs")[-1], 1 / (2 * facts.config.batch_size - 1)
     said = f"The loss is {last['loss']:.3f}; by chance it would be ln(2N-1) = {last['chance']:.3f}."
     if last["loss"] > last["chance"] - 0.1:
         said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
-        blind = last["epoch"] > 2 and last["accuracy"] < 2 * guess
-        above = "The loss is above its chance line" if last["loss"] > last["chance"] + 0.1 else ""
-        return Finding(FAULT if blind else WARNING, said, above)
+        early = last["epoch"] <= max(2, facts.config.warmup_epochs + 1)
+        blind = not early and last["accuracy"] < 2 * guess
+        title = "The loss is not yet below its chance line" if early else ""
+        title = (
+            "The loss is above its chance line" if last["loss"] > last["chance"] + 0.1 else title
+        )
+        return Finding(FAULT if blind else WARNING, said, title)
     return Finding(GOOD, said, "The model tells pictures apart")
 
 
@@ -269,6 +275,6 @@ def too_short(facts: Facts) -> Finding | None:
 
 
 RULES = (
-    wrong_gradient, diverged, frozen, identical_views, another_loss, temperature, colours,
+    another_loss, wrong_gradient, diverged, frozen, identical_views, temperature, colours,
     negatives, collapse, labels, unfinished, chance_line, features_gain, too_short,
 )  # fmt: skip
