@@ -160,9 +160,15 @@ def published(
 
 def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
     """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
-    if block and not (isinstance(network(read(path)), InceptionV3) and block in BLOCKS):
+    inception = isinstance(network(read(path)), InceptionV3)
+    if block and not (inception and block in BLOCKS):
         raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
-    return encoder(path, block)
+    try:
+        return encoder(path, block)
+    except DataError as error:
+        if block or not inception:
+            raise
+        raise DataError(f"{error}; if it ends early, name its last --block, as mixed8") from error
 
 
 def open_pictures(

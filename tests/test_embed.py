@@ -342,6 +342,8 @@ def test_a_block_of_inception_is_pooled_in_its_own_range(pictures, tmp_path):
     ms.weights.save(net, file, prep, until="mixed0")
     given = "embed", file, few, "--block=mixed0", "--out", tmp_path / "h.npy"
     assert call(*given).exit_code == 0
+    with pytest.raises(DataError, match=r"missing .*; if it ends early, name its last --block"):
+        call("embed", file, few, "--out", tmp_path / "h.npy")
     x = prep(ms.data.open_dataset(few, 299).images)
     expected = net.eval().features(ms.Tensor(x), "mixed0").data.mean((1, 2))
     np.testing.assert_allclose(np.load(tmp_path / "h.npy"), expected, rtol=1e-4, atol=1e-5)
