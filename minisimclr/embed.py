@@ -28,7 +28,7 @@ from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
 from .train import MONITORED, Notify, preparing, quiet, sample_views
-from .weights import Preprocessing, encoder, network, read, safetensors
+from .weights import Preprocessing, load, network, read, safetensors
 
 See = Callable[[np.ndarray], Array]  # pictures (n, S, S, 3) uint8 -> features (n, D) float32
 SUFFIXES = (".npy", ".h5")
@@ -160,13 +160,13 @@ def published(
 
 def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
     """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
-    inception = isinstance(network(read(path)), InceptionV3)
-    if block and not (inception and block in BLOCKS):
+    net = network(stored := read(path))
+    if block and not (isinstance(net, InceptionV3) and block in BLOCKS):
         raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
     try:
-        return encoder(path, block)
+        return net, load(net, stored, block)
     except DataError as error:
-        if block or not inception:
+        if block or not isinstance(net, InceptionV3):
             raise
         raise DataError(f"{error}; if it ends early, name its last --block, as mixed8") from error
 

@@ -437,9 +437,10 @@ def test_inception_runs_where_the_run_does_and_is_searched_as_asked(run, dataset
 
 def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
     nets, asked = [nn.inception_v3(), nn.inception_v3()], []
+    made = iter(nets)
     monkeypatch.setattr(embed, "read", nothing)
-    monkeypatch.setattr(embed, "network", lambda _: nets[1])
-    monkeypatch.setattr(embed, "encoder", lambda path, until: (nets[0], until))
+    monkeypatch.setattr(embed, "network", lambda _: next(made))
+    monkeypatch.setattr(embed, "load", lambda net, _, until: net is nets[0] and until)
     monkeypatch.setattr(embed, "calibrated", lambda net, *_: net)
     monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[:5]))
     monkeypatch.setattr(embed, "probe", lambda *given, **_: given)
