@@ -44,7 +44,7 @@ class Views:
 
     def part(self, start: int, stop: int) -> "Views":
         """The parameters of images start to stop - 1, for a batch that is worked on in parts."""
-        return Views(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
 
 
 def draw_views(

@@ -135,5 +135,5 @@ class LARS(SGD):
     def rate_of(self, name: str, p: Parameter) -> Any:
         if p.kind != WEIGHT:
             return self.lr
-        self.trust[name] = trust_ratio(p.data, p.grad, self.weight_decay, self.eeta)
+        self.trust[name] = trust_ratio(p.data, p.grad, self.decay_of(p), self.eeta)
         return self.lr * self.trust[name]

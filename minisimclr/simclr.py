@@ -9,6 +9,7 @@ from math import isfinite, log
 
 from . import augment
 from .backend import Array, later, xp_of
+from .errors import ConfigError
 from .nn import ENCODERS, BatchNorm, Module, ProjectionHead, ResNet, evaluating
 from .ops.loss import contrastive_accuracy, nt_xent
 from .optim import SGD
@@ -25,8 +26,10 @@ class Model(Module):
     def build(cls, encoder: str, stem: str, width: int, seed: int, d_out: int = 128) -> "Model":
         """A fresh model; for a given NumPy version, the arguments alone determine its weights.
 
-        width 0 means the encoder's own.
+        width 0 means the encoder's own. Raises ConfigError for an unknown encoder or stem.
         """
+        if encoder not in ENCODERS:
+            raise ConfigError(f"unknown encoder {encoder!r}: use {', '.join(ENCODERS)}")
         size = {"width": width} if width else {}
         f = ENCODERS[encoder](stem=stem, seed=seed, **size)
         return cls(f, ProjectionHead(f.features, f.features, d_out, seed=seed))
@@ -103,9 +106,9 @@ def training_step(
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
     """Set a network's running statistics to the mean of those of batches of the views x.
 
-    A last, shorter batch is left out. Statistics kept in training lag behind fast-moving weights;
-    after few steps, and with random weights, they still hold the 0 and 1 they began with
-    (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
+    A last, shorter batch is left out, and the network is left in evaluation mode. Statistics kept
+    in training lag behind fast-moving weights; after few steps, and with random weights, they still
+    hold the 0 and 1 they began with (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
     """
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]

@@ -5,7 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -363,6 +363,18 @@ def test_parts_of_a_batch_see_the_views_of_the_whole(version):
         part = fn(images[start:stop], views.part(start, stop), 40)
         for a, b in zip(part, whole, strict=True):
             np.testing.assert_array_equal(a, b[start:stop])
+
+
+def test_views_with_more_parameters_than_these(version):
+    @dataclass(frozen=True)
+    class Solarized(augment.Views):
+        thresholds: np.ndarray  # (2, N)
+
+    images, fn, views = photos(3), apply_views.dispatch(version), draw_views(0, 5, 3, 40, 40)
+    more = Solarized(**vars(views), thresholds=np.arange(6).reshape(2, 3)).part(1, 3)
+    assert more.thresholds.tolist() == [[1, 2], [4, 5]]
+    for a, b in zip(fn(images[1:], more, 32), fn(images, views, 32), strict=True):
+        np.testing.assert_array_equal(a, b[1:])
 
 
 @pytest.mark.parametrize("drawn", [(6, 40, 48), (6, 48, 40), (5, 40, 40), (7, 40, 40)])

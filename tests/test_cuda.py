@@ -498,6 +498,19 @@ def test_the_readable_passes_stay_where_they_are_asked_for():
         assert run.stdout == hooks, run.stderr
 
 
+def test_rates_of_a_subclass_count_on_the_device_too(cupy):
+    class Slow(optim.SGD):
+        def rate_of(self, name, p):
+            return self.lr * (0.1 if p.kind == BIAS else 1.0)
+
+    class SlowLARS(optim.LARS):
+        def rate_of(self, name, p):
+            return 0.1 * super().rate_of(name, p)
+
+    for kind in (Slow, SlowLARS):
+        compare(optimized(cupy, kind), optimized(np, kind, dtype=np.float64))
+
+
 def test_nothing_moves_where_a_number_is_not_finite(cupy):
     for kind in (optim.SGD, optim.LARS):
         for ok in ((True, np.bool_(False), np.bool_(True)), (False, True, True)):

@@ -128,16 +128,16 @@ def test_budget():
     for path in PACKAGE.glob("kernels/*.cu*"):  # whose comments are whole lines
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
-    assert kernels <= 1194
+    assert kernels <= 1195
     assert count.pop("weights", 0) <= 476
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1086
-    assert sum(count.get(room, 0) for room in TEACHES) <= 1756, count
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1763, count
     assert count.pop("data") <= 1238  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 797
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 671
-    assert sum(count.values()) <= 3097, count
+    assert sum(count.values()) <= 3104, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -254,6 +254,8 @@ def test_modules_are_of_a_type_that_tensors_keep(dtype):
 def test_unknown_stems_and_widths_are_refused():
     with pytest.raises(ConfigError, match="'big'"):
         ms.nn.resnet18(stem="big")
+    with pytest.raises(ConfigError, match="unknown encoder 'resnet19': use resnet_small, "):
+        Model.build("resnet19", "cifar", 0, seed=0)
     with pytest.raises(ConfigError, match="width"):
         ms.nn.resnet18(width=0)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisimclr.ops import loss
+from minisimclr.ops import loss, norm
 from minisimclr.ops.basic import relu
 from minisimclr.ops.conv import conv2d, fold, output_size, unfold
 from minisimclr.ops.loss import contrastive_accuracy, cross_entropy, nt_xent
@@ -102,6 +102,36 @@ def test_conv2d_errors_name_the_shapes():
     for kernel in ((3, 5), (3, 3, 3), (3, 3, 3, 5, 1)):
         with pytest.raises(ValueError, match=re.escape(f"weight {kernel} does not fit")):
             conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(*kernel)))
+
+
+class Swish(norm.BatchNorm):
+    """Makes more of what it inherits."""
+
+    def forward(self, x, gamma, beta):
+        self.h = super().forward(x, gamma, beta)
+        return self.h / (1 + np.exp(-self.h))
+
+    def backward(self, gy):
+        p = 1 / (1 + np.exp(-self.h))
+        return super().backward(gy * (p + self.h * p * (1 - p)))
+
+
+def test_conv2d_asks_batch_norm_only_for_what_it_was_given():
+    x, w, mask = randn(2, 4, 4, 3), randn(3, 3, 3, 2, seed=1), randn(2, 4, 4, 3, seed=2)
+    weight = Tensor(w, requires_grad=True)
+    for changed in (False, True):
+        y = batch_norm(Tensor(x, True), Tensor(np.ones(3)), Tensor(np.zeros(3)), running(3), True)
+        if changed:
+            y.data = y.data * mask
+        z = conv2d(y, weight)
+        assert bool(z.creator.source) != changed
+        z.sum().backward()
+        # (2, 3, 3, 3, 2, 2): what each number of the kernel is multiplied by
+        taken = np.lib.stride_tricks.sliding_window_view(y.data, (2, 2), (1, 2))
+        np.testing.assert_allclose(weight.grad[..., 0], taken.sum((0, 4, 5)), rtol=0, atol=1e-9)
+        weight.grad = None
+    vectors = np.ones(3), np.zeros(3)
+    gradcheck(lambda *a: conv2d(Swish(False, 1e-5)(*a[:3]), a[3]), x, *vectors, w)
 
 
 @pytest.mark.parametrize("relu", [False, True])

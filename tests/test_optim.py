@@ -104,6 +104,18 @@ def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
     assert p.grad is None
 
 
+def test_trust_counts_the_decay_of_each_weight():
+    class Halved(LARS):
+        def decay_of(self, p):
+            return 0.5
+
+    p = Parameter(np.ones(4))
+    p.grad = np.ones(4)
+    optimizer = Halved([("p", p)], 0.1, weight_decay=0.0, eeta=1.0)
+    optimizer.step()
+    assert optimizer.trust["p"] == pytest.approx(1 / 1.5)  # |w| / |g + 0.5 w|
+
+
 @pytest.mark.parametrize("kind", [SGD, LARS])
 def test_state_restores_exactly(kind):
     def advance(optimizer, p, steps):

@@ -528,5 +528,5 @@ def test_a_forward_that_gives_no_array_is_refused():
         def forward(self, x):
             return x / 2, x / 2
 
-    with pytest.raises(TypeError, match=r"takes arrays .*, not <class 'tuple'>"):
+    with pytest.raises(TypeError, match=r"Halves\.forward gave <class 'tuple'>, not an"):
         Halves()(Tensor(np.ones(2), requires_grad=True))

@@ -27,9 +27,8 @@ BAND = 16  # output pixels in a block, at most: a cache line of weights
 @apply_views.register(np.ndarray)
 def apply_views_sorted(images, views, size):
     n, _, _ = batch_shape(images, views.boxes)
-    boxes, flips, factors, orders, greys, sigmas = (
-        drawn.reshape(2 * n, *drawn.shape[2:]) for drawn in vars(views).values()
-    )
+    drawn = views.boxes, views.flips, views.factors, views.orders, views.greys, views.sigmas
+    boxes, flips, factors, orders, greys, sigmas = (a.reshape(2 * n, *a.shape[2:]) for a in drawn)
     jittered = (factors != (1, 1, 1, 0)).any(axis=1)  # (2N,)
     places = np.argsort(orders, axis=1)  # of each operation; hue, the costliest, is sorted by first
     rows = np.lexsort((*places.T, jittered))  # unchanged views come first

@@ -25,7 +25,7 @@ from ..ops.conv import conv_input_gradient, conv_output, conv_weight_gradient, f
 from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift, update_running
 from ..ops.pool import max_pool_input_gradient, max_pool_output, pooled_size
 from ..ops.product import matmul
-from ..optim import SGD, square_of_all, update_all
+from ..optim import LARS, SGD, square_of_all, update_all
 from ..tensor import WEIGHT
 from . import cuda_conv
 from .cuda_launch import CHANNELS, LANES, THREADS, for_each_row, launch
@@ -144,6 +144,8 @@ def cuda_square_of_all(w, optimizer):
 
 
 def cuda_update_all(w, optimizer, ok):
+    if type(optimizer).rate_of not in (SGD.rate_of, LARS.rate_of):  # a subclass has its own
+        return update_all.dispatch(object)(w, optimizer, ok)
     rows, gradients = table_of(optimizer)
     count, trust = len(gradients), cupy().empty(len(gradients), np.float32)
     part = squares(rows, count) if hasattr(optimizer, "eeta") else None

@@ -16,6 +16,7 @@ Faster versions of these passes run unless MINISIMCLR_KERNELS=reference.
 
 from functools import reduce, singledispatch
 from math import prod
+from weakref import ref
 
 import numpy as np
 
@@ -128,7 +129,12 @@ class BatchNorm(Function):
         y = self.recompute(residual)
         # On a GPU memory is short and a pass is cheap: y is dropped if it can be recomputed.
         self.y = y if residual is not None or (self.relu and xp_of(y) is np) else None
+        self.output = ref(y)
         return y
+
+    def can_make(self, y: Array) -> bool:
+        """Whether y is what `recompute` gives: not if its Tensor has had other data since."""
+        return self.output() is y
 
     def recompute(self, residual: Array | None = None) -> Array:
         """y; in the backward pass, saved or recomputed (Chen et al. 2016, arXiv:1604.06174)."""
