@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def listed(folder: Path) -> list[Path]:
 def prune(folder: Path) -> None:
     """Remove all checkpoints but the newest few."""
     for path in listed(folder)[:-KEEP]:
-        path.unlink()
+        with suppress(PermissionError):  # open elsewhere, on Windows: the next one's turn will come
+            path.unlink()
 
 
 def prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

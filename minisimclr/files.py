@@ -8,11 +8,13 @@ rename it over the final name, fsync the directory. Temporary and lock names sta
 """
 
 import errno
+import gc
 import glob
 import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from subprocess import list2cmdline
 from threading import current_thread, main_thread
 from typing import Any, TextIO
 
@@ -35,6 +38,8 @@ except ImportError:  # Windows
     import msvcrt
 
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS on Linux returns
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds between attempts to rename
 
 unfinished: set[Path] = set()  # temporary files that are being written
 
@@ -55,7 +60,7 @@ def publish(path: Path) -> Iterator[Path]:
         sync(temporary)
         if place.exists():  # what was private stays so
             shutil.copymode(place, temporary)
-        temporary.replace(place)
+        rename(temporary, place)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -65,6 +70,24 @@ def publish(path: Path) -> Iterator[Path]:
     finally:
         unfinished.discard(temporary)
     sync(place.parent)
+
+
+def rename(path: Path, to: Path) -> None:
+    """Give a file or folder its final name; a file that has it is replaced.
+
+    Windows refuses that while anyone has one of the two open, as programs that scan, index or copy
+    what is new do for moments: there, it is tried again.
+    """
+    for pause in PAUSES:
+        try:
+            path.replace(to)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            gc.collect()  # which closes what nobody uses any more, such as a data set
+            time.sleep(pause)
+    path.replace(to)
 
 
 @contextmanager
@@ -131,11 +154,19 @@ def sync(path: Path) -> None:
 def require_writable(path: Path) -> None:
     """Raise OutputError if nothing can be created at `path`; leaves no trace."""
     try:
-        parent = next((p for p in target(path).parents if p.exists()), path)  # no such drive: fails
+        place = target(path)
+        if place.exists():
+            place.rename(place)  # does nothing, but on Windows fails if the file is open
+        parent = next((p for p in place.parents if p.exists()), path)  # no such drive: fails
         with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def typed(*words: str) -> str:
+    """Words of a command as one types them, in quotes where needed."""
+    return list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -195,7 +226,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         try:
             _lock(handle, wait)
             for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                stale.unlink(missing_ok=True)
+                with suppress(PermissionError):  # a worker of a dead process, on Windows, has it
+                    stale.unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in CANNOT_LOCK:
                 raise

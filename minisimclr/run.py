@@ -28,7 +28,7 @@ from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
-from .files import handling, require_writable, sync, write_bytes
+from .files import handling, rename, require_writable, sync, write_bytes
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -220,7 +220,7 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         (making / "metrics.jsonl").touch()
         while True:
             try:
-                making.rename(out)
+                rename(making, out)
                 return out
             except OSError:
                 if not (beside and out.exists()):  # else another run began in the same second

@@ -1,5 +1,6 @@
 """The command line as a user meets it: a real process, its output, its exit code."""
 
+import errno
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 import minisimclr
+from minisimclr import cli
 from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
@@ -479,6 +481,44 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     before = sys.stderr.getvalue()
     display.on_epoch(step=3, **figures)  # whose figures the bar has shown
     assert sys.stderr.getvalue() == before
+
+
+@pytest.mark.parametrize("error", [OSError(6, "The handle is invalid"), ValueError("descriptor")])
+def test_what_only_says_it_is_a_terminal_gets_lines(error, monkeypatch):
+    """Like NUL on Windows."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", Mock(side_effect=error))
+    display = Display()
+    for done in (1, 2, 2):
+        display.on_progress(done, 2, "trials")
+    assert sys.stderr.getvalue() == 2 * "trials: 2 done\n"
+
+
+def test_wildcards_are_expanded_where_shells_do_not(tmp_path, monkeypatch):
+    for name in ("b.jpg", "a.jpg", "[1].png", "1.png"):
+        (tmp_path / name).touch()
+    words = ["neighbors", "--debug", "RUN", "*.jpg", "*.gif", "[1].png"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minisimclr", *words])
+    monkeypatch.setattr(cli.group, "main", lambda given, **_: given)
+    with patch.object(os, "name", "posix"):
+        there = cli.run(None)
+    with patch.object(os, "name", "nt"):
+        here, not_typed = cli.run(None), cli.run(["*.jpg"])
+    assert there == ["neighbors", "RUN", "*.jpg", "*.gif", "[1].png"]
+    assert here == ["neighbors", "RUN", "a.jpg", "b.jpg", "*.gif", "[1].png"]
+    assert not_typed == ["*.jpg"]
+
+
+def test_the_word_of_windows_for_a_reader_that_left(monkeypatch):
+    error = OSError(errno.EINVAL, "Invalid argument")
+    monkeypatch.setattr(sys, "stdout", Mock(flush=Mock(side_effect=error)))
+    monkeypatch.setattr(cli, "close_output", Mock())
+    codes = []
+    for system in ("posix", "nt"):
+        with patch.object(os, "name", system):
+            codes += map(cli.explain, (error, OSError(errno.ENOSPC, "No space left")))
+    assert codes == [4, 4, 0, 4]
 
 
 @pytest.mark.parametrize("label, ends, line", [

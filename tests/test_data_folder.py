@@ -580,10 +580,11 @@ def test_pictures_in_memory_are_split_like_a_folder_and_trained_on(pictures, tmp
         np.testing.assert_array_equal(getattr(made, name), getattr(folder, name))
     assert (made.class_names, made.identity) == (folder.class_names, folder.identity)
     made.verify()
-    first = made.path.read_bytes()
-    from_arrays(made.path, *given)
-    assert made.path.read_bytes() == first  # runs go on
-    config = TrainConfig(data=made.path, width=8, image_size=16, batch_size=32, epochs=1, threads=1)
+    path, first = made.path, made.path.read_bytes()
+    del made  # Windows replaces no file that is open
+    from_arrays(path, *given)
+    assert path.read_bytes() == first  # runs go on
+    config = TrainConfig(data=path, width=8, image_size=16, batch_size=32, epochs=1, threads=1)
     run = pretrain(config, tmp_path / "run", notify=lambda *_: None)
     assert probe_run(run, open_dataset(run.config.data))["test"] == 24
     assert folder.identity == run.trained_on

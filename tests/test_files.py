@@ -5,12 +5,18 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from minisimclr import files
 from minisimclr.errors import OutputError
+
+
+def on(system):
+    return patch.object(os, "name", system)
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
@@ -38,6 +44,56 @@ def test_any_failing_call_leaves_the_old_file_or_the_new_one(tmp_path, monkeypat
     assert len(calls) == n
     assert (path.read_bytes() if path.exists() else None) == (old if n < 3 else b"new")
     assert [p.name for p in tmp_path.iterdir()] == (["file"] if path.exists() else [])
+
+
+def test_windows_is_asked_again_to_rename_what_others_have_open(tmp_path, monkeypatch):
+    class Mapped:
+        def __init__(self):
+            self.circle = self  # only the garbage collector finds it
+
+    replace, asked, mapped = Path.replace, [], weakref.ref(Mapped())
+
+    def held(path, to):
+        asked.append(to)
+        if mapped() or len(asked) < 4:
+            raise PermissionError(errno.EACCES, "somebody has it open")
+        return replace(path, to)
+
+    (tmp_path / "new").touch()
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    with on("posix"), pytest.raises(PermissionError):
+        files.rename(tmp_path / "new", tmp_path / "old")
+    assert len(asked) == 1 and mapped()
+    with on("nt"):
+        files.rename(tmp_path / "new", tmp_path / "old")
+    assert len(asked) == 4 and [p.name for p in tmp_path.iterdir()] == ["old"]
+    mapped = Mapped
+    with on("nt"), pytest.raises(PermissionError):
+        files.rename(tmp_path / "old", tmp_path / "older")
+    assert len(asked) == 4 + 6 and [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_windows_would_not_replace_is_told_before_the_work(tmp_path, monkeypatch):
+    def held(path, to):
+        raise PermissionError(errno.EACCES, "is used by another process")
+
+    monkeypatch.setattr(Path, "rename", held)
+    files.require_writable(tmp_path / "file")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file: is used by another process"):
+        files.require_writable(tmp_path / "file")
+
+
+def test_commands_are_shown_as_one_types_them():
+    words = "minisimclr", "train", "--data", r"C:\my photos\dogs", "it's"
+    with on("posix"):
+        shown = files.typed(*words)
+    assert shown == r"""minisimclr train --data 'C:\my photos\dogs' 'it'"'"'s'"""
+    with on("nt"):
+        shown, plain = files.typed(*words), files.typed(r"C:\photos")
+    assert shown == r"""minisimclr train --data "C:\my photos\dogs" it's"""
+    assert plain == r"C:\photos"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no devices and the like")
@@ -232,6 +288,21 @@ def test_lock_is_held_and_dies_with_its_process(tmp_path):
         told = pytest.warns(UserWarning, match="waiting for the process that holds")
         with told, files.locked(path):
             assert holder.wait(5)
+
+
+def test_a_leftover_that_cannot_be_removed_yet_stops_nobody(tmp_path, monkeypatch):
+    """A worker of a process that died still has it open, on Windows."""
+
+    def held(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "somebody has it open")
+
+    (tmp_path / ".file.0123abcd.tmp").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", held)
+        with files.locked(tmp_path / "file"):
+            assert list(tmp_path.glob("*.tmp"))
+    with files.locked(tmp_path / "file"):
+        assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524])

@@ -511,6 +511,25 @@ def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_checkpoint_that_is_open_elsewhere_goes_later(tmp_path, monkeypatch):
+    for k in range(4):
+        (tmp_path / f"step-0000000{k}.h5").touch()
+
+    unlink = Path.unlink
+
+    def held(path):
+        if path.name == "step-00000000.h5":
+            raise PermissionError(errno.EACCES, "somebody has it open")
+        unlink(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", held)
+        checkpoint.prune(tmp_path)
+    assert len(checkpoint.listed(tmp_path)) == 3
+    checkpoint.prune(tmp_path)
+    assert len(checkpoint.listed(tmp_path)) == 2
+
+
 @hypothesis.settings(deadline=None)
 @hypothesis.given(st.data())
 def test_no_change_of_a_checkpoint_goes_unseen(finished, data):

@@ -4,11 +4,13 @@
 written; 5 diverged; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
 """
 
+import errno
 import os
 import sys
 import warnings
 from contextlib import suppress
 from difflib import get_close_matches
+from glob import glob
 from importlib import import_module
 from typing import Any
 
@@ -75,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None) -> int:
     """Run the command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(arguments or ())
+    if arguments is None:
+        given = [name for word in sys.argv[1:] for name in expanded(word)]
     arguments = [a for a in given if a != "--debug"]
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
         if getattr(sys, name) is None:
@@ -104,6 +108,15 @@ def run(arguments: list[str] | None) -> int:
     return code
 
 
+def expanded(word: str) -> list[str]:
+    """The names of files that a word such as `*.jpg` stands for; on Windows, shells leave that to
+    programs.
+    """
+    if os.name != "nt" or os.path.lexists(word):
+        return [word]
+    return sorted(glob(word)) or [word]  # noqa: PTH207 - relative ones stay so
+
+
 def explain(error: Exception | str, code: int = 1) -> int:
     """Say what went wrong in one line on standard error; return the exit code for it."""
     text = str(error)
@@ -128,6 +141,8 @@ def explain(error: Exception | str, code: int = 1) -> int:
                 sys.stdout.flush()
             except OSError:  # Python would fail with it once more, at exit
                 close_output()
+                if os.name == "nt" and error.errno == errno.EINVAL:  # its word for a broken pipe
+                    return 0
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     with suppress(OSError):  # there may be no one to read it
         click.echo(f"error: {' '.join(text.split())}", err=True)

@@ -64,7 +64,10 @@ class Display:
                 self.due = time.monotonic() + NEXT
                 self.say(f"{label}: {done / total:.0%}" if total else f"{label}: {done:,}")
             return
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
+        try:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown
+        except (OSError, ValueError):  # Windows calls NUL a terminal
+            columns = 0
         width = 24 if columns >= 100 else 10
         room = columns - len(label) - width - 26
         if room < 0:  # too narrow for a bar: print lines

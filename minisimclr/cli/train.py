@@ -1,12 +1,10 @@
 """minisimclr train: settings from flags, environment and files; a bar; the probe's table."""
 
 import os
-import shlex
 import signal
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import list2cmdline
 from typing import Any
 
 import click
@@ -14,6 +12,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError, Interrupted
+from ..files import typed
 from .options import FILE, Duration, setting_option
 from .probe import show_probe
 
@@ -100,7 +99,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
                 run = training.pretrain(settings, out, origins=origins, **how)
         except Interrupted as stop:
             run = stop.run
-    path = list2cmdline([run.path]) if os.name == "nt" else shlex.quote(str(run.path))
+    path = typed(str(run.path))
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
         with unless_gone():

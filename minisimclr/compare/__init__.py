@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from .. import baseline, checkpoint, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
 from ..errors import DataError, DivergedError
-from ..files import file_sha256, locked, write_bytes
+from ..files import file_sha256, locked, typed, write_bytes
 from ..finetune import FACTORS, finetune
 from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run
@@ -88,7 +87,7 @@ class Comparison:
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
-        self.given = f"--data {quote(self.name)}"
+        self.given = f"--data {typed(self.name)}"
         self.probing = f"probe RUN {self.given}" + (f" --view {self.view}" if self.view else "")
         data = hashlib.sha256(self.dataset.fingerprint.encode())
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
@@ -162,7 +161,7 @@ class Comparison:
     def on_inception(self) -> Part:
         """Dense and linear layers on frozen InceptionV3 features; DataError for other weights."""
         file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
-        options = f"{quote(file.name) if file else 'FILE'} {self.given} --image-size {self.side}"
+        options = f"{typed(file.name) if file else 'FILE'} {self.given} --image-size {self.side}"
         dense = f"baseline --weights {options} --trials {self.trials}"
         rows = [
             row(name, "dense", self.imagenet, pixels, dense),
@@ -188,7 +187,7 @@ class Comparison:
         Raises DataError for weights that are not a TensorFlow checkpoint.
         """
         file, given = self.simclrv2, f"{self.given} --image-size {self.side}"
-        command = f"probe {quote(file.name) if file else 'FILE'} {given}"
+        command = f"probe {typed(file.name) if file else 'FILE'} {given}"
         pixels = f"{self.side} px as 224"
         rows = [row("SimCLRv2 ResNet-50", "linear", self.imagenet, pixels, command)]
         if file and weights.read(file).format != TENSORFLOW:

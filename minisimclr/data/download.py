@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ..errors import DataError
-from ..files import file_sha256, locked, sync
+from ..files import file_sha256, locked, rename, sync
 from .cache import Progress
 
 ATTEMPTS = 4
@@ -56,7 +56,7 @@ def download(
             part.unlink()
             raise DataError(f"{url}: the {had:,} bytes there do not have the SHA-256 {sha256}")
         sync(part)
-        part.replace(path)
+        rename(part, path)
         mark.unlink(missing_ok=True)
         sync(path.parent)
 

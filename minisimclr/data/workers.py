@@ -10,6 +10,7 @@ process dies, however it dies.
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,7 @@ def start() -> Popen:
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     return Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
         command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER,
-        process_group=0,
+        process_group=0, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def serve(out: int) -> None:
     """The worker's side of `ask`, which reads from the descriptor `out`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business (Windows)
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(out, "wb")
-    with suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # nobody is left to answer to
+    with suppress(OSError, EOFError, pickle.UnpicklingError):  # nobody is left to answer to
         while questions.peek(1):
             function, item = pickle.load(questions)
             try:

@@ -187,6 +187,6 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
         raise ValueError(f"conv2d: {said}")
     if {x.dtype, weight.dtype} == {np.dtype(np.float32), np.dtype(np.float64)}:
         x, weight = cast(x, np.float64), cast(weight, np.float64)
-    made_by = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes
+    made_by: Any = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes
     source = made_by if hasattr(made_by, "can_make") and made_by.can_make(x.data) else None
     return Conv2d(stride, padding, source)(x, weight)

@@ -1,6 +1,5 @@
 """The panels of a run's report, in their order. Each docstring is its title and its explanation."""
 
-import shlex
 from dataclasses import fields
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from ..augment import SMALL, Views
 from ..config import TrainConfig
 from ..embed import nearest
+from ..files import typed
 from ..probe import LogisticRegression, features, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
@@ -288,7 +288,7 @@ def repeat(facts: Facts) -> str:
             words += [f"--{f.name.replace('_', '-')}", str(value)]
     settings = [(n, str(e["value"]), e["origin"]) for n, e in facts.files["config"].items()]
     return (
-        code(shlex.join(words), "command")
+        code(typed(*words), "command")
         + table("Settings", ("setting", "value", "origin"), settings)
         + table("Where it ran", ("", "value"), (facts.files["env"] or {}).items())
     )
