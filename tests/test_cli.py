@@ -512,13 +512,13 @@ def test_wildcards_are_expanded_where_shells_do_not(tmp_path, monkeypatch):
 
 def test_the_word_of_windows_for_a_reader_that_left(monkeypatch):
     error = OSError(errno.EINVAL, "Invalid argument")
-    monkeypatch.setattr(sys, "stdout", Mock(flush=Mock(side_effect=error)))
+    errors = error, OSError(errno.EINVAL, "of a file", "x"), OSError(errno.ENOSPC, "No space left")
     monkeypatch.setattr(cli, "close_output", Mock())
     codes = []
     for system in ("posix", "nt"):
         with patch.object(os, "name", system):
-            codes += map(cli.explain, (error, OSError(errno.ENOSPC, "No space left")))
-    assert codes == [4, 4, 0, 4]
+            codes += map(cli.explain, errors)
+    assert codes == [4, 4, 4, 0, 4, 4]
 
 
 @pytest.mark.parametrize("label, ends, line", [

@@ -128,7 +128,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
             return error.exit_code
         case click.ClickException():
             text, code = error.format_message(), error.exit_code
-        case BrokenPipeError():  # the reader, such as `head`, has seen enough
+        case OSError() if nobody_reads(error):
             close_output()
             return 0
         case MinisimclrError():
@@ -141,12 +141,16 @@ def explain(error: Exception | str, code: int = 1) -> int:
                 sys.stdout.flush()
             except OSError:  # Python would fail with it once more, at exit
                 close_output()
-                if os.name == "nt" and error.errno == errno.EINVAL:  # its word for a broken pipe
-                    return 0
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     with suppress(OSError):  # there may be no one to read it
         click.echo(f"error: {' '.join(text.split())}", err=True)
     return code
+
+
+def nobody_reads(error: OSError) -> bool:
+    """Whether the reader of standard output, such as `head`, has seen enough."""
+    windows = os.name == "nt" and error.errno == errno.EINVAL and error.filename is None
+    return windows or isinstance(error, BrokenPipeError)
 
 
 def close_output() -> None:
