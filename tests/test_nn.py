@@ -330,6 +330,7 @@ def test_sequential_applies_functions_too():
     np.testing.assert_allclose(double(x).data, net(x).data, rtol=1e-5)
     assert double(x).dtype == np.float64 and first.weight.dtype == np.float32
     setattr(net, "2", first)  # what is shown as a layer is the layer
+    assert net[2] is net[0] is first and net[-1:] == [first] and [*net] == net[:]
     np.testing.assert_array_equal(net(x).data, first(relu(first(x))).data)
 
 

@@ -185,13 +185,18 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 class Sequential(Module):
-    """Modules, or functions such as relu, applied one after another and named "0", "1", ..."""
+    """Modules, or functions such as relu, applied one after another. They are named "0", "1", ...;
+    the first is also net[0].
+    """
 
     def __init__(self, *steps: Callable[[Tensor], Tensor]):
         for i, step in enumerate(steps):
             setattr(self, str(i), step)
 
+    def __getitem__(self, i: Any) -> Any:
+        return [step for name, step in vars(self).items() if name.isdigit()][i]
+
     def forward(self, x: Tensor) -> Tensor:
-        for name, step in vars(self).items():
-            x = step(x) if name.isdigit() else x
+        for step in self[:]:
+            x = step(x)
         return x
