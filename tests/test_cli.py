@@ -562,7 +562,7 @@ def test_a_terminal_shows_how_many_files_are_listed_and_then_forgets_it(monkeypa
         for listed in (1000, 2000):
             display.on_prepare(listed, 0)
     shown = sys.stderr.getvalue()
-    assert re.findall(r"listing files  \[-*\]  [^ \r\x1b]+", shown)[-1].endswith("  2,000")
+    assert re.findall(r"listing files  \[-*\]  [^ \r\n\x1b]+", shown)[-1].endswith("  2,000")
     assert shown.endswith("\n\033[A\033[K") and shown.count("\n") == 1 and "%" not in shown
 
 

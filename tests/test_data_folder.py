@@ -405,6 +405,7 @@ def test_only_bad_pictures(tmp_path):
 
 
 def test_commands(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minisimclr.cli.display.FIRST", 1e9)  # however slow the machine
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for command in ("verify", "info"):
         code, out, err = run(capsys, "data", command, pictures)
