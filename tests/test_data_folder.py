@@ -272,8 +272,12 @@ def test_a_link_to_nothing_stops_only_where_a_picture_should_be(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    scandir = os.scandir
+
     def closed(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        if Path(path).name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
 
     save(tmp_path / "a" / "1.png")
     monkeypatch.setattr(os, "scandir", closed)
