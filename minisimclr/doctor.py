@@ -105,9 +105,7 @@ def gradients() -> tuple[bool, str]:
     """Those of pictures and of all weights, through encoder, head and loss, against finite
     differences in float64.
     """
-    model = Model.build("resnet_small", "small", 2, seed=0, d_out=4)
-    model.astype(np.float64)
-
+    model = Model.build("resnet_small", "small", 2, seed=0, d_out=4).astype(np.float64)
     weights = {name: p.data for name, p in model.named_parameters()}
 
     def loss(x: Tensor, *given: Tensor) -> Tensor:
@@ -126,8 +124,7 @@ def learning() -> tuple[bool, str]:
     """A few steps of training on pictures drawn here."""
     images = np.stack([toydogs.draw(i, 20) for i in range(64)])  # (N, 20, 20, 3)
     where, _ = choose_device("auto")
-    model = Model.build("resnet_small", "small", 16, seed=0)
-    model.to(where)
+    model = Model.build("resnet_small", "small", 16, seed=0).to(where)
     optimizer, batch = SGD(model.named_parameters(), 0.1), to_device(images, where)
     losses, start = [], time.perf_counter()
     for step in range(STEPS):

@@ -147,8 +147,7 @@ class Plan:
 def new_run(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
     """A run at step 0, of which nothing has been written yet."""
     stem = first_layers(config.stem, config.encoder, config.image_size)
-    model = Model.build(config.encoder, stem, config.width, config.seed)
-    model.to(device).eval()
+    model = Model.build(config.encoder, stem, config.width, config.seed).to(device).eval()
     optimizer = {"sgd": SGD, "lars": LARS}[config.optimizer]
     named = model.named_parameters()
     return Run(path, config, model, optimizer(named, config.lr, weight_decay=config.weight_decay))
