@@ -44,8 +44,8 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
     """The configuration and each value's origin: flag > environment > file > preset > default."""
     import tomllib
 
-    values: dict[str, Any] = {name: f.default for name, f in SETTINGS.items()}
-    origins = dict.fromkeys(values, "default")
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(SETTINGS, "default")
     files = [(f"preset {preset}", PRESETS / f"{preset}.toml")] if preset else []
     files += [(str(config), config)] if config else []
     for origin, path in files:
