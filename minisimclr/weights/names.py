@@ -51,8 +51,8 @@ def match(module: Module, stored: Stored, until: str | None = None) -> dict[str,
     """
     own = module.shapes()
     kept = part(module, until)
-    sources = (numbered if stored.format in NUMBERED else prefixed)(module, own, stored)
-    sources = {n: source for n, source in sources.items() if n in kept or until is None}
+    named = numbered(module, stored) if stored.format in NUMBERED else prefixed(module, stored)
+    sources = {n: source for n, source in named.items() if n in kept or until is None}
     shapes = {name: shape for name, shape in own.items() if name not in kept}
     shapes |= {n: torch_shape(stored, s) if s else own[n] for n, s in sources.items()}
     module.check_shapes(shapes, stored.path)
@@ -77,10 +77,10 @@ def part(module: Module, until: str | None) -> list[str]:
     return [name for name in module.shapes() if name.split(".")[0] not in later]
 
 
-def prefixed(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str, str]:
+def prefixed(module: Module, stored: Stored) -> dict[str, str]:
     """Torchvision's names after the prefix with which most of them are found."""
-    first = next(iter(own))
-    found = [name.removesuffix(first) for name in stored.specs if name.endswith(first)]
+    own = list(module.shapes())
+    found = [name.removesuffix(own[0]) for name in stored.specs if name.endswith(own[0])]
     hits = {p: sum(p + name in stored.specs for name in own) for p in [*found, ""]}
     best, *more = [p for p in hits if hits[p] == max(hits.values())]
     if more:
@@ -89,9 +89,9 @@ def prefixed(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str,
     return {name: best + name for name in names if not re.fullmatch(SKIPPED, name)}
 
 
-def numbered(module: Module, own: dict[str, Shape], stored: Stored) -> dict[str, str]:
+def numbered(module: Module, stored: Stored) -> dict[str, str]:
     """Layers in the order of their numbers, which differs from that of their names as text."""
-    head = isinstance(module, ProjectionHead)
+    own, head = module.shapes(), isinstance(module, ProjectionHead)
     made = [m for name in stored.specs if (m := re.fullmatch(HEAD if head else ENCODER, name))]
     layers = [layer for _, layer in sorted({(int(m["i"] or 0), m["layer"]) for m in made})]
     norms = [layer for layer in layers if "batch_normalization" in layer]
