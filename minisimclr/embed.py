@@ -27,7 +27,7 @@ from .probe.logistic import finite
 from .run import Run, new_run, open_run
 from .simclr import Model, calibrate
 from .tensor import Tensor, no_grad
-from .train import MONITORED, Notify, preparing, quiet, sample_views
+from .train import MONITORED, Notify, calibrate_run, preparing, quiet
 from .weights import Preprocessing, load, network, read, safetensors
 
 See = Callable[[np.ndarray], Array]  # pictures (n, S, S, 3) uint8 -> features (n, D) float32
@@ -98,9 +98,9 @@ def batched(see: See, dataset: Dataset, batch_size: int, notify: Notify) -> Extr
 def control(run: Run, dataset: Dataset) -> Model:
     """The run's network as it was before step 0, calibrated as the trained one is."""
     device, _ = choose_device(run.config.device)
-    fresh = new_run(run.path, run.config, device).model
-    fresh.calibrate(sample_views(dataset, run.config.image_size, device), run.config.at_once)
-    return fresh
+    fresh = new_run(run.path, run.config, device)
+    calibrate_run(fresh, dataset, device)
+    return fresh.model
 
 
 def probe_run(

@@ -131,9 +131,10 @@ def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> 
     return augment.draw_views(config.seed, step, n, height, width, *how, stream=stream)
 
 
-def sample_views(dataset: Dataset, size: int, device: str) -> Array:
-    """Centre views (n, size, size, 3) for calibrating a model."""
-    return to_device(augment.center_view(dataset.sample(MONITORED), size), device)
+def calibrate_run(run: Run, dataset: Dataset, device: str) -> None:
+    """Set the running statistics of a run's model to those of centre views of some images."""
+    x = to_device(augment.center_view(dataset.sample(MONITORED), run.config.image_size), device)
+    run.model.calibrate(x, run.config.at_once)
 
 
 def start_step(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any]]:
@@ -192,8 +193,7 @@ def train(
                 seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if closing := last and not open_steps:
-                    sample = sample_views(dataset, config.image_size, device)
-                    run.model.calibrate(sample, config.at_once)
+                    calibrate_run(run, dataset, device)
                 if closing and end_of_epoch:
                     line |= monitor(run, dataset, device)
                 log_line(metrics, line)
