@@ -33,39 +33,38 @@ def made_before(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table and the curve in results.json, for people."""
-    columns = ["system", "head", "pre-training", "input", "labels"]
-    columns += ["top-1", "95 %", "top-5", "time"]
-    lines = [columns, ["---"] * len(columns)]
+    head = ["system", "head", "pre-training", "input", "labels", "top-1", "95 %", "top-5", "time"]
+    rows = []
     for each in results["rows"]:
         about = [each["system"], each["method"], each["pretraining"], each["pixels"]]
         if each["status"] == "not run":
-            lines.append([*about, "", "not run", "", "", ""])
+            rows.append([*about, "", "not run", "", "", ""])
             continue
         low, high = each["ci95"]
         top5 = f"{each['top5']:.1%}" if "top5" in each else ""
         took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
         shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
-        lines.append([*about, f"{each['labels']:,}", *shown])
-    lines.append(["chance", "", "none", "", "0", f"{results['chance']:.1%}", "", "", ""])
-    systems = dict.fromkeys(each["system"] for each in results["curve"])
+        rows.append([*about, f"{each['labels']:,}", *shown])
+    rows.append(["chance", "", "none", "", "0", f"{results['chance']:.1%}", "", "", ""])
     budgets = dict.fromkeys(str(each["per_class"]) for each in results["curve"])
-    curve = [["labels per class", *budgets], ["---"] * (1 + len(budgets))]
-    for system in systems:
-        points = [each for each in results["curve"] if each["system"] == system]
-        curve.append([system, *(spread(each.get("top1", [])) for each in points)])
+    curve: dict[str, list[str]] = {}  # a row for each system
+    for each in results["curve"]:
+        curve.setdefault(each["system"], [each["system"]]).append(spread(each.get("top1", [])))
     warned = [
         f"- {each['system']}, {each['method']}: {each['warning']}"
         for each in results["rows"]
         if each.get("warning")
     ]
-    texts = ["\n".join(map(table_line, table)) for table in (lines, curve)]
-    texts = [texts[0], "\n".join(warned), texts[1] if systems else ""]
+    texts = [table(head, rows), "\n".join(warned)]
+    texts += [table(["labels per class", *budgets], list(curve.values()))] if curve else []
     return "\n\n".join(filter(None, texts))
 
 
-def table_line(cells: list[str]) -> str:
-    """Cells of a table in Markdown, where a | in a name must not end one."""
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, where a | in a name must not end a cell."""
+    lines = [head, ["---"] * len(head), *rows]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def spread(values: list[float]) -> str:
