@@ -235,16 +235,15 @@ def chance_line(facts: Facts) -> Finding | None:
     """
     last, guess = facts.need("epochs")[-1], 1 / (2 * facts.config.batch_size - 1)
     said = f"The loss is {last['loss']:.3f}; by chance it would be ln(2N-1) = {last['chance']:.3f}."
-    if last["loss"] > last["chance"] - 0.1:
-        said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
-        early = last["epoch"] <= max(2, facts.config.warmup_epochs + 1)
-        blind = not early and last["accuracy"] < 2 * guess
-        title = "The loss is not yet below its chance line" if early else ""
-        title = (
-            "The loss is above its chance line" if last["loss"] > last["chance"] + 0.1 else title
-        )
-        return Finding(FAULT if blind else WARNING, said, title)
-    return Finding(GOOD, said, "The model tells pictures apart")
+    if last["loss"] <= last["chance"] - 0.1:
+        return Finding(GOOD, said, "The model tells pictures apart")
+    said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
+    early = last["epoch"] <= max(2, facts.config.warmup_epochs + 1)
+    blind = not early and last["accuracy"] < 2 * guess
+    title = "The loss is not yet below its chance line" if early else ""
+    if last["loss"] > last["chance"] + 0.1:
+        title = "The loss is above its chance line"
+    return Finding(FAULT if blind else WARNING, said, title)
 
 
 def features_gain(facts: Facts) -> Finding | None:
