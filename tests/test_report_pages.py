@@ -137,7 +137,7 @@ def test_below_a_view_stands_how_it_was_made(run, monkeypatch):
     cards = []
     monkeypatch.setattr(panels, "card", lambda *given, mark: cards.append(given) or "")
     panels.augmentation(facts := report.read(run))
-    _, drawn, *pair = facts.first_views
+    _, drawn, pair = facts.first_views
     for i in range(6):
         for k, (pixels, _, name, *words) in enumerate(cards[3 * i + 1 : 3 * i + 3]):
             assert (name, words) == (f"{i + 1}{'ab'[k]}", described(drawn, k, i, 16))
@@ -344,7 +344,7 @@ def test_one_batch_is_compared_as_the_loss_sees_it(run, monkeypatch):
     monkeypatch.setattr(panels, "matrix", lambda *given: shown.append(given) or "")
     panels.one_batch(facts := report.read(run))
     ((_, cosines, names, partners),) = shown
-    model, views = facts.run.model, np.concatenate([x[:16] for x in facts.first_views[2:]])
+    model, views = facts.run.model, np.concatenate([x[:16] for x in facts.first_views[2]])
     z = unit(model.project(model.encode(views)))
     np.testing.assert_allclose(cosines, z @ z.T, atol=1e-5)
     assert names == [f"{i + 1}{view}" for view in "ab" for i in range(16)]

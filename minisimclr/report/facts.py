@@ -106,18 +106,18 @@ class Facts:
         return new_run(self.path, self.config).model
 
     @cached_property
-    def first_views(self) -> tuple[np.ndarray, augment.Views, np.ndarray, np.ndarray]:
+    def first_views(self) -> tuple[np.ndarray, augment.Views, tuple[np.ndarray, np.ndarray]]:
         """Of step 1: its images (N, S, S, 3), the drawn parameters, both views (N, s, s, 3)."""
         data, config = self.need("dataset"), self.config
         source = batches(data.images, data.split("pretrain"), config.batch_size, config.seed)
         _, images, _ = next(source)
         views = draw(config, 0, images)
-        return images, views, *augment.apply_views(images, views, config.image_size)
+        return images, views, augment.apply_views(images, views, config.image_size)
 
     @cached_property
     def first_z(self) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, d_out) of both first views by the fresh network, as step 1 had them."""
-        x = np.concatenate(self.first_views[2:])  # (2N, s, s, 3)
+        x = np.concatenate(self.first_views[2])  # (2N, s, s, 3)
         self.fresh.train()
         with no_grad():
             z = self.fresh.head(self.fresh.encoder(Tensor(x))).data.astype(np.float64)

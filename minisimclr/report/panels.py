@@ -105,10 +105,10 @@ def described(views: Views, k: int, i: int, side: int) -> list[str]:
     return words + ([f"blur {sigma:.1f} px"] if sigma else [])
 
 
-def view_cards(images: np.ndarray, drawn: Views, pair: tuple[np.ndarray, ...], most: int) -> str:
-    """Pictures, each with its two views and what was drawn for them."""
+def view_cards(images: np.ndarray, drawn: Views, pair: tuple[np.ndarray, np.ndarray]) -> str:
+    """Pictures, the first of a batch, each with its two views and what was drawn for them."""
     groups = []
-    for i, image in enumerate(images[:most]):
+    for i, image in enumerate(images):
         cards = [card(image, f"Picture {i + 1}", f"picture {i + 1}", mark="large")]
         for k, x in enumerate(pair):
             name, words = f"{i + 1}{'ab'[k]}", described(drawn, k, i, x.shape[1])
@@ -123,8 +123,8 @@ def augmentation(facts: Facts) -> str:
     Pictures of step 1 and their views, drawn again. The network has to learn that views a and b
     belong together and to nothing else.
     """
-    images, drawn, *pair = facts.first_views
-    return view_cards(images, drawn, tuple(pair), 6)
+    images, drawn, pair = facts.first_views
+    return view_cards(images[:6], drawn, pair)
 
 
 def one_batch(facts: Facts) -> str:
@@ -133,7 +133,7 @@ def one_batch(facts: Facts) -> str:
     Cosines of the embeddings of up to 16 pictures in two views. Partners are outlined: they should
     be bright, all others dark. The diagonal is each view with itself, which the loss leaves out.
     """
-    model, x = facts.need("run").model, np.concatenate([x[:16] for x in facts.first_views[2:]])
+    model, x = facts.need("run").model, np.concatenate([x[:16] for x in facts.first_views[2]])
     z = unit(model.project(model.encode(x)))  # (V, d_out)
     names = [f"{i % (len(z) // 2) + 1}{'ab'[2 * i // len(z)]}" for i in range(len(z))]
     return matrix("cosine", z @ z.T, names, (np.arange(len(z)) + len(z) // 2) % len(z))

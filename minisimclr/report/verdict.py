@@ -91,7 +91,7 @@ def identical_views(facts: Facts) -> Finding | None:
     and colours; raise --strength, lower --crop-min.
     """
     found = np.mean([row["accuracy"] for row in facts.need("metrics")[:3]])
-    gap = float(abs(np.subtract(*facts.first_views[2:])).max()) if facts.dataset else 1.0
+    gap = float(abs(np.subtract(*facts.first_views[2])).max()) if facts.dataset else 1.0
     if gap > 0.01 and (found < 0.99 or facts.config.batch_size < 8):
         return None
     return Finding(FAULT, f"Before any learning {found:.0%} of the views found their partner.")

@@ -147,7 +147,7 @@ def views(w: Walk) -> str:
     t and t′ are random crops and changes of colour; what was drawn is written below each view.
     Views a and b of a picture are partners. Nobody tells the network what they show.
     """
-    cards = view_cards(w.images, w.drawn, w.views, len(w.images))
+    cards = view_cards(w.images, w.drawn, w.views)
     return excerpt(training_step, "# t(x)", "x = ") + cards
 
 
