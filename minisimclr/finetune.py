@@ -149,15 +149,15 @@ def finetune(
     Raises DataError, DivergedError.
     """
     device, _ = choose_device(run.config.device)
-    split = labelled_and_test(dataset, labels, seed)
+    train, test = labelled_and_test(dataset, labels, seed)
     size = run.config.image_size
     recipe = Recipe(epochs, size, view or size, device)
     systems = {TUNED: run.model, SCRATCH: new_run(run.path, run.config).model}
     rows = {
-        name: tuned(name, model, dataset, split, recipe, seed, notify)
+        name: tuned(name, model, dataset, (train, test), recipe, seed, notify)
         for name, model in systems.items()
     }
-    chance = majority_share(dataset.labels[split[1]])
-    counts = {"labels": len(split[0]), "test": len(split[1]), "classes": len(dataset.class_names)}
+    chance = majority_share(dataset.labels[test])
+    counts = {"labels": len(train), "test": len(test), "classes": len(dataset.class_names)}
     controls = {"chance": chance, "scratch": rows[SCRATCH]["top1"]}
     return {**rows[TUNED], **counts, "step": run.step, "controls": controls, "rows": rows}
