@@ -113,8 +113,8 @@ def excerpt(function: Any, first: str = "", last: str = "") -> str:
     function = inspect.unwrap(function)
     lines, number = inspect.getsourcelines(function)
     start = next(i for i, line in enumerate(lines) if first in line)
-    stop = next(i for i, line in enumerate(lines) if i >= start and last in line) if last else None
-    shown = dedent("".join(lines[start : None if stop is None else stop + 1])).rstrip()
+    stop = next(i for i in range(start, len(lines)) if last in lines[i]) if last else len(lines)
+    shown = dedent("".join(lines[start : stop + 1])).rstrip()
     path = f"{function.__module__.replace('.', '/')}.py"
     return code(shown, f"{path}, line {number + start}: {function.__qualname__}")
 
