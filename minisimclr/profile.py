@@ -13,6 +13,7 @@ and the share of the roofline that it reached.
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -77,11 +78,11 @@ def profile(
             step(i)
             tell(i + 1)
     for i in range(steps):
-        seconds.append(timed(lambda i=i: step(i), device))  # type: ignore[misc]
+        seconds.append(timed(partial(step, i), device))
         tell(WARMUP + i + 1)
     peak = peak_memory(device)
     recorder = Recorder(device)
-    recorder.record(lambda: step(0))
+    recorder.record(partial(step, 0))
     tell(WARMUP + steps + 1)
     return {
         "encoder": encoder, "stem": stem, "image_size": image_size, "batch_size": batch_size,
