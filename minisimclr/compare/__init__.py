@@ -30,6 +30,7 @@ from .table import made_before, markdown
 __all__ = ["Comparison", "made_before", "markdown"]
 
 BLOCK = "mixed8"  # of InceptionV3
+INCEPTION = f"InceptionV3 {BLOCK}"
 BUDGETS = (1, 2, 5, 10, None)  # labels per class in the curve; None: all
 DRAWS = 5  # of these labels
 IMAGENET = "ImageNet"
@@ -87,8 +88,9 @@ class Comparison:
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
-        self.given = f"--data {typed(self.name)}"
-        self.probing = f"probe RUN {self.given}" + (f" --view {self.view}" if self.view else "")
+        self.probing = f"probe RUN --data {typed(self.name)}"
+        self.probing += f" --view {self.view}" if self.view else ""
+        self.given = f"--data {typed(self.name)} --image-size {self.side}"  # with published weights
         data = hashlib.sha256(self.dataset.fingerprint.encode())
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
             data.update(part.tobytes())
@@ -160,12 +162,12 @@ class Comparison:
 
     def on_inception(self) -> Part:
         """Dense and linear layers on frozen InceptionV3 features; DataError for other weights."""
-        file, name, pixels = self.inception, f"InceptionV3 {BLOCK}", f"{self.side} px as 299"
-        options = f"{typed(file.name) if file else 'FILE'} {self.given} --image-size {self.side}"
+        file, pixels = self.inception, f"{self.side} px as 299"
+        options = f"{typed(file.name) if file else 'FILE'} {self.given}"
         dense = f"baseline --weights {options} --trials {self.trials}"
         rows = [
-            row(name, "dense", self.imagenet, pixels, dense),
-            row(name, "linear", self.imagenet, pixels, f"probe {options} --block {BLOCK}"),
+            row(INCEPTION, "dense", self.imagenet, pixels, dense),
+            row(INCEPTION, "linear", self.imagenet, pixels, f"probe {options} --block {BLOCK}"),
         ]
         if not file:
             return Part([], rows, lambda: [])
@@ -175,9 +177,9 @@ class Comparison:
 
     def on_random_inception(self) -> Part:
         """The control of InceptionV3, if that takes part: the same layers on a random one."""
-        name, pixels = f"InceptionV3 {BLOCK}, random weights", f"{self.side} px as 299"
-        options = f"{self.given} --image-size {self.side} --trials {self.trials}"
-        rows = [row(name, "dense", "none", pixels, f"baseline --random {options}")]
+        name, pixels = f"{INCEPTION}, random weights", f"{self.side} px as 299"
+        command = f"baseline --random {self.given} --trials {self.trials}"
+        rows = [row(name, "dense", "none", pixels, command)]
         depends = [self.data, "random", self.trials] if self.inception else []
         return Part(depends, rows, lambda: [self.dense(self.features(None))])
 
@@ -186,9 +188,8 @@ class Comparison:
 
         Raises DataError for weights that are not a TensorFlow checkpoint.
         """
-        file, given = self.simclrv2, f"{self.given} --image-size {self.side}"
-        command = f"probe {typed(file.name) if file else 'FILE'} {given}"
-        pixels = f"{self.side} px as 224"
+        file, pixels = self.simclrv2, f"{self.side} px as 224"
+        command = f"probe {typed(file.name) if file else 'FILE'} {self.given}"
         rows = [row("SimCLRv2 ResNet-50", "linear", self.imagenet, pixels, command)]
         if file and weights.read(file).format != TENSORFLOW:
             raise DataError(f"{file}: not a TensorFlow checkpoint, as SimCLRv2's authors publish")
@@ -241,7 +242,7 @@ class Comparison:
         A number that no class has more labels than would be "all" under another name.
         """
         names = [f"SimCLR {self.network}", f"{self.network}, random weights"]
-        names += [f"InceptionV3 {BLOCK}"] if self.inception else []
+        names += [INCEPTION] if self.inception else []
         most = np.bincount(self.dataset.labels[self.train]).max()  # labels that a class has
         budgets = [n for n in BUDGETS if (n or 0) < most]
         rows = [{"system": name, "per_class": n or "all"} for name in names for n in budgets]
