@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from .errors import DataError
-from .files import write_bytes
+from .files import sha256, write_bytes
 
 MARK = b"minisimclr checkpoint 2, SHA-256 "
 BLOCK = 512  # bytes of the line
@@ -36,7 +36,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> No
         for name, array in arrays.items():
             f.create_dataset(name, data=array)
     with file.getbuffer() as content:
-        content[:BLOCK] = first_line(hashlib.sha256(content[BLOCK:]).hexdigest())
+        content[:BLOCK] = first_line(sha256(content[BLOCK:]))
         write_bytes(path, content)
 
 

@@ -207,6 +207,11 @@ def fits(value: Any, like: Any) -> bool:
     return isinstance(value, like)
 
 
+def sha256(content: bytes | memoryview) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Raises OSError if it cannot be read."""
     with path.open("rb") as file:

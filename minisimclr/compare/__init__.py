@@ -19,7 +19,7 @@ from .. import baseline, checkpoint, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
 from ..errors import DataError, DivergedError
-from ..files import file_sha256, locked, typed, write_bytes
+from ..files import file_sha256, locked, sha256, typed, write_bytes
 from ..finetune import FACTORS, finetune
 from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.depends).encode()).hexdigest()[:16]
+        return sha256(json.dumps(self.depends).encode())[:16]
 
 
 def row(system: str, method: str, pretraining: str, pixels: str, command: str) -> Row:

@@ -19,12 +19,12 @@ import numpy as np
 import PIL
 
 from ..errors import ConfigError, DataError
-from ..files import locked
+from ..files import locked, sha256
 from . import cache, folder, stanford_dogs, toydogs
-from .cache import Dataset, Progress, sha256
+from .cache import Dataset
 from .images import FILTER
 from .loader import batches
-from .source import Options, Plan, Source
+from .source import Options, Plan, Progress, Source
 
 __all__ = [
     "Dataset", "Options", "batches", "cache_path", "from_arrays", "open_dataset", "prepare",

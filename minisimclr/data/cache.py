@@ -16,7 +16,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,8 +28,8 @@ import numpy as np
 
 from ..cores import available_cores
 from ..errors import ConfigError, DataError, OutputError
-from ..files import publish
-from .source import SPLITS, Job, Options, Plan, choose
+from ..files import publish, sha256
+from .source import SPLITS, Job, Options, Plan, Progress, choose
 from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
@@ -39,8 +39,6 @@ CHUNKS = 50  # messages, at least, if there are that many pictures: progress sho
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures
 SAMPLE = 2**32  # the stream that `sample` draws from; lower ones belong to classes
-
-Progress = Callable[[int, int], None]  # done, total; 0: unknown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,11 +213,6 @@ def first_line(start: int, header: bytes, fingerprint: str) -> bytes:
     header_hash = sha256(header + fingerprint.encode())
     line = {"format": FORMAT, "start": start, "header": header_hash, "pixels": fingerprint}
     return json.dumps(line).encode().ljust(BLOCK - 1) + b"\n"
-
-
-def sha256(content: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def load(path: Path) -> Dataset:

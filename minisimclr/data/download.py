@@ -14,7 +14,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ..errors import DataError
 from ..files import file_sha256, locked, rename, sync
-from .cache import Progress
+from .source import Progress
 
 ATTEMPTS = 4
 BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one after it

@@ -17,9 +17,9 @@ from stat import S_ISREG
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .cache import Progress, sha256
+from ..files import sha256
 from .images import SUFFIXES, decode_file
-from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
+from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Progress, Source, by_label, choose
 
 TRAINS, TESTS, LOOSE = ("train", "training"), ("test", "testing"), ("unlabeled", "unlabelled")
 LISTED = 1000  # files from one call of `progress` to the next: about 10 ms

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..files import file_sha256
+from ..files import file_sha256, sha256
 from . import matlab
 from .archives import members
-from .cache import Progress, sha256
 from .images import SUFFIXES, Box, decode
-from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Source, by_label, choose
+from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Progress, Source, by_label, choose
 
 URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 #: Bytes and SHA-256 of the official archives; over plain http nothing else vouches for them.

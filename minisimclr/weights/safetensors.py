@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_bytes
+from ..files import sha256, write_bytes
 from .stored import Spec, Stored, checked, decode
 
 DTYPES = {
@@ -67,7 +67,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
         place = (end, end := end + array.nbytes)
         code = next(code for code, name in DTYPES.items() if name == array.dtype.name)
         header[name] = {"dtype": code, "shape": array.shape, "data_offsets": place}
-    header["__metadata__"] = {**metadata, "sha256": hashlib.sha256(b"".join(data)).hexdigest()}
+    header["__metadata__"] = {**metadata, "sha256": sha256(b"".join(data))}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # arrays must start at a multiple of eight
     write_bytes(path, b"".join([len(text).to_bytes(8, "little"), text, *data]))
