@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
@@ -330,10 +331,16 @@ def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "said, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400),
-                      ("1m5s", 65), ("1h1", 3601)],
+                      ("1m5s", 65), ("1h1s", 3601)],
 )  # fmt: skip
 def test_durations(said, seconds):
     assert Duration().convert(said, None, None) == seconds
+
+
+@pytest.mark.parametrize("said", ["1h30", "1m30", "", "s", "90x", "m", "9999999999"])
+def test_what_is_no_clear_duration_is_refused(said):
+    with pytest.raises(click.BadParameter, match=f"'{said}' is not a duration"):
+        Duration().convert(said, None, None)
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):

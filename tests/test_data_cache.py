@@ -425,6 +425,7 @@ ABOUT = {
     "class_names": ["a"],
     "file_names": ["x", "y"],
 }
+LATER = json.dumps(ABOUT | {"recipe": {"size": 8, "options": {"nope": 1}}}).encode()
 
 
 def good(file, **other):
@@ -486,6 +487,7 @@ FORGED = {
     "other shape": lambda f: good(f, images=np.zeros((2, 8, 3, 8), np.uint8)),
     "16 bit": lambda f: good(f, images=np.zeros((2, 8, 8, 3), np.uint16)),
     "not JSON": lambda f: good(f, about=np.zeros(9, np.uint8)),
+    "option of a later version": lambda f: good(f, about=np.frombuffer(LATER, np.uint8)),
     "no names": lambda f: good(f, about=np.frombuffer(b'{"recipe": {"size": 8}}', np.uint8)),
 }
 

@@ -34,6 +34,7 @@ from minisimclr.probe import standardize, unit
 from minisimclr.profile import table as profile_table
 from minisimclr.report import charts, panels, walkthrough
 from minisimclr.report.page import Missing
+from minisimclr.report.page import text as for_people
 from minisimclr.report.panels import described
 from minisimclr.report.verdict import WARNING, Finding
 from minisimclr.report.walkthrough import RATE, TEMPERATURE, excerpt, walk
@@ -904,3 +905,9 @@ def test_colours_have_contrast_in_light_and_dark(page):
             for ground in ("paper", "page"):
                 low, high = sorted((luminance(theme[name]), luminance(theme[ground])))
                 assert (high + 0.05) / (low + 0.05) >= least, (name, ground)
+
+
+def test_numbers_are_shown_with_four_digits_or_whole():
+    shown = {0.123456: "0.1235", 9999.4: "9999", 9999.6: "10,000", 12345.6: "12,346", 2e9: "2e+09"}
+    assert {value: for_people(value) for value in shown} == shown
+    assert (for_people(12345), for_people(None), for_people(True)) == ("12,345", "–", "True")

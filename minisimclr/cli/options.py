@@ -46,7 +46,8 @@ class Duration(click.ParamType):
     name = "duration"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value)
+        said = value + "s" * value.isdecimal()
+        match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", said)
         if not match or not any(match.groups()):
             self.fail(f"{value!r} is not a duration such as 90s, 10m or 1h30m", param, ctx)
         hours, minutes, seconds = (int(g or 0) for g in match.groups())

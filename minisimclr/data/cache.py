@@ -263,6 +263,7 @@ def consistent(dataset: Dataset) -> bool:
         and all(len(row) == n for row in rows)
         and -1 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.class_names)
         and dataset.splits.max() < len(SPLITS)
+        and isinstance(dataset.options, Options)  # else a TypeError: one that is not known here
     )
 
 

@@ -53,7 +53,7 @@ def text(value: Any) -> str:
     """A value for people: four digits, thousands separated, a dash for nothing."""
     if isinstance(value, float | np.floating):
         value = float(value)
-        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+        return f"{value:,.0f}" if 9999.5 <= abs(value) < 1e9 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "–" if value is None else str(value)
