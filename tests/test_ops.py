@@ -130,6 +130,9 @@ def test_conv2d_asks_batch_norm_only_for_what_it_was_given():
         taken = np.lib.stride_tricks.sliding_window_view(y.data, (2, 2), (1, 2))
         np.testing.assert_allclose(weight.grad[..., 0], taken.sum((0, 4, 5)), rtol=0, atol=1e-9)
         weight.grad = None
+    y = batch_norm(Tensor(x, True), Tensor(np.ones(3)), Tensor(np.zeros(3)), running(3), True)
+    y.sum().backward()  # after which batch norm has nothing left
+    np.testing.assert_array_equal(conv2d(y, weight).data, conv2d(Tensor(y.data), weight).data)
     vectors = np.ones(3), np.zeros(3)
     gradcheck(lambda *a: conv2d(Swish(False, 1e-5)(*a[:3]), a[3]), x, *vectors, w)
 

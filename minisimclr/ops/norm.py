@@ -133,8 +133,8 @@ class BatchNorm(Function):
         return y
 
     def can_make(self, y: Array) -> bool:
-        """Whether y is what `recompute` gives: not if its Tensor has had other data since."""
-        return self.output() is y
+        """Whether `recompute` gives y: not if its Tensor got other data, nor after backward."""
+        return not self.used_up and self.output() is y
 
     def recompute(self, residual: Array | None = None) -> Array:
         """y; in the backward pass, saved or recomputed (Chen et al. 2016, arXiv:1604.06174)."""
