@@ -3,7 +3,15 @@
 Every message is one line: what happened, to which file or value, and what to do about it.
 """
 
+import os
+import shlex
+from subprocess import list2cmdline
 from typing import Any
+
+
+def typed(*words: str) -> str:
+    """Words of a command as one types them, in quotes where needed, for what to do about it."""
+    return list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class MinisimclrError(Exception):

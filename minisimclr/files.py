@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import sys
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from subprocess import list2cmdline
 from threading import current_thread, main_thread
 from typing import Any, TextIO
 
@@ -78,16 +76,15 @@ def rename(path: Path, to: Path) -> None:
     Windows refuses that while anyone has one of the two open, as programs that scan, index or copy
     what is new do for moments: there, it is tried again.
     """
-    for pause in PAUSES:
+    for pause in (*PAUSES, None):
         try:
             path.replace(to)
             return
         except PermissionError:
-            if os.name != "nt":
+            if os.name != "nt" or pause is None:
                 raise
             gc.collect()  # which closes what nobody uses any more, such as a data set
             time.sleep(pause)
-    path.replace(to)
 
 
 @contextmanager
@@ -162,11 +159,6 @@ def require_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from error
-
-
-def typed(*words: str) -> str:
-    """Words of a command as one types them, in quotes where needed."""
-    return list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -29,7 +29,7 @@ from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
-from minisimclr.errors import DataError
+from minisimclr.errors import DataError, typed
 from minisimclr.profile import table
 from minisimclr.run import open_run
 
@@ -515,6 +515,17 @@ def test_wildcards_are_expanded_where_shells_do_not(tmp_path, monkeypatch):
     assert there == ["neighbors", "RUN", "*.jpg", "*.gif", "[1].png"]
     assert here == ["neighbors", "RUN", "a.jpg", "b.jpg", "*.gif", "[1].png"]
     assert not_typed == ["*.jpg"]
+
+
+def test_commands_are_shown_as_one_types_them():
+    words = "minisimclr", "train", "--data", r"C:\my photos\dogs", "it's"
+    with patch.object(os, "name", "posix"):
+        shown = typed(*words)
+    assert shown == r"""minisimclr train --data 'C:\my photos\dogs' 'it'"'"'s'"""
+    with patch.object(os, "name", "nt"):
+        shown, plain = typed(*words), typed(r"C:\photos")
+    assert shown == r"""minisimclr train --data "C:\my photos\dogs" it's"""
+    assert plain == r"C:\photos"
 
 
 def test_the_word_of_windows_for_a_reader_that_left(monkeypatch):

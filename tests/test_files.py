@@ -85,17 +85,6 @@ def test_what_windows_would_not_replace_is_told_before_the_work(tmp_path, monkey
         files.require_writable(tmp_path / "file")
 
 
-def test_commands_are_shown_as_one_types_them():
-    words = "minisimclr", "train", "--data", r"C:\my photos\dogs", "it's"
-    with on("posix"):
-        shown = files.typed(*words)
-    assert shown == r"""minisimclr train --data 'C:\my photos\dogs' 'it'"'"'s'"""
-    with on("nt"):
-        shown, plain = files.typed(*words), files.typed(r"C:\photos")
-    assert shown == r"""minisimclr train --data "C:\my photos\dogs" it's"""
-    assert plain == r"C:\photos"
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no devices and the like")
 def test_what_is_no_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "device")

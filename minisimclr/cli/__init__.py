@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None) -> int:
     """Run the command line; returns the exit code."""
-    given = list(arguments or ())
     if arguments is None:
-        given = [name for word in sys.argv[1:] for name in expanded(word)]
-    arguments = [a for a in given if a != "--debug"]
+        arguments = [name for word in sys.argv[1:] for name in expanded(word)]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115
@@ -93,7 +93,7 @@ def run(arguments: list[str] | None) -> int:
     except (
         MinisimclrError, OSError, MemoryError, click.exceptions.Exit, click.ClickException
     ) as error:  # fmt: skip
-        if "--debug" in given:
+        if debug:
             raise
         code = explain(error)
     except (KeyboardInterrupt, click.Abort):
@@ -102,7 +102,7 @@ def run(arguments: list[str] | None) -> int:
         what = REFUSED.get(str(error))
         if type(error).__module__.startswith("cupy"):
             what = "the GPU failed, perhaps for lack of memory"
-        if "--debug" in given or what is None:
+        if debug or what is None:
             raise
         code = explain(f"{what}: {error}", 2)
     return code

@@ -11,8 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
-from ..errors import ConfigError, DataError, Interrupted
-from ..files import typed
+from ..errors import ConfigError, DataError, Interrupted, typed
 from .options import FILE, Duration, setting_option
 from .probe import show_probe
 

@@ -18,8 +18,8 @@ import numpy as np
 from .. import baseline, checkpoint, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
-from ..errors import DataError, DivergedError
-from ..files import file_sha256, locked, sha256, typed, write_bytes
+from ..errors import DataError, DivergedError, typed
+from ..files import file_sha256, locked, sha256, write_bytes
 from ..finetune import FACTORS, finetune
 from ..probe import Extract, by_class, labelled_and_test, majority_share, measure, wilson_interval
 from ..run import Run

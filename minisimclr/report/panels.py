@@ -7,7 +7,7 @@ import numpy as np
 from ..augment import SMALL, Views
 from ..config import TrainConfig
 from ..embed import nearest
-from ..files import typed
+from ..errors import typed
 from ..probe import LogisticRegression, features, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
