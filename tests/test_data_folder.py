@@ -139,6 +139,12 @@ def test_a_path_that_cannot_be_is_an_error(name):
         open_dataset(name)
 
 
+def test_a_link_to_itself_is_an_error(tmp_path):
+    link(tmp_path / "loop", tmp_path / "loop")
+    with pytest.raises(DataError, match="cannot be read: "):
+        open_dataset(tmp_path / "loop")
+
+
 def test_an_empty_name_is_no_data_set():
     with pytest.raises(ConfigError, match="a name or a path, and this is empty"):
         open_dataset("")

@@ -10,9 +10,11 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from operator import index
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -221,8 +223,9 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
         )
     if stem not in BUILT_IN:
         try:
-            if path.is_file():
-                return path, size
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if S_ISREG(path.stat().st_mode):  # is_file() hides errors since Python 3.14
+                    return path, size
             place = path.resolve()
         except (OSError, ValueError) as error:  # an unreadable folder, an odd name
             reason = getattr(error, "strerror", None) or error
