@@ -424,6 +424,7 @@ def test_threads_are_whole_numbers():
     assert type(cores.threads()) is int and cores.threads() == before
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_threads_that_are_taken_are_not_waited_for():
     """Within `work`, in another thread, and in the child of a fork."""
 
@@ -451,11 +452,12 @@ def test_threads_that_are_taken_are_not_waited_for():
             os._exit(0 if cores.parallel(count, 4) == [2, 2] else 1)
         if child > 0:
             end = time.monotonic() + 20
-            while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < end:
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
                 time.sleep(0.01)
-            if time.monotonic() >= end:
+            if ended == (0, 0):
                 os.kill(child, signal.SIGKILL)
                 pytest.fail("the child of a fork hangs")
+            assert ended == (child, 0)
     finally:
         cores.set_threads(cores.available_cores())
 
