@@ -134,28 +134,35 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def _openblas() -> tuple[Any, str]:
-    """The function that sets the thread count of the OpenBLAS in NumPy's wheel, and the processor
-    whose products it has chosen; None and "" for another BLAS.
+def _blas() -> tuple[Callable[[int], None] | None, str]:
+    """The function that sets how many threads NumPy's BLAS uses, and, of OpenBLAS, the processor
+    whose products it has chosen; None and "" for a BLAS other than OpenBLAS and Intel's MKL.
     """
-    folder = Path(np.__file__).parent
-    names = [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]
-    for name in names:
-        library = ctypes.CDLL(str(name))
+    module = np._core._multiarray_umath.__file__  # type: ignore[attr-defined]
+    # Names are looked up in what the module is linked with, too, but not on Windows.
+    libraries = map(str, [module, *Path(np.__file__).parent.parent.glob("numpy.libs/*openblas*")])
+    for library in map(ctypes.CDLL, libraries):
         for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
             setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
             if setter is not None:
                 name_of = getattr(library, f"{prefix}openblas_get_corename{suffix}")
                 name_of.restype = ctypes.c_char_p
                 return setter, name_of().decode()
+        if hasattr(library, "MKL_Set_Num_Threads"):
+            return library.MKL_Set_Num_Threads, ""
     return None, ""
+
+
+def sets_blas_threads() -> bool:
+    """Whether NumPy's BLAS is one whose threads are set here."""
+    return _blas()[0] is not None
 
 
 def blas_kernels() -> str:
     """The processor whose matrix products OpenBLAS uses, such as Haswell; those of another
     processor add in another order. "" for another BLAS.
     """
-    return _openblas()[1]
+    return _blas()[1]
 
 
 _blas_threads = 0  # what was asked for last
@@ -163,7 +170,7 @@ _blas_threads = 0  # what was asked for last
 
 def _set_blas_threads(n: int) -> None:
     global _blas_threads
-    if n != _blas_threads and (setter := _openblas()[0]) is not None:
+    if n != _blas_threads and (setter := _blas()[0]) is not None:
         setter(n)
     _blas_threads = n
 

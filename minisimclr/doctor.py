@@ -13,7 +13,7 @@ import numpy as np
 
 from . import augment, profile
 from .backend import NO_GPU, choose_device, cuda_driver, to_device, try_gpu
-from .cores import available_cores, blas_kernels, threads
+from .cores import available_cores, blas_kernels, sets_blas_threads, threads
 from .data import cache_folder, toydogs
 from .errors import ConfigError
 from .ops.loss import nt_xent
@@ -67,7 +67,8 @@ def blas() -> tuple[bool, str]:
     config: Any = np.show_config(mode="dicts")
     found = config["Build Dependencies"]["blas"]
     kernels = f", products for {blas_kernels()}" if blas_kernels() else ""
-    return True, f"{found['name']} {found['version']}{kernels}, threads: {threads()}"
+    used = threads() if sets_blas_threads() else "as many as it likes, --threads does not reach it"
+    return True, f"{found['name']} {found['version']}{kernels}, threads: {used}"
 
 
 def device() -> tuple[bool, str]:

@@ -20,13 +20,14 @@ import time
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import cores, kernels, ops
+from minisimclr import cores, doctor, kernels, ops
 from minisimclr.augment import draw_views
 from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
@@ -485,7 +486,7 @@ def test_an_interrupt_waits_for_the_others():
 
 def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     asked = []
-    monkeypatch.setattr(cores, "_openblas", lambda: (asked.append, ""))
+    monkeypatch.setattr(cores, "_blas", lambda: (asked.append, ""))
     cores.set_threads(3)
     cores.parallel(lambda i, k: None, 6)
     cores.parallel(lambda i, k: None, 6)
@@ -493,6 +494,37 @@ def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
         assert asked == [3, 1, 3]
     assert asked == [3, 1, 3, 1]
     monkeypatch.undo()
+    cores.set_threads(cores.available_cores())
+
+
+@pytest.fixture
+def looked_up_anew():
+    cores._blas.cache_clear()
+    yield
+    cores._blas.cache_clear()
+
+
+@pytest.mark.skipif(not cores.sets_blas_threads(), reason="this NumPy has another BLAS")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds what a module is linked with")
+def test_blas_is_found_wherever_it_is(monkeypatch, looked_up_anew):
+    """As with NumPy from conda or a Linux distribution, whose BLAS is a package of its own."""
+    monkeypatch.setattr(cores.Path, "glob", lambda *_: [])
+    assert cores.sets_blas_threads()
+
+
+def test_other_blas(monkeypatch, looked_up_anew):
+    asked = []
+    library = SimpleNamespace(MKL_Set_Num_Threads=asked.append)
+    monkeypatch.setattr(cores.ctypes, "CDLL", lambda name: library)
+    cores.set_threads(3)
+    assert asked == [3] and not cores.blas_kernels()
+    assert doctor.blas()[1].endswith(", threads: 3")
+    del library.MKL_Set_Num_Threads
+    cores._blas.cache_clear()
+    cores.set_threads(2)
+    assert asked == [3] and "threads: as many as it likes, --threads does" in doctor.blas()[1]
+    monkeypatch.undo()
+    cores._blas.cache_clear()
     cores.set_threads(cores.available_cores())
 
 
