@@ -9,7 +9,7 @@ a step took twice as long), so once `parallel` is in use they do only large prod
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import cache, partial
 from pathlib import Path
@@ -21,10 +21,20 @@ import numpy as np
 
 from .errors import ConfigError
 
+CGROUP = Path("/sys/fs/cgroup")  # where Linux tells a container of its limits
+
 
 def available_cores() -> int:
-    """Cores this process may run on (perhaps not all of the machine's)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on (perhaps not all of the machine's), or as many as amount to the
+    time that its container may use.
+    """
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2, 1
+        with suppress(OSError, ValueError):  # another version, or "max": no limit
+            quota, period = map(int, " ".join((CGROUP / n).read_text() for n in names).split())
+            cores = min(cores, -(-quota // period)) if quota > 0 else cores
+    return cores
 
 
 _threads = available_cores()
