@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import nn, weights
+from minisimclr import checkpoint, nn, weights
 from minisimclr.augment import center_view
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.run import make_run_folder, new_run
@@ -201,6 +201,19 @@ def test_a_whole_keras_model_is_read_without_its_optimizer(tmp_path):
         f["optimizer_weights/Adam/conv2d/kernel:0"] = np.ones((3, 3, 3, 2), "f4")
     stored = weights.read(tmp_path / "k.h5")
     assert list(stored.specs) == ["conv2d/kernel"] and not stored.fetch("conv2d/kernel").any()
+
+
+def test_files_are_read_where_nothing_can_be_locked(tmp_path):
+    """As on a network drive without locks: HDF5 fails as it does where another has the lock."""
+    fcntl = pytest.importorskip("fcntl")
+    with h5py.File(tmp_path / "k.h5", "w") as f:
+        f["conv2d/conv2d/kernel:0"] = np.ones((3, 3, 3, 2), "f4")
+    checkpoint.save(tmp_path / "c.h5", {"a": np.ones(3)}, {})
+    with (tmp_path / "k.h5").open() as keras, (tmp_path / "c.h5").open() as ours:
+        fcntl.flock(keras, fcntl.LOCK_EX)
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        assert weights.read(tmp_path / "k.h5").fetch("conv2d/kernel").all()
+        assert checkpoint.load(tmp_path / "c.h5")[0]["a"].all()
 
 
 def test_torchvision_s_second_classifier_is_left_out(tmp_path):

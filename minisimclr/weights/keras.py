@@ -25,11 +25,11 @@ def read(path: Path) -> Stored:
                 raise ValueError(f"{place!a} is not a plain array, or two are called {name!a}")
             specs[name], places[name] = Spec(item.shape, item.dtype.name), place
 
-    with h5py.File(path, "r") as f:
+    with h5py.File(path, "r", locking=False) as f:
         f.visititems(visit)
 
     def fetch(name: str) -> np.ndarray:
-        with h5py.File(path, "r") as f:
+        with h5py.File(path, "r", locking=False) as f:
             return f[places[name]][()]
 
     return Stored(path, "Keras HDF5", specs, fetch)
