@@ -144,6 +144,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows: must be writable
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno == errno.EINVAL):  # a file system that flushes files alone
+            raise
     finally:
         os.close(descriptor)
 

@@ -192,6 +192,23 @@ def test_a_file_is_flushed_by_one_who_may_write_it(tmp_path, monkeypatch):
     assert modes == [os.O_RDWR]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="cannot open directories")
+def test_a_directory_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
+    """Linux says "invalid argument" for those that VirtualBox shares."""
+
+    def fsync(descriptor):
+        if Path(f"/dev/fd/{descriptor}").is_dir() == directories:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    directories = True
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_bytes(tmp_path / "file", b"new")
+    directories = False
+    with pytest.raises(OSError, match="Invalid"):
+        files.write_bytes(tmp_path / "file", b"newer")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 class Windows:
     """Its `msvcrt`, as far as locks go: another process holds the file for two questions."""
 
