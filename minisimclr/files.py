@@ -158,7 +158,7 @@ def require_writable(path: Path) -> None:
         if place.exists():
             place.rename(place)  # does nothing, but on Windows fails if the file is open
         parent = next((p for p in place.parents if p.exists()), path)  # no such drive: fails
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.", suffix=".tmp"):
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}-", suffix=".tmp"):
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from error

@@ -85,6 +85,23 @@ def test_what_windows_would_not_replace_is_told_before_the_work(tmp_path, monkey
         files.require_writable(tmp_path / "file")
 
 
+def test_a_trial_is_not_taken_for_what_a_dead_process_left(tmp_path, monkeypatch):
+    class Raced:
+        def __init__(self, **named):
+            self.trial = original(**named)
+
+        def __enter__(self):
+            with files.locked(tmp_path / "file"):  # as another process may do at any time
+                self.trial.__enter__()
+
+        def __exit__(self, *error):
+            self.trial.__exit__(*error)
+
+    original = files.tempfile.NamedTemporaryFile
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", Raced)
+    files.require_writable(tmp_path / "file")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no devices and the like")
 def test_what_is_no_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "device")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, OutputError
 from ..files import locked, sha256
 from . import cache, folder, stanford_dogs, toydogs
 from .cache import Dataset
@@ -85,7 +85,7 @@ def prepare(
 
     The last three are for stanford-dogs: `archives` (images, lists, annotation) that need no
     download, another address to download from, and whether unofficial archives will do. Raises
-    ConfigError, DataError, OSError.
+    ConfigError, DataError, OutputError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
@@ -107,7 +107,11 @@ def prepare(
     recipe = {"source": source.identity, "size": size, **DECODER, "options": asdict(options)}
     if made := load_if_valid(path, recipe):
         return made
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        way_out = f"({error.strerror}): name another folder in XDG_CACHE_HOME"
+        raise OutputError(f"{path.parent} cannot be made {way_out}") from error
     with locked(path):
         if not load_if_valid(path, recipe):  # else another process has just built it
             cache.build(path, source.name, source.plan(), recipe, progress)
