@@ -28,7 +28,7 @@ from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
-from .files import handling, rename, require_writable, sync, write_bytes
+from .files import handling, read_json, rename, require_writable, sync, write_bytes
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -100,6 +100,16 @@ class Run:
             times = clock.read_bytes()
             later = times.find(b'{"step": %d,' % (self.step + 1))
             os.truncate(clock, later if later >= 0 else times.rfind(b"\n") + 1)
+
+    def differences(self) -> str:
+        """What its last digits depend on, where that is no longer as when it began."""
+        began, now = read_json(self.path / "env.json", dict) or {}, environment(self.config)
+        other = []
+        for name in ("minisimclr", "numpy", "blas_kernels", "machine", "threads", "device"):
+            was, is_now = (str(each.get(name)).partition(" (")[0] for each in (began, now))
+            if name in began and was != is_now:
+                other.append(f"{name} {was}, now {is_now}")
+        return "; ".join(other)
 
     def diverged(self, step: int, seen: str) -> DivergedError:
         """Log the step at which training diverged and what was seen; returns the error to raise."""
@@ -193,13 +203,9 @@ def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
     return run, {}
 
 
-def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool = False) -> Path:
-    """Create `out` with config.json (value and origin of every setting) and env.json; or, if that
-    exists and `beside`, a folder with a longer name. Returns which.
-    """
-    named = config.to_dict().items()
-    settings = {k: {"value": v, "origin": origins.get(k, "default")} for k, v in named}
-    environment = {
+def environment(config: TrainConfig) -> dict[str, Any]:
+    """Where a run began: what its figures depend on besides the settings, and when."""
+    return {
         "minisimclr": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -211,11 +217,19 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         "device": "{} ({})".format(*choose_device(config.device)),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool = False) -> Path:
+    """Create `out` with config.json (value and origin of every setting) and env.json; or, if that
+    exists and `beside`, a folder with a longer name. Returns which.
+    """
+    named = config.to_dict().items()
+    settings = {k: {"value": v, "origin": origins.get(k, "default")} for k, v in named}
     making = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # a full disk leaves nothing
     try:
         (making / "checkpoints").mkdir(parents=True)
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
-        write_bytes(making / "env.json", json.dumps(environment, indent=1).encode())
+        write_bytes(making / "env.json", json.dumps(environment(config), indent=1).encode())
         (making / "metrics.jsonl").touch()
         while True:
             try:

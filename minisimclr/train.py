@@ -113,6 +113,9 @@ def resume(
             plan = Plan.of(config, len(dataset.split("pretrain")))
             about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
             notify("start", about | {"steps": plan.total})
+            if other := run.differences():
+                said = f"changed since the run began: {other}"
+                notify("warning", {"text": f"{said}; figures will not be those of an unbroken run"})
             if plan.warmup > plan.total:
                 notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
             with backend.precision(config.precision, device, reason):

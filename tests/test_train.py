@@ -643,6 +643,35 @@ def test_no_threads_means_all_cores(config, tmp_path):
     assert environment["blas_kernels"] == cores.blas_kernels()
 
 
+@pytest.mark.parametrize(
+    "edits, said",
+    [
+        ({}, None),
+        (
+            {"numpy": "1.0", "python": "3.1", "started": "long ago"},
+            f"numpy 1.0, now {np.__version__}",
+        ),
+        ({"threads": 7, "device": "cuda:0 (a card)"}, "threads 7, now 1; device cuda:0, now cpu"),
+    ],
+)
+def test_a_run_that_goes_on_elsewhere_says_so(config, tmp_path, edits, said):
+    run = pretrain(replace(config, epochs=1), tmp_path / "run", time_limit=0)
+    environment = json.loads((run.path / "env.json").read_text())
+    (run.path / "env.json").write_text(json.dumps(environment | edits))
+    told = []
+    resume(run.path, time_limit=0, notify=lambda kind, values: told.append((kind, values)))
+    warned = [values["text"] for kind, values in told if kind == "warning"]
+    rest = "; figures will not be those of an unbroken run"
+    assert warned == ([f"changed since the run began: {said}{rest}"] if said else [])
+
+
+def test_a_run_without_its_environment_goes_on(config, tmp_path):
+    run = pretrain(replace(config, epochs=1), tmp_path / "run", time_limit=0)
+    for content in ("[]", "{", None):
+        (run.path / "env.json").write_text(content) if content else (run.path / "env.json").unlink()
+        assert not resume(run.path, time_limit=0).differences()
+
+
 def test_a_killed_run_goes_on(finished, config, tmp_path):
     script = (
         "import sys, json, minisimclr as ms; from pathlib import Path\n"
