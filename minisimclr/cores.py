@@ -181,7 +181,7 @@ _blas_threads = 0  # what was asked for last
 def _set_blas_threads(n: int) -> None:
     global _blas_threads
     if n != _blas_threads and (setter := _blas()[0]) is not None:
-        setter(n)
+        setter(min(n, available_cores()))  # more would wait for each other, spinning
     _blas_threads = n
 
 

@@ -506,8 +506,19 @@ def test_an_interrupt_waits_for_the_others():
         cores.set_threads(cores.available_cores())
 
 
+def test_blas_has_no_more_threads_than_there_are_cores(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cores, "_blas", lambda: (asked.append, ""))
+    monkeypatch.setattr(cores, "available_cores", lambda: 2)
+    cores.set_threads(5)
+    assert asked == [2] and cores.threads() == 5
+    monkeypatch.undo()
+    cores.set_threads(cores.available_cores())
+
+
 def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     asked = []
+    monkeypatch.setattr(cores, "available_cores", lambda: 3)
     monkeypatch.setattr(cores, "_blas", lambda: (asked.append, ""))
     cores.set_threads(3)
     cores.parallel(lambda i, k: None, 6)
@@ -538,6 +549,7 @@ def test_other_blas(monkeypatch, looked_up_anew):
     asked = []
     library = SimpleNamespace(MKL_Set_Num_Threads=asked.append)
     monkeypatch.setattr(cores.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(cores, "available_cores", lambda: 3)
     cores.set_threads(3)
     assert asked == [3] and not cores.blas_kernels()
     assert doctor.blas()[1].endswith(", threads: 3")
