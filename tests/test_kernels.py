@@ -447,7 +447,6 @@ def test_threads_are_whole_numbers():
     assert type(cores.threads()) is int and cores.threads() == before
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_threads_that_are_taken_are_not_waited_for():
     """Within `work`, in another thread, and in the child of a fork."""
 
