@@ -58,7 +58,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 raise DataError(f"{path}: not a checkpoint of this version")
             if line != first_line(hashlib.file_digest(file, "sha256").hexdigest()):
                 raise DataError(f"{path}: damaged checkpoint (its SHA-256 differs)")
-        with h5py.File(path, "r", locking=False) as f:
+        with h5py.File(path, "r", locking=False) as f:  # some network drives have no locks
             f.visititems(read)
         return arrays, json.loads(arrays.pop("state").tobytes())
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:

@@ -60,7 +60,7 @@ class TrainConfig:
     strength: float = setting(0.8, "strength s of the colour distortion")
     crop_min: float = setting(0.2, "smallest share of the picture a crop may show", 0)
     seed: int = setting(0, "seed of weights, order and views", 0)
-    threads: int = setting(0, "CPU threads; 0: as many as there are cores", 0)
+    threads: int = setting(0, "CPU threads; 0: one for each core it may use", 0)
     device: str = setting("auto", "where to run: auto, cpu, cuda:0, cuda:1 and so on")
     precision: str = setting(
         "fp32",

@@ -49,7 +49,7 @@ def threads() -> int:
 
 
 def set_threads(n: int) -> None:
-    """Use `n` threads from now on, in `parallel` and in BLAS; 0: as many as there are cores."""
+    """Use `n` threads from now on, in `parallel` and in BLAS; 0: one for each core it may use."""
     global _threads
     if n not in range(1025):
         raise ConfigError(f"threads must be a whole number from 0 to 1024, not {n}")

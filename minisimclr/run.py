@@ -204,7 +204,7 @@ def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:
-    """Where a run began: what its figures depend on besides the settings, and when."""
+    """What the figures of a run depend on besides its settings, here and now."""
     return {
         "minisimclr": __version__,
         "python": platform.python_version(),

@@ -18,7 +18,7 @@ CHOICE = {name: click.Choice(SETTINGS[name].metadata["choices"]) for name in ("e
 @click.option("--batch-size", default=64, help="Images in a step; each has two views.")
 @click.option("--steps", default=5, help="Steps to time, after two that are not.")
 @setting_option("device", default="auto", help="auto, cpu, or cuda:0, cuda:1, ...")
-@setting_option("threads", default=0, help="CPU threads; 0: as many as there are cores.")
+@setting_option("threads", default=0, help="CPU threads; 0: one for each core it may use.")
 @click.option("--trace", type=FILE, help="Write a Chrome/Perfetto trace.")
 @JSON
 def profile(trace, json_file, threads, **settings) -> None:

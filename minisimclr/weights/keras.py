@@ -25,7 +25,7 @@ def read(path: Path) -> Stored:
                 raise ValueError(f"{place!a} is not a plain array, or two are called {name!a}")
             specs[name], places[name] = Spec(item.shape, item.dtype.name), place
 
-    with h5py.File(path, "r", locking=False) as f:
+    with h5py.File(path, "r", locking=False) as f:  # some network drives have no locks
         f.visititems(visit)
 
     def fetch(name: str) -> np.ndarray:
