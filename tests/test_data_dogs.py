@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import struct
 import tarfile
 import tracemalloc
@@ -431,6 +432,59 @@ def test_folder_with_half_of_the_layout(tmp_path, name):
     (tmp_path / f"{name}-80px.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="keep one"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [[], ["images"], ["lists"], ["images", "annotation"]])
+def test_archives_may_be_unpacked(dogs, tmp_path, monkeypatch, packed):
+    """The same pictures, lists and boxes; hidden files do not count."""
+    root = tmp_path / "unpacked"
+    for name in ("images", "lists", "annotation"):
+        with tarfile.open(dogs / f"{name}.tar") as archive:
+            archive.extractall(root)
+    for name in packed:
+        shutil.copy(dogs / f"{name}.tar", root)
+        shutil.rmtree(root / name.capitalize(), ignore_errors=True)
+    if not packed:
+        (root / "Images" / layout.BREEDS[0] / "._1.jpg").write_bytes(b"from another system")
+    boxes = Options(crop="boxes")
+    whole = prepare(root, 24, boxes)
+    assert whole.fingerprint == prepare(dogs, 24, boxes).fingerprint
+    assert whole.splits.tolist() == prepare(dogs, 24, boxes).splits.tolist()
+    monkeypatch.chdir(root)
+    assert prepare(".", 24, boxes).recipe == whole.recipe
+    changed = next(root.glob("*_list.mat" if "images" in packed else "Images/*/*0.jpg"))
+    os.utime(changed, (9, 9))
+    assert prepare(root, 24, boxes).recipe != whole.recipe
+
+
+def test_an_unpacked_picture_that_cannot_be_had(dogs, tmp_path, monkeypatch):
+    with tarfile.open(dogs / "images.tar") as archive:
+        archive.extractall(tmp_path)
+    shutil.copy(dogs / "lists.tar", tmp_path)
+    picture = tmp_path / "Images" / sorted(TRAIN + TEST)[0]
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(picture), "read_bytes", refuse)
+        with pytest.raises(DataError, match=r"n01_0\.jpg: cannot be read \(Permission denied"):
+            open_dataset(tmp_path, 24)
+    picture.unlink()
+    with pytest.raises(DataError, match="missing: 1 of 31; pictures on no list: 0: 'n01-Alpha"):
+        open_dataset(tmp_path, 24)
+
+
+def test_a_class_may_be_called_images(tmp_path):
+    """Without lists, it is a folder of folders; lists alone are no reason to refuse one either."""
+    for name in ("Images/deep/1.png", "Others/deep/2.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(layout.picture(0, kind="PNG"))
+    assert open_dataset(tmp_path, 24).class_names == ("Images", "Others")
+    (tmp_path / "Images").rename(tmp_path / "More")
+    (tmp_path / "train_list.mat").write_bytes(b"of another kind")
+    assert open_dataset(tmp_path, 24).class_names == ("More", "Others")
 
 
 def test_boxes_without_annotation(tmp_path):

@@ -22,7 +22,7 @@ def compare(run, inception, simclrv2, data, trials, epochs, view, device, out, j
 
     Frozen InceptionV3, SimCLR (RUN) and SimCLRv2 get the same images and labels. Finished parts are
     kept in results.json and not made again; those without their input are "not run". Fine-tuning
-    takes most of the time: minutes for toydogs, most of an hour for Stanford Dogs on two cores.
+    takes most of the time: minutes for toydogs, an hour or more for Stanford Dogs on two cores.
     """
     from .. import compare as library
     from .. import embed

@@ -45,13 +45,13 @@ def open_dataset(
 ) -> Dataset:
     """A data set with pictures of side `image_size`: toydogs, stanford-dogs, or the one at a path.
 
-    A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*), a folder of
-    class folders (perhaps inside train and test), a folder of pictures, or a cache file, which
-    keeps its own size. The first call builds the cache; later ones reuse it while its source is
-    unchanged. Options are those it was last prepared with; a new size takes those of the size made
-    last. Only stanford-dogs must be prepared beforehand. `progress(done, total)` is called while a
-    cache is built and, with a total of 0, while files are listed. Raises ConfigError, DataError,
-    OSError.
+    A path may name a folder in the layout of Stanford Dogs (images.tar*, lists.tar*, or unpacked),
+    a folder of class folders (perhaps inside train and test), a folder of pictures, or a cache
+    file, which keeps its own size. The first call builds the cache; later ones reuse it while its
+    source is unchanged. Options are those it was last prepared with; a new size takes those of the
+    size made last. Only stanford-dogs must be prepared beforehand. `progress(done, total)` is
+    called while a cache is built and, with a total of 0, while files are listed. Raises
+    ConfigError, DataError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
@@ -202,8 +202,7 @@ def find(name_or_path: str | Path, options: Options, progress: Progress | None) 
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, nor one of the data sets {', '.join(BUILT_IN)}")
     if archives := stanford_dogs.in_folder(root):
-        stats = [(path.name, path.stat()) for path in archives.values()]
-        identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        identity = stanford_dogs.fingerprint(archives)
         return stanford_dogs.source(root.resolve().name, archives, options, identity, False)
     return folder.source(root, options, progress)
 

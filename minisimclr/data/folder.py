@@ -53,7 +53,8 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
     def plan() -> Plan:
         if len(classes) == 1 and not tests and all(len(parts) > 2 for parts in inner):
             said = f"{root} has one class, {classes[0]!r}: if the folders in it are the classes"
-            warnings.warn(f"{said}, name {root / classes[0]}", stacklevel=2)
+            deepest = os.path.commonpath([root.joinpath(*parts[:-2]) for parts in inner])
+            warnings.warn(f"{said}, name {deepest}", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
         testing = np.array([split_name(parts) in tests for parts in pictures])

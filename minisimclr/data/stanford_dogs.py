@@ -4,6 +4,7 @@
     lists.tar        train_list.mat (12,000 files) and test_list.mat (8,580) with labels from 1
     annotation.tar   Annotation/n02085620-Chihuahua/n02085620_10074: boxes, needed for --crop boxes
 
+A folder may hold the archives or what they unpack to.
 Splits: the official train list is `pretrain`. A fifth of the test list (1,716) is `labelled`,
 shared among the breeds by largest remainder and drawn with seed 0; the rest (6,864) is `test`.
 Source: Khosla et al., "Novel dataset for fine-grained image categorization", 2011.
@@ -31,7 +32,10 @@ OFFICIAL = {
     "annotation": (21_852_160, "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
 }
 
-Archives = dict[str, Path]  # by their names in OFFICIAL
+#: What each unpacks to.
+UNPACKED = {"images": "Images/*/*", "lists": "*_list.mat", "annotation": "Annotation/*/*"}
+
+Archives = dict[str, Path]  # by their names in OFFICIAL; of what is unpacked, the folder it is in
 
 
 def source(
@@ -45,7 +49,7 @@ def source(
         boxes = {}
         if options.crop == "boxes":
             if "annotation" not in archives:
-                raise DataError(f"{name}: cropping to boxes needs annotation.tar")
+                raise DataError(f"{name}: cropping to boxes needs annotation.tar, or Annotation")
             boxes = read_boxes(archives["annotation"], files)
 
         def jobs(size: int) -> Iterator[Job]:
@@ -89,20 +93,50 @@ def official(
 
 
 def in_folder(root: Path) -> Archives:
-    """The archives that a folder holds, such as images.tar.gz; empty if it holds none.
+    """The archives that a folder holds, such as images.tar.gz, or the folder itself for those that
+    were unpacked there; empty if it is another kind of folder.
 
     Raises DataError if one of the two needed is missing or the choice would be a guess.
     """
     archives = {}
-    for name in OFFICIAL:
+    for name, pattern in UNPACKED.items():
         paths = sorted(root.glob(f"{name}*.tar*"))
         if len(paths) > 1:
             raise DataError(f"{root} has both {paths[0].name} and {paths[1].name}: keep one")
-        if paths:
-            archives[name] = paths[0]
-    if ("images" in archives) != ("lists" in archives):
-        raise DataError(f"{root} needs both images.tar and lists.tar")
-    return archives if "images" in archives else {}
+        if paths or any(root.glob(pattern)):
+            archives[name] = paths[0] if paths else root
+    needed = [archives[name] for name in ("images", "lists") if name in archives]
+    if len(needed) == 1 and needed != [root]:  # else it may be a class that is called Images
+        raise DataError(f"{root} needs both images.tar and lists.tar, or Images and *_list.mat")
+    return archives if len(needed) == 2 else {}
+
+
+def unpacked(folder: Path, name: str) -> list[Path]:
+    """The files that the archive `name` was unpacked to, except hidden ones."""
+    return sorted(f for f in folder.glob(UNPACKED[name]) if f.name[0] != "." and f.is_file())
+
+
+def fingerprint(archives: Archives) -> str:
+    """What changes whenever one of the files may have changed."""
+    listing = []
+    for name, path in archives.items():
+        for file in unpacked(path, name) if path.is_dir() else [path]:
+            place = file.name if file == path else file.relative_to(path).as_posix()
+            stat = file.stat()
+            listing.append((place, stat.st_size, stat.st_mtime_ns))
+    return sha256(repr(listing).encode())
+
+
+def contents(path: Path, name: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files in the archive `name`, or in the folder it was unpacked to."""
+    if not path.is_dir():
+        yield from members(path)
+        return
+    for file in unpacked(path, name):
+        try:
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
@@ -110,7 +144,7 @@ def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray
 
     Raises DataError unless the lists are readable and disjoint and agree with the folders' names.
     """
-    lists = {name.rpartition("/")[2]: content for name, content in members(path)}
+    lists = {name.rpartition("/")[2]: content for name, content in contents(path, "lists")}
     parts = []
     for name in ("train_list.mat", "test_list.mat"):
         if name not in lists:
@@ -179,7 +213,7 @@ def split(
 def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
     """("breed/picture", content) of all `files`. Raises DataError unless it holds just these."""
     missing, extra = set(files), []
-    for name, content in members(path):
+    for name, content in contents(path, "images"):
         file = "/".join(name.split("/")[-2:])
         if file in missing:
             missing.remove(file)
@@ -200,7 +234,7 @@ def read_boxes(path: Path, files: list[str]) -> dict[str, Box]:
     number = re.compile(rb"<(width|height|xmin|ymin|xmax|ymax)>\s*(\d{1,6})\s*<")
     wanted = {file.rpartition(".")[0]: file for file in files}
     boxes: dict[str, Box] = {}
-    for name, content in members(path):
+    for name, content in contents(path, "annotation"):
         if file := wanted.get("/".join(name.split("/")[-2:])):
             values: dict[bytes, list[int]] = {}
             for key, value in number.findall(content):
