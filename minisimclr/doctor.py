@@ -112,7 +112,7 @@ def gradients() -> tuple[bool, str]:
     def loss(x: Tensor, *given: Tensor) -> Tensor:
         for name, weight in zip(weights, given, strict=True):
             path, _, attribute = name.rpartition(".")
-            setattr(attrgetter(path)(model), attribute, weight)
+            vars(attrgetter(path)(model))[attribute] = weight  # a Module wants a Parameter
         z = model.head(model.encoder(x))  # (6, 4)
         return nt_xent(z[:3], z[3:])
 

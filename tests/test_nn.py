@@ -16,7 +16,7 @@ from minisimclr.nn import evaluating
 from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
 from minisimclr.simclr import Model, calibrate, training_step
-from minisimclr.tensor import NORM, Tensor
+from minisimclr.tensor import NORM, Parameter, Tensor
 
 NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
 
@@ -350,6 +350,17 @@ def test_modules_that_nobody_would_find_are_refused():
     assert len(net.state_dict()) == 2
     with pytest.raises(NotImplementedError, match="Module has no forward"):
         net(Tensor(np.ones((2, 3))))
+
+
+def test_a_parameter_is_not_replaced_by_what_would_not_be_trained():
+    layer = ms.nn.Linear(3, 3, rng=np.random.default_rng(0))
+    for other in (layer.weight * 2, Tensor(np.ones((3, 3)), requires_grad=True)):
+        with pytest.raises(TypeError, match=r"^weight is a Parameter: change its \.data"):
+            layer.weight = other
+    layer.weight = Parameter(np.ones((3, 3), np.float32))
+    layer.bias = None  # taken away
+    layer.other = layer.weight * 2  # no parameter before
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
 
 
 def test_a_device_of_another_name_is_refused():

@@ -44,6 +44,13 @@ class Module:
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         return self.forward(x, *others, **named)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A Parameter gives way to another Parameter only, or it would stop being trained."""
+        given = isinstance(value, Tensor) and not isinstance(value, Parameter)
+        if given and isinstance(vars(self).get(name), Parameter):
+            raise TypeError(f"{name} is a Parameter: change its .data, or assign another Parameter")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         named = (f"{name} {p.shape}" for name, p in self.named_parameters())
         return "\n  ".join([type(self).__name__, *named])
