@@ -80,12 +80,24 @@ def test_a_sample_is_of_all_classes_and_only_of_pretrain(pictures):
 
 
 def test_a_sample_without_pretrain_is_not_of_pictures_to_test_with(tmp_path):
-    for i in range(3):
-        save(tmp_path / "a" / f"{i}.png", 50 * i)
+    for i in range(6):
+        save(tmp_path / "ab"[i // 3] / f"{i}.png", 40 * i)
     dataset = prepare(tmp_path, 16, Options(labels_per_class=2))
     assert not len(dataset.split("pretrain"))
     labelled = dataset.images[dataset.split("labelled")]
     np.testing.assert_array_equal(np.sort(dataset.sample(9), 0), np.sort(labelled, 0))
+
+
+def test_a_class_alone_is_nothing_to_learn(tmp_path):
+    for i in range(10):
+        save(tmp_path / "images" / f"{i}.png", 9 * i)
+    dataset = open_dataset(tmp_path, 16)
+    assert len(dataset.split("pretrain")) == 10 and dataset.class_names == ("images",)
+    for i in range(5):
+        save(tmp_path / "split/train/a" / f"{i}.png", 9 * i)
+    save(tmp_path / "split/test/a/5.png")
+    dataset = open_dataset(tmp_path / "split", 16)  # split already
+    assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [4, 1, 1]
 
 
 def test_small_classes(tmp_path):
@@ -477,20 +489,22 @@ def test_a_sheet_has_at_most_12_rows():
 def test_duplicates_across_splits_are_named(tmp_path, capsys):
     for i in range(10):
         save(tmp_path / "a" / f"{i}.png", 5)
+    save(tmp_path / "b" / "0.png", 50)
     code, out, _ = run(capsys, "data", "prepare", tmp_path, "--image-size", 16, "--json")
     assert code == 0
     crossing = json.loads(out)["duplicates_across_splits"]
     splits = prepare(tmp_path, 16).splits
     assert json.loads(out)["duplicates"] == 9
-    assert len(crossing) == sum(splits[1:] != splits[0])
+    assert len(crossing) == sum(splits[1:10] != splits[0]) > 0
 
 
 def test_of_many_duplicates_the_first_are_named(tmp_path, capsys):
     for i in range(60):
         save(tmp_path / "a" / f"{i:02}.png", 5)
+    save(tmp_path / "b" / "0.png", 50)
     code, out, _ = run(capsys, "data", "prepare", tmp_path, "--image-size", 16)
     splits = prepare(tmp_path, 16).splits
-    crossing = np.flatnonzero(splits != splits[0])
+    crossing = np.flatnonzero(splits[:60] != splits[0])
     assert len(crossing) > 20
     named = [line.split()[0] for line in out.splitlines() if line.endswith("  a/00.png")]
     assert (code, named) == (0, [f"a/{i:02}.png" for i in crossing[:20]])

@@ -1,7 +1,8 @@
 """A folder of pictures: one folder per class (nested to any depth), or pictures without labels.
 
 Splits: a fifth of each class (rounded, at least one) is `test`, another fifth `labelled`, the rest
-`pretrain`. Classes of fewer than three pictures and pictures without labels are all `pretrain`.
+`pretrain`. Classes of fewer than three pictures, one class alone, and pictures without labels are
+all `pretrain`.
 Class folders inside `train` and `test` (or `val`) are split already: the pictures in `test` are for
 testing, all others are shared out as above without a fifth for testing, and those in `unlabeled`
 beside them have no label.
@@ -141,7 +142,7 @@ def split_classes(
     """
     splits, presplit = np.where(testing, TEST, PRETRAIN).astype(np.uint8), testing.any()
     for number, rows in enumerate(by_label(labels, ~testing, len(class_names))):
-        fifth = round(len(rows) / 5) if len(rows) >= 3 else 0
+        fifth = round(len(rows) / 5) if len(rows) >= 3 and (presplit or len(class_names) > 1) else 0
         test = 0 if presplit else fifth
         labelled = fifth if labels_per_class is None or not fifth else labels_per_class
         if test + labelled > len(rows):
