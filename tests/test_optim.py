@@ -146,6 +146,9 @@ def test_schedule_corners():
     assert rate(10) == 2.0
     assert rate(60) == pytest.approx(1.0)
     assert rate(110) == pytest.approx(0.0)
+    assert rate(140) == pytest.approx(0.0)  # and not up again
+    assert warmup_cosine(1, 2.0, 0, 1) == pytest.approx(0.0)
+    assert warmup_cosine(10, 2.0, 10, 10) == 2.0  # nothing but warm-up
     assert warmup_cosine(0, 2.0, 0, 100) == 2.0
 
 

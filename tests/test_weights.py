@@ -1,6 +1,8 @@
 """Importing weights: every format against the library that writes it, names, shapes, export."""
 
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import h5py
@@ -327,6 +329,21 @@ def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
         with pytest.raises(DataError, match=message):
             weights.load(net, tmp_path / "a")
         assert_state(net, before)
+
+
+def test_one_of_two_models_is_kept_as_the_guide_says(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    net = nn.resnet18(width=4)
+    models = {name: random_state(net, seed) for seed, name in enumerate(("q", "k"))}
+    both = {f"encoder_{m}.{n}": torch.tensor(a) for m, s in models.items() for n, a in s.items()}
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": both}, "OLD.pth")
+    with pytest.raises(DataError, match=r"two models fit, 'state_dict\.encoder_q\.' and"):
+        weights.encoder("OLD.pth")
+    guide = (Path(__file__).parents[1] / "docs/weights.md").read_text("utf-8")
+    lines = re.search(r"    import torch\n\n    state = .*\n    torch.save.*\n", guide)[0]
+    exec(textwrap.dedent(lines), {})
+    assert_state(weights.encoder("NEW.pth")[0], models["q"])
 
 
 def test_classifiers_and_counters_may_be_there_or_not(tmp_path):

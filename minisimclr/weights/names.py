@@ -21,6 +21,8 @@ ENCODER = r"(?P<layer>(base_model/)?(?P<kind>conv2d|batch_normalization)_?(?P<i>
 HEAD = r"(?P<layer>head_contrastive/nl_(?P<i>\d+)/(?P<kind>dense|batch_normalization))/[a-z_]+"
 # Classifiers, and what optimizers and averages keep beside a variable.
 SKIPPED = r"(fc|AuxLogits)\..*|predictions/.*|.*/(Momentum|ExponentialMovingAverage)"
+INNER = "layer1.0.conv1.weight"  # in every ResNet, once
+TWO = "{}: two models fit, {!r} and {!r}: keep one (docs/weights.md shows how)"
 
 Shape = tuple[int, ...]
 
@@ -37,9 +39,12 @@ def torch_shape(stored: Stored, name: str) -> Shape:
 
 
 def kernels(stored: Stored) -> list[Shape]:
-    """Shapes (O, C, KH, KW) of an encoder's convolutions."""
+    """Shapes (O, C, KH, KW) of an encoder's convolutions. Raises DataError for two encoders."""
     pattern = ENCODER if stored.format in NUMBERED else "(?!.*AuxLogits).*"
     found = [name for name in stored.specs if re.fullmatch(pattern, name)]
+    roots = [name.removesuffix(INNER) for name in found if name.endswith(INNER)]
+    if len(roots) > 1:
+        raise DataError(TWO.format(stored.path, *roots))
     return [shape for name in found if len(shape := torch_shape(stored, name)) == 4]
 
 
@@ -84,7 +89,7 @@ def prefixed(module: Module, stored: Stored) -> dict[str, str]:
     hits = {p: sum(p + name in stored.specs for name in own) for p in [*found, ""]}
     best, *more = [p for p in hits if hits[p] == max(hits.values())]
     if more:
-        raise DataError(f"{stored.path}: two models fit, {best!r} and {more[0]!r}: keep one")
+        raise DataError(TWO.format(stored.path, best, *more))
     names = [name.removeprefix(best) for name in stored.specs if name.startswith(best)]
     return {name: best + name for name in names if not re.fullmatch(SKIPPED, name)}
 
