@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import Array, to_host
 from .data import Dataset
-from .embed import calibrated, published
+from .embed import calibrated, check_block, published
 from .errors import DivergedError
 from .nn import Dropout, Linear, Module, inception_v3
 from .ops.basic import relu
@@ -119,9 +119,11 @@ def inception(
 ) -> Extract:
     """Features of rows of a data set by a block of InceptionV3: its output, averaged.
 
-    file: its weights; None for random ones with batch norm statistics of the data.
+    file: its weights; None for random ones with batch norm statistics of the data. Raises
+    ConfigError for a block that it lacks.
     """
     net, preprocessing = inception_v3(), PREPROCESSING
+    check_block(net, block)
     if file:
         preprocessing = load(net, file, until=block)
     else:

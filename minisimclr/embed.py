@@ -158,11 +158,16 @@ def published(
     return extract
 
 
+def check_block(net: Module, block: str | None) -> None:
+    """Raise ConfigError for a block that the network lacks."""
+    if block and not (isinstance(net, InceptionV3) and block in BLOCKS):
+        raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
+
+
 def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
     """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
     net = network(stored := read(path))
-    if block and not (isinstance(net, InceptionV3) and block in BLOCKS):
-        raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
+    check_block(net, block)
     try:
         return net, load(net, stored, block)
     except DataError as error:

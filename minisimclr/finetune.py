@@ -133,7 +133,7 @@ def tuned(
     trial = recipe._replace(factor=best)
     if not (classifier := fitted(train, trial)):
         raise DivergedError(f"{name}: training diverged at {best} times the authors' rate")
-    few = f"the rate was chosen by only {len(outside)} images" if len(outside) < ENOUGH else ""
+    few = f"the rate was chosen by few images: {len(outside)}" if len(outside) < ENOUGH else ""
     said = "; ".join(filter(None, (warning, few)))
     found = {"factor": best, "trials": trials, "warning": said}
     return scores(ranked(classifier, dataset, test, trial), y[test]) | found

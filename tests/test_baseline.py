@@ -9,7 +9,7 @@ from minisimclr import baseline as dense
 from minisimclr import nn, weights
 from minisimclr.baseline import DenseClassifier, Trial, epochs_of
 from minisimclr.data import open_dataset
-from minisimclr.errors import DataError, DivergedError
+from minisimclr.errors import ConfigError, DataError, DivergedError
 from minisimclr.tensor import Tensor
 
 
@@ -198,6 +198,13 @@ def test_features_are_made_once_and_are_the_network_s(pictures, tmp_path, monkey
     assert seen == [3]
     np.testing.assert_array_equal(features(tmp_path / "w"), X)
     assert seen == [3]  # not made again
+
+
+@pytest.mark.parametrize("file", [None, "w.h5"])
+def test_an_unknown_block_is_refused_before_any_work(monkeypatch, file):
+    monkeypatch.setattr(dense, "calibrated", lambda *_: pytest.fail("calibrated"))
+    with pytest.raises(ConfigError, match="block 'mixed99': InceptionV3 has mixed0, "):
+        dense.inception(None, file, "mixed99", "cpu", quiet)
 
 
 def test_command_line(pictures, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     tried = [(factor, 3) for factor in (1 / 16, 1 / 4, 1, 4, 16, 64)]
     assert [call[:2] for call in calls] == [*tried, (16, 7)]
     assert (found["factor"], found["top1"]) == (16, 1.0)
-    assert found["warning"] == "the rate was chosen by only 12 images"
+    assert found["warning"] == "the rate was chosen by few images: 12"
     assert found["trials"][-1] == {"factor": 64, "validation": 0.0}
     assert all(not np.isin(test, rows).any() for *_, rows in calls)
     assert [len(rows) for *_, rows in calls] == [48] * 6 + [len(train)]
@@ -291,7 +291,7 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(
     tuned = rows["SimCLR resnet_small", "finetune"]
     assert [trial["factor"] for trial in tuned["trials"]] == [*finetune.FACTORS]
     assert tuned["factor"] in finetune.FACTORS
-    assert "chosen by only 5 images" in tuned["warning"] and tuned["top5"] == 1
+    assert "chosen by few images: 5" in tuned["warning"] and tuned["top5"] == 1
     assert "pretraining_seconds" not in rows["resnet_small from scratch", "supervised"]
     assert rows["InceptionV3 mixed8", "dense"]["best"]["lr"] > 0
     assert rows["SimCLR resnet_small", "knn"]["top1"] == probed["knn"]

@@ -136,7 +136,7 @@ def test_budget():
     assert count.pop("data") <= 1265  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 811
     # The report's three systems.
-    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 670
+    assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 673
     assert sum(count.values()) <= 3159, count
 
 
