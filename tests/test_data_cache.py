@@ -522,9 +522,10 @@ def test_cache_file_by_path(pictures, home, tmp_path):
     dataset = open_dataset(path)
     assert dataset.images.shape == (120, 16, 16, 3)
     assert prepared(path).fingerprint == dataset.fingerprint == prepare(path).fingerprint
-    with pytest.warns(UserWarning, match="16 px where 20 are wanted: enlarged"):
-        open_dataset(path, 20)
-    open_dataset(path, 8)
+    with pytest.warns(UserWarning, match="pictures of 16 px for views of 17: they will be enl"):
+        open_dataset(path, 22)
+    for size in (8, 20):  # 20 for views of 16
+        assert open_dataset(path, size).fingerprint == dataset.fingerprint
 
 
 # Workers.

@@ -56,8 +56,9 @@ def open_dataset(
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
         cached = cache.load(path)
-        if image_size and (side := cached.images.shape[1]) < size:
-            warnings.warn(f"{path} has {side} px where {size} are wanted: enlarged", stacklevel=2)
+        if image_size and (side := cached.images.shape[1]) < (view := size * 4 // 5):
+            said = f"{path} has pictures of {side} px for views of {view}: they will be enlarged"
+            warnings.warn(said, stacklevel=2)
         return cached
     made = load_if_valid(path)
     sizes = [] if made else other_sizes(path)
