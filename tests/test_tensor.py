@@ -74,6 +74,7 @@ def test_ndarray_on_the_left_defers_to_tensor():
         lambda a, b: (a - b).relu() * b,
         lambda a, b: a.reshape(4, 3) @ (b * a)[0:2].transpose()[:3],
         lambda a, b: concatenate([a, a + b], axis=1).transpose()[1:5, ::2],
+        lambda a, b: concatenate([b, a, a * b], axis=1) ** 2,
         lambda a, b: (a * b).reshape(2, 3, 2).transpose(-1, 0, 1)[np.eye(2, dtype=bool)],
     ],
 )
