@@ -59,6 +59,8 @@ def test_ndarray_on_the_left_defers_to_tensor():
     assert isinstance(y, Tensor)
     with pytest.raises(TypeError, match="operand is None"):
         y * None
+    with pytest.raises(ValueError, match=r"matmul needs matrices, not shapes \(3,\) and \(3, 2\)"):
+        y @ Tensor(np.ones((3, 2)))
 
 
 @pytest.mark.parametrize(
