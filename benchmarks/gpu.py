@@ -388,7 +388,7 @@ def views(sizes: Sizes) -> Iterator[dict]:
         yield torchvision_views(images, size)
 
 
-def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
+def torchvision_views(images: np.ndarray, size: int) -> dict:
     try:
         import torch
         from torchvision.transforms import v2
@@ -400,6 +400,7 @@ def torchvision_views(images: np.ndarray, size: int, count: int = 64) -> dict:
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
         v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1)], 0.5 if size > 32 else 0),
     ])  # fmt: skip
+    count = 64
     stored = torch.tensor(images[:count], device="cuda").permute(0, 3, 1, 2)
     for _ in range(2):  # the first time is to warm up
         torch.cuda.synchronize()

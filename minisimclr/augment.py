@@ -100,6 +100,7 @@ def batch_shape(images: Array, boxes: np.ndarray | None = None) -> tuple[int, in
     Raises TypeError for others (values in [0, 1] would give black views), and ValueError unless
     boxes (..., N, 4) lie in such images.
     """
+    xp_of(images)  # raises TypeError for what is no array
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise TypeError(f"images are (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
     n, height, width = images.shape[:3]
@@ -161,7 +162,7 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
 
 
 def resampling(start: Array, length: Array, n_in: int, n_out: int) -> Array:
-    """Weights (N, n_out, n_in) that resize intervals of n_in pixels to n_out; rows sum to 1."""
+    """Weights (N, n_out, n_in) that resize an interval of n_in pixels to n_out; rows sum to 1."""
     xp = xp_of(start)
     scale = length / n_out  # (N,) input pixels per output pixel
     centre = start[:, None] + scale[:, None] * (xp.arange(n_out, dtype=xp.float32) + 0.5)

@@ -1,4 +1,4 @@
-"""Which array library and device: the only file that knows both NumPy and CuPy.
+"""Which array library and device: the only file that imports CuPy.
 
 The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both
 live in one process and nothing is chosen at import time. CuPy is imported only when a GPU is
@@ -72,7 +72,7 @@ def to_host(array: Array) -> np.ndarray:
 
 
 def to_device(array: np.ndarray, device: str) -> Array:
-    """A host array on `device` ("cpu" or "cuda:N"); the one place where data goes to a GPU."""
+    """A host array on `device` ("cpu" or "cuda:N"); pictures go to a GPU here and by `uploaded`."""
     if device == "cpu":
         return array
     with cupy().cuda.Device(int(device.removeprefix("cuda:"))):

@@ -75,7 +75,7 @@ class TrainConfig:
             elif getattr(value, "ndim", 1) == 0:  # NumPy's number, as a sweep has
                 object.__setattr__(self, name, value.item())
         problems = [said for f in fields(self) if (said := _problem(f, getattr(self, f.name)))]
-        if not problems and self.crop_min > 1:
+        if type(self.crop_min) in (int, float) and self.crop_min > 1:
             problems.append(f"crop_min must be at most 1, not {self.crop_min}")
         if problems:
             raise ConfigError("; ".join(problems))

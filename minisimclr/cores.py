@@ -120,7 +120,7 @@ def _wait_for(outcomes: list, count: int, done: SimpleQueue) -> None:
 
 def _serve(tasks: SimpleQueue) -> None:
     """The life of a worker. The standard library's executor would do, but handing over a task
-    takes it 10 to 40 us more, and a training step does so 70 to 200 times.
+    takes it 10 to 40 us more, and a training step does so 70 to 250 times.
     """
     while (task := tasks.get()) is not None:
         work, outcomes, place, done = task

@@ -77,7 +77,7 @@ def device() -> tuple[bool, str]:
 
 
 def gpu() -> tuple[bool, str]:
-    """Try a kernel, a product and eigenvalues on it; no fault if there is no driver to run them."""
+    """Try a kernel, a product and eigenvalues on it; no fault without a driver, CuPy or a GPU."""
     if not cuda_driver():
         return True, "none: there is no NVIDIA driver"
     try:

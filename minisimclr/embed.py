@@ -189,7 +189,7 @@ def open_pictures(
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:
     """Give a network with random weights the batch norm statistics of some of the images."""
     calibrate(net, preprocessing(dataset.sample(MONITORED)), BATCH)
-    return net
+    return net.eval()
 
 
 def probe_weights(
@@ -212,7 +212,9 @@ class Encoder(NamedTuple):
     about: dict[str, Any]  # where it is from
 
     def embed(self) -> np.ndarray:
-        """Features h (N, D) float32 of all pictures, each in its centre view."""
+        """Features h (N, D) float32 of all pictures: of centre views or, by networks that are not
+        SimCLR's, of the whole.
+        """
         return to_host(self.extract(np.arange(len(self.dataset.images))))
 
 
@@ -245,7 +247,8 @@ def open_encoder(
 def nearest(queries: Array, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each of the queries (Q, D) the k most similar rows of h (n, D), the nearest first.
 
-    Returns indices and cosines, (Q, k) each. Raises ConfigError for k below 1.
+    Returns indices and cosines, (Q, k) each, or (Q, n) if n is smaller. Raises ConfigError for k
+    below 1.
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1, not {k}")

@@ -1,6 +1,7 @@
 """What a user can get wrong, each with the exit code that the command line returns for it.
 
-Every message is one line: what happened, to which file or value, and what to do about it.
+Every message is one line: what happened, to which file or value and, unless that is plain, what to
+do about it.
 """
 
 import os

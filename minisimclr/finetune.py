@@ -88,7 +88,7 @@ def fit(
         progress(step + 1, total)
     some = dataset.images[choose(rows, MONITORED, stream=0)]
     calibrate(classifier, to_device(center_view(some, recipe.size), recipe.device), BATCH)
-    return classifier
+    return classifier.eval()
 
 
 def ranked(
@@ -146,7 +146,7 @@ def finetune(
     """Accuracy of a run's network trained further with labels, and of the same one from scratch.
 
     In the form of probe.probe's result. view: side of the test views in px (None: as in training).
-    Raises DataError, DivergedError.
+    Raises as labelled_and_test does, and DivergedError.
     """
     device, _ = choose_device(run.config.device)
     train, test = labelled_and_test(dataset, labels, seed)

@@ -24,7 +24,7 @@ def momentum_update(w: Array, g: Array, v: Array, lr: float, momentum: float, de
 
 
 @singledispatch
-def trust_ratio(w: Array, g: Array, decay: float, eeta: float) -> float:
+def trust_ratio(w: Array, g: Array, decay: float, eeta: float) -> Array:
     """eeta |w| / |g + decay w|, or 1 if either norm is zero; eeta: eta, as the authors spell it"""
     xp = xp_of(w)
     w_norm = xp.linalg.norm(w.ravel())
@@ -61,16 +61,22 @@ class SGD:
         weight_decay: float = 0.0,
     ):  # fmt: skip
         self.parameters: dict[str, Parameter] = {}
+        names: dict[int, str] = {}
         for pair in named_parameters:
             match pair:
                 case (str(name), Parameter()) if name in self.parameters:
                     raise ValueError(f"two parameters are called {name!r}: put a prefix before it")
                 case (str(name), Parameter() as p):
+                    if (first := names.setdefault(id(p), name)) != name:
+                        raise ValueError(f"{first!r} and {name!r} are one parameter: give it once")
                     self.parameters[name] = p
                 case _:
                     raise TypeError("an optimizer takes named_parameters(): names and Parameters")
         if not self.parameters:
             raise ValueError("no parameters to move: was named_parameters() used up before?")
+        if not all(float(value) >= 0 for value in (lr, momentum, weight_decay)):
+            given = f"{lr}, {momentum}, {weight_decay}"
+            raise ValueError(f"lr, momentum and weight_decay are 0 or more, not {given}")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 
@@ -95,9 +101,10 @@ class SGD:
 
     def gradient_square(self) -> Array:
         """Squared length of all gradients as one vector, on their device; not finite if any number
-        in them is not.
+        in them is not, and 0 without any.
         """
-        return square_of_all(self.moving()[0][1].data, self)
+        moving = self.moving()
+        return square_of_all(moving[0][1].data, self) if moving else np.zeros((), np.float32)
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

@@ -48,9 +48,10 @@ def profile(
     The step: encoder, head (D-D-128), NT-Xent, backward, SGD with momentum, on 2 * batch_size
     views. Returns step_seconds (median), views_per_second, peak_bytes (resident set; on a GPU its
     pool), roofline, ops (rows of name, direction, calls, seconds, flops, bytes), and events for a
-    trace. `notify` hears of progress.
+    trace. `notify` hears of progress. Raises ConfigError.
     """
     given = {"steps": (steps, 1), "batch_size": (batch_size, 2), "image_size": (image_size, 8)}
+    given["width"] = width, 0
     for name, (value, least) in given.items():
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -38,7 +38,7 @@ STOPPING = b"\nstopping after this step, saving its state (once more to stop at 
 
 @dataclass
 class Run:
-    """A run folder with its model: what `pretrain` and `open_run` return."""
+    """A run folder with its model: what `pretrain` returns, and `open_run` beside its state."""
 
     path: Path
     config: TrainConfig

@@ -41,13 +41,14 @@ class Model(Module):
 
     def encode(self, x: Array, batch_size: int = 256) -> Array:
         """h = f(x) with running statistics, for views x (N, H, W, 3) in [0, 1]; no graph."""
+        xp = xp_of(x)
         if x.dtype.kind != "f" or x.ndim != 4 or (x.size and not -0.5 < x.min() <= x.max() < 1.5):
             seen = f"{x.shape} {x.dtype}" + (f", {x.min():g} to {x.max():g}" if x.size else "")
             raise TypeError(f"encode takes what center_view makes, in [0, 1], not {seen}")
         with evaluating():
             starts = range(0, max(1, len(x)), batch_size)
             h = [self.encoder(Tensor(x[i : i + batch_size])).data for i in starts]
-        return xp_of(x).concatenate(h)  # (N, D)
+        return xp.concatenate(h)  # (N, D)
 
     def project(self, h: Array) -> Array:
         """z = g(h), likewise."""
@@ -106,10 +107,11 @@ def training_step(
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
     """Set a network's running statistics to the mean of those of batches of the views x.
 
-    A last, shorter batch is left out, and the network is left in evaluation mode. Statistics kept
-    in training lag behind fast-moving weights; after few steps, and with random weights, they still
-    hold the 0 and 1 they began with (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
+    A last, shorter batch is left out, unless it is the only one. Statistics kept in training lag
+    behind fast-moving weights; after few steps, and with random weights, they still hold the 0 and
+    1 they began with (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
     """
+    modes = [(layer, vars(layer).get("training", True)) for _, layer in module.named_modules()]
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     module.train()
@@ -125,4 +127,5 @@ def calibrate(module: Module, x: Array, batch_size: int) -> None:
     finally:  # after Ctrl-C, too
         for m, kept in zip(norms, before, strict=True):
             m.momentum, m.num_batches_tracked = kept
-        module.eval()
+        for layer, training in modes:
+            vars(layer)["training"] = training

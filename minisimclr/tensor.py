@@ -4,8 +4,8 @@ A Function is one applied operation: `forward` maps arrays to an array and keeps
 attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
 array lives on after the forward pass only if some operation saved it. `backward` visits operations
 in reverse topological order and frees each one right after use. Saved arrays are not copies: change
-weights only when all backward passes through them are done. Gradients are plain arrays: nothing
-here can be differentiated twice, and a graph can be used for one backward only.
+weights, as a step does, only when all backward passes through them are done. Gradients are plain
+arrays: nothing here can be differentiated twice, and a graph can be used for one backward only.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue
-            assert gx is not None and gx.shape == shape, (
+            assert getattr(gx, "shape", None) == shape, (
                 f"{type(function).__name__}: gradient {np.shape(gx)} of an input of shape {shape}"
             )
             if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into

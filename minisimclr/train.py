@@ -120,6 +120,7 @@ def resume(
                 notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
             with backend.precision(config.precision, device, reason):
                 train(run, dataset, plan, device, time_limit, notify)
+            run.model.eval()
             if run.stopped.startswith("SIG"):
                 raise Interrupted(run)
             return run

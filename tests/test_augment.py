@@ -220,6 +220,8 @@ def test_only_bytes_are_pictures():
         ):
             with pytest.raises(TypeError, match=r"\(N, H, W, 3\) uint8, not \("):
                 see(wrong)
+            with pytest.raises(TypeError, match=r"takes arrays .*, not <class 'list'>"):
+                see(list(images))
     see(images)
 
 

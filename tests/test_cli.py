@@ -450,7 +450,7 @@ def test_what_the_output_cannot_spell_is_an_escape(tmp_path):
     for command in ("prepare", "info"):
         done = run("data", command, tmp_path, env={"PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
         assert done.returncode == 0, done.stderr
-    assert "\u00e9t\u00e9 \\u72ac  pretrain     3" in done.stdout
+    assert "\u00e9t\u00e9 \\u72ac  pretrain     5" in done.stdout
 
 
 def test_the_command_line_leaves_warnings_to_their_program(capsys):

@@ -23,7 +23,7 @@ from minisimclr import data
 from minisimclr.cli import main
 from minisimclr.data import cache, open_dataset, prepare, prepared
 from minisimclr.data.workers import parallel_map
-from minisimclr.errors import DataError, OutputError
+from minisimclr.errors import ConfigError, DataError, OutputError
 
 KILLS = 20  # moments at which a build is killed
 
@@ -522,7 +522,9 @@ def test_cache_file_by_path(pictures, home, tmp_path):
     dataset = open_dataset(path)
     assert dataset.images.shape == (120, 16, 16, 3)
     assert prepared(path).fingerprint == dataset.fingerprint == prepare(path).fingerprint
-    with pytest.warns(UserWarning, match="pictures of 16 px for views of 17: they will be enl"):
+    with pytest.raises(ConfigError, match=r"own\.h5 is a finished cache and has a size"):
+        prepared(path, 16)
+    with pytest.warns(UserWarning, match="16 px where 22 are wanted: they are enlarged"):
         open_dataset(path, 22)
     for size in (8, 20):  # 20 for views of 16
         assert open_dataset(path, size).fingerprint == dataset.fingerprint

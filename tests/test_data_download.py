@@ -14,7 +14,7 @@ from minisimclr.cli import main
 from minisimclr.data import Options, open_dataset, prepare, stanford_dogs
 from minisimclr.data import download as module
 from minisimclr.data.download import Redirects, download
-from minisimclr.errors import DataError
+from minisimclr.errors import ConfigError, DataError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -346,7 +346,7 @@ def test_redirects_out_of_the_web_are_refused(server, tmp_path, target):
     with pytest.raises(DataError):
         fetch(server, tmp_path)
     assert nothing_published(tmp_path)
-    with pytest.raises(DataError, match="not an http or https address"):
+    with pytest.raises(ConfigError, match="not an http or https address"):
         download(target, tmp_path / "images.tar", 1, SHA256)
 
 
@@ -408,7 +408,7 @@ def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
         assert open_dataset("stanford-dogs", 24).recipe["pillow"] == "0"
     assert code("--crop", "boxes") == 0 and len(server.requests) == 3
     assert open_dataset("stanford-dogs", 24).options.crop == "boxes"
-    assert code("--url", "file:///etc") == 3
+    assert code("--url", "file:///etc") == 2
 
 
 def test_unverified_download(server, tmp_path, monkeypatch, capsys):

@@ -484,6 +484,8 @@ def test_a_sheet_has_at_most_12_rows():
         shown = samples(SimpleNamespace(class_names=names, images=images, labels=labels))
         assert [name for name, _ in shown] == [*rows]
         assert {len(pictures) for _, pictures in shown} == {10}
+    unlabelled = SimpleNamespace(class_names="ab", images=images[:5], labels=labels[:5] * 0 - 1)
+    assert [name for name, _ in samples(unlabelled)] == ["from 0"]
 
 
 def test_duplicates_across_splits_are_named(tmp_path, capsys):

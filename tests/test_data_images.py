@@ -190,7 +190,7 @@ BAD = {
     "32 bits": (encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32 bits"),
     "floats": (encode(Image.fromarray(RAMP / np.float32(255)), "TIFF"), "32 bits"),
     "1 x 1": (encode(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
-    "sliver": (encode(Image.new("RGB", (2000, 30)), "JPEG"), "neither 20 times"),
+    "sliver": (encode(Image.new("RGB", (2000, 30)), "JPEG"), "neither more than 20 times"),
     "0 x 0": (png_header(0, 0), "0 x 0|cannot be decoded"),
     "60 megapixels": (png_header(10_000, 6_000), "more than 50 million"),
     "144 megapixels": (png_header(12_000, 12_000), "more than 50 million"),

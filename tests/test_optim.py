@@ -71,6 +71,31 @@ def test_parameters_of_one_name_are_refused():
     p, q = (Parameter(np.ones(2)) for _ in range(2))
     with pytest.raises(ValueError, match="two parameters are called 'w': put a prefix"):
         SGD([("w", p), ("w", q)], lr=0.1)
+    with pytest.raises(ValueError, match=r"'enc\.w' and 'dec\.w' are one parameter: give it once"):
+        SGD([("enc.w", p), ("q", q), ("dec.w", p)], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [SGD, LARS])
+@pytest.mark.parametrize("setting", ["lr", "momentum", "weight_decay"])
+def test_settings_that_are_no_rates_are_refused(kind, setting):
+    p = Parameter(np.ones(2, np.float32))
+    for wrong, error in ((-0.1, ValueError), (np.nan, ValueError), (None, TypeError)):
+        with pytest.raises(error):
+            kind([("w", p)], **{"lr": 0.1} | {setting: wrong})
+    p.grad = np.ones(2, np.float32)
+    optimizer = kind([("w", p)], lr=0.1)
+    setattr(optimizer, setting, None)  # as from a schedule without a return
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert np.isfinite(p.data).all()
+
+
+@pytest.mark.parametrize("kind", [SGD, LARS])
+def test_without_gradients_nothing_moves(kind):
+    optimizer = kind([("w", Parameter(np.ones(2, np.float32)))], lr=0.1)
+    assert optimizer.gradient_square() == 0
+    optimizer.step()
+    assert (optimizer.parameters["w"].data == 1).all()
 
 
 def test_what_is_no_named_parameter_is_refused():

@@ -63,6 +63,15 @@ def test_ndarray_on_the_left_defers_to_tensor():
         y @ Tensor(np.ones((3, 2)))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_written_into_an_operand_later_changes_no_gradient(dtype):
+    queue, w = np.ones((3, 2), dtype), Tensor(np.ones((2, 3), np.float32), requires_grad=True)
+    y = ((w * queue.T) @ queue).sum()
+    queue[:] = 9
+    y.backward()
+    np.testing.assert_array_equal(w.grad, np.full((2, 3), 2))
+
+
 @pytest.mark.parametrize(
     "fn",
     [
@@ -192,6 +201,8 @@ def test_a_gradient_that_was_saved_is_copied_for_a_leaf():
 def test_linear_takes_rows_of_its_width(shape):
     with pytest.raises(ValueError, match=r"linear: x \(N, C\) and weight \(O, C\), not"):
         linear(Tensor(np.ones(shape)), Tensor(np.ones((5, 3))))
+    with pytest.raises(ValueError, match=r"linear: bias \(O,\) for weight \(5, 3\), not \(1,\)"):
+        linear(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 3))), Tensor(np.ones(1)))
 
 
 def test_the_gradient_of_a_leaf_is_its_own():
@@ -351,7 +362,9 @@ def test_gradcheck_catches_writing_into_what_belongs_to_others(vandal):
         gradcheck(lambda x: vandal()(x), randn(4))
 
 
-@pytest.mark.parametrize("backward", [np.ravel, lambda gy: None, lambda gy: (gy, gy)])
+@pytest.mark.parametrize(
+    "backward", [np.ravel, lambda gy: None, lambda gy: (gy, gy), lambda gy: 1.0]
+)
 def test_a_gradient_of_the_wrong_shape_names_the_operation(backward):
     class Flat(Function):
         def forward(self, x):
@@ -515,7 +528,8 @@ def test_memory_of_norm_relu_chain():
 
 def test_comparing_is_refused_and_what_it_would_have_been():
     x = Tensor(np.ones(2))
-    for wrong in (lambda: x == 1, lambda: x != x.data, lambda: x.data == x):
+    equals = lambda: x == 1, lambda: x != x.data, lambda: x.data == x
+    for wrong in (*equals, lambda: x > 1, lambda: x <= x.data, lambda: x.data < x, lambda: x <= 2):
         with pytest.raises(TypeError, match=r"compare a Tensor's \.data"):
             wrong()
     assert x in [x] and {x: 1}[x] == 1

@@ -911,6 +911,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(conf
         ({"crop_min": 1.5}, "crop_min must be at most 1"),
         ({"seed": True}, "seed must be of type int"),
         ({"lr": -1.0, "epochs": 0}, "lr must be .*; epochs|epochs must be .*; lr"),
+        ({"crop_min": 1.5, "epochs": 0}, "epochs must be .*; crop_min must be at most 1"),
     ],
 )
 def test_bad_settings_are_all_named(bad, said):

@@ -28,12 +28,12 @@ def data() -> None:
 @NAME
 @SIZE
 @click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="Part kept.")
-@click.option("--skip-bad", is_flag=True, help="Leave out undecodable pictures, at most 1 %.")
+@click.option("--skip-bad", is_flag=True, help="Leave out bad pictures: 1 % at most, or one.")
 @click.option("--labels-per-class", type=int, metavar="N", help="Label N per class, not a fifth.")
 @click.option("--images-tar", type=FILE, help="stanford-dogs: use this, do not download it.")
 @click.option("--lists-tar", type=FILE, help="The same for the lists.")
 @click.option("--annotation-tar", type=FILE, help="The same for the boxes.")
-@click.option("--url", help="stanford-dogs: download the three archives from here.")
+@click.option("--url", help="stanford-dogs: download its archives from here.")
 @click.option("--allow-unverified", is_flag=True, help="Accept unofficial archives.")
 @JSON
 def prepare(
@@ -116,12 +116,13 @@ def class_counts(dataset: Any) -> dict[str, dict[str, int]]:
 def samples(dataset: Any) -> list[tuple[str, Any]]:
     """Rows of a contact sheet: up to 12 classes, or 12 rows of pictures without labels."""
     rows, columns = 12, 10
-    if not dataset.class_names:
+    classes = range(0, len(dataset.class_names), -(-len(dataset.class_names) // rows) or 1)
+    members = {k: (dataset.labels == k).nonzero()[0][:columns] for k in classes}
+    shown = [(dataset.class_names[k], dataset.images[m]) for k, m in members.items() if len(m)]
+    if not shown:
         starts = range(0, min(len(dataset.images), rows * columns), columns)
         return [(f"from {i}", dataset.images[i : i + columns]) for i in starts]
-    classes = range(0, len(dataset.class_names), -(-len(dataset.class_names) // rows))
-    members = {k: (dataset.labels == k).nonzero()[0][:columns] for k in classes}
-    return [(dataset.class_names[k], dataset.images[m]) for k, m in members.items() if len(m)]
+    return shown
 
 
 def show(values: dict[str, Any], json_file: str | None) -> None:

@@ -20,7 +20,7 @@ from .options import BLOCK, DEVICE, FILE, JSON, VIEW, write_json
 @VIEW
 @click.option(
     "--image-size", type=int, metavar="S",
-    help="Stored side, in px, for WEIGHTS.  [default: 80 for stanford-dogs, else as they see]",
+    help="Stored side, in px, for WEIGHTS.  [default: 80 for stanford-dogs, else as they need]",
 )  # fmt: skip
 @BLOCK
 @DEVICE

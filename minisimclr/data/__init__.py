@@ -51,13 +51,13 @@ def open_dataset(
     source is unchanged. Options are those it was last prepared with; a new size takes those of the
     size made last. Only stanford-dogs must be prepared beforehand. `progress(done, total)` is
     called while a cache is built and, with a total of 0, while files are listed. Raises
-    ConfigError, DataError, OSError.
+    ConfigError, DataError, OutputError, OSError.
     """
     path, size = cache_path(name_or_path, image_size)
     if path == Path(name_or_path):
         cached = cache.load(path)
-        if image_size and (side := cached.images.shape[1]) < (view := size * 4 // 5):
-            said = f"{path} has pictures of {side} px for views of {view}: they will be enlarged"
+        if image_size and (side := cached.images.shape[1]) < size * 4 // 5:  # the views' size
+            said = f"{path} has pictures of {side} px where {size} are wanted: they are enlarged"
             warnings.warn(said, stacklevel=2)
         return cached
     made = load_if_valid(path)
@@ -128,7 +128,7 @@ def from_arrays(
 
     labels (N,): positions in class_names (None: the numbers), -1 where unknown. testing (N,) bool:
     those for testing (None: a fifth of each class); the rest is split as in a folder. Raises
-    ConfigError, OSError.
+    ConfigError, OutputError, OSError.
     """
     path, images = Path(path), np.asarray(images)
     n, side = images.shape[:2] if images.ndim == 4 else (0, 0)
@@ -164,9 +164,11 @@ def from_arrays(
 
 def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset:
     """The data set as it was prepared (last, if no size is given); builds nothing. Raises DataError
-    if it is not there.
+    if it is not there, ConfigError for a size with a cache file.
     """
     path, _ = cache_path(name_or_path, image_size)
+    if path == Path(name_or_path) and image_size:
+        raise ConfigError(f"{path} is a finished cache and has a size of its own")
     if str(name_or_path) not in BUILT_IN and not Path(name_or_path).exists():
         raise DataError(f"{name_or_path}: no such folder or file")
     if image_size is None and not path.exists() and (sizes := other_sizes(path)):

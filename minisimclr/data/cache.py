@@ -37,7 +37,7 @@ BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a 
 CHUNK = 128  # pictures in a message to a worker, at most
 CHUNKS = 50  # messages, at least, if there are that many pictures: progress should show
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
-MAX_SKIPPED = 0.01  # of all pictures
+MAX_SKIPPED = 0.01  # of all pictures, or one
 SAMPLE = 2**32  # the stream that `sample` draws from; lower ones belong to classes
 
 
@@ -97,8 +97,8 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
     """Make every picture of `plan` and publish the cache `path`.
 
     `recipe` holds all that the pixels depend on; its `size` and `options` are followed. Raises
-    DataError for a picture that cannot be decoded (with skip_bad: for more than 1 % of them) and
-    OutputError if the disk is full or cannot be written.
+    DataError for a picture that cannot be decoded (with skip_bad: if they are more than one and
+    more than 1 %) and OutputError if the disk is full or cannot be written.
     """
     needed = len(plan.names) * recipe["size"] ** 2 * 3
     try:

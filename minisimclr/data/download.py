@@ -12,7 +12,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..files import file_sha256, locked, rename, sync
 from .source import Progress
 
@@ -28,11 +28,12 @@ def download(
 ) -> None:
     """Fetch `url` to `path`: `size` bytes with this SHA-256; if that is None, at most `size` bytes.
 
-    A right file that is already there is kept. Raises DataError if the server does not deliver it,
+    A right file that is already there is kept. Raises ConfigError for an `url` of another kind,
+    DataError if the server does not deliver it,
     OSError if the disk cannot take it.
     """
     if not url.lower().startswith(("http:", "https:")):
-        raise DataError(f"{url}: is not an http or https address")
+        raise ConfigError(f"{url}: is not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     part, mark = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "mark"))
     with locked(path):

@@ -78,7 +78,7 @@ def check_dimensions(width: int, height: int, box: Box | None) -> None:
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise DataError(
             f"has {width} x {height} pixels: both sides must have {MIN_SIDE} "
-            f"and neither {MAX_ASPECT} times the other"
+            f"and neither more than {MAX_ASPECT} times the other"
         )
     if box and box[4:] != (width, height):
         raise DataError(f"has {width} x {height} pixels, its annotation says {box[4]} x {box[5]}")

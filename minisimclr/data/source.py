@@ -26,7 +26,7 @@ class Options:
     """What the user may choose when a data set is prepared; kept in the cache."""
 
     crop: str = "centre"  # or "boxes": around the annotated animal
-    skip_bad: bool = False  # leave out what cannot be decoded, up to 1 %
+    skip_bad: bool = False  # leave out what cannot be decoded, up to 1 % or one
     labels_per_class: int | None = None  # None: a fifth of each class
 
     def __post_init__(self):

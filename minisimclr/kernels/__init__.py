@@ -1,4 +1,4 @@
-"""Faster versions of the passes in `ops`, `optim` and `augment`, registered for an array type.
+"""Faster versions of passes in `tensor`, `ops`, `optim` and `augment`, each for an array type.
 
 Importing this package registers the versions for NumPy; those for CuPy follow as soon as a GPU is
 used (cuda.py). No pass refers to this package, and everything works without it.

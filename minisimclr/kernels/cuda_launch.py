@@ -8,7 +8,8 @@ import numpy as np
 
 from ..backend import Array, cupy
 
-CHANNELS, LANES, THREADS = 32, 8, 256  # of a block: 32 x 8 in kernels that work by rows, else 256
+# Of a block: 32 x 8 in kernels that work by rows (merge_tiles: 32 x 32), else 256.
+CHANNELS, LANES, THREADS = 32, 8, 256
 REALS = {2: "bfloat16", 8: "double"}  # what REAL is, by the bytes of a number; else float
 
 

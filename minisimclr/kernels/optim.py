@@ -18,16 +18,16 @@ def _momentum_update(w, g, v, lr, momentum, decay):
     if not (w.flags.c_contiguous and v.flags.c_contiguous):  # no flat view to write through
         return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
     w, g, v = w.reshape(-1), g.reshape(-1), v.reshape(-1)
-    rate = np.float32(lr)
+    rate, momentum, decay = (np.float32(float(v)) for v in (lr, momentum, decay))  # None: TypeError
 
     def work(start: int, stop: int) -> None:
         buffer = np.empty(BLOCK, w.dtype)
         for block in blocks(start, stop, BLOCK):
             some_w, some_v = w[block], v[block]
-            change = np.multiply(some_w, np.float32(decay), out=buffer[: len(some_w)])
+            change = np.multiply(some_w, decay, out=buffer[: len(some_w)])
             change += g[block]
             change *= rate
-            some_v *= np.float32(momentum)
+            some_v *= momentum
             some_v += change
             some_w -= some_v
 

@@ -10,7 +10,7 @@ from ..ops.conv import sum_windows, windows
 from ..ops.pool import max_pool_input_gradient, max_pool_output, pooled_size
 from .registry import for_float32, in_blocks
 
-BLOCK = 1 << 16  # numbers in a block of images: 256 KiB stay in cache
+BLOCK = 1 << 16  # maxima of a block of images: 256 KiB, and their windows stay in cache
 
 
 @for_float32(max_pool_output)

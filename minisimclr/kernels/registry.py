@@ -12,7 +12,7 @@ from ..cores import parallel
 def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], Callable]:
     """Register the decorated function for float32 arrays of a `kind`; for CuPy's, also bfloat16.
 
-    If any argument is an array of another floating type, the pass runs as it is written in `ops`.
+    If any argument is an array of another floating type, the readable version runs.
     """
     floating = "fV" if kind is np.ndarray else "f"  # bfloat16 has the `kind` "V" in NumPy
 

@@ -45,9 +45,9 @@ class Module:
         return self.forward(x, *others, **named)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A Parameter gives way to another Parameter only, or it would stop being trained."""
-        given = isinstance(value, Tensor) and not isinstance(value, Parameter)
-        if given and isinstance(vars(self).get(name), Parameter):
+        """A Parameter gives way to another, or to None: to be trained, it must be one."""
+        other = value is not None and not isinstance(value, Parameter)
+        if other and isinstance(vars(self).get(name), Parameter):
             raise TypeError(f"{name} is a Parameter: change its .data, or assign another Parameter")
         super().__setattr__(name, value)
 
@@ -64,8 +64,14 @@ class Module:
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, GROUPS) and held(value) - {*map(id, vars(self).values())}:
+            elif isinstance(value, GROUPS) and (ids := held(value)) and ids - self._reached():
                 raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
+
+    def _reached(self) -> set[int]:
+        """The ids of all modules and parameters that are found through attributes."""
+        inner = (v.named_modules() for v in vars(self).values() if isinstance(v, Module))
+        modules = [self, *(module for each in inner for _, module in each)]
+        return {id(value) for module in modules for value in (module, *vars(module).values())}
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(what their names begin with, module): this one and all below, in definition order."""
@@ -141,7 +147,7 @@ class Module:
         """Raise DataError naming the first differences unless a state dict of `shapes` fits.
 
         `origin` is what the message calls the state dict. Accepted: a missing num_batches_tracked,
-        and an extra classifier (`fc.*`) where this module has none.
+        and what else a classifier (`fc.*`) has.
         """
         own = self.shapes()
         differences = {

@@ -13,12 +13,15 @@ from ..tensor import Function, Tensor, memory_of
 
 
 def as_tensor(value: Any, like: Tensor) -> Tensor:
-    """A Tensor unchanged; a number or array as one, in the dtype and array library of `like`."""
+    """A Tensor unchanged; a number or an array as one, in the dtype and array library of `like`.
+
+    The array is copied: writing into it before backward(), as into a queue, changes no gradient.
+    """
     if isinstance(value, Tensor):
         return value
     if value is None:  # NumPy would turn it into NaN
         raise TypeError("an operand is None: a gradient that backward() has not reached?")
-    return Tensor(xp_of(like.data).asarray(value, dtype=like.dtype))
+    return Tensor(xp_of(like.data).array(value, dtype=like.dtype))
 
 
 def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
@@ -270,3 +273,5 @@ for _name, _method in {
 }.items():
     _method.__qualname__ = f"Tensor.{_name}"  # what errors call it
     setattr(Tensor, _name, _method)
+for _name in ("__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(Tensor, _name, Tensor.__eq__)  # which explains why not

@@ -184,7 +184,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pai
     fit = x.ndim == weight.ndim == 4 and x.shape[3] == weight.shape[2]
     if not fit or min(output_size(x.shape, weight.shape, stride, padding)) < 1:
         said = f"weight {weight.shape} does not fit images {x.shape} padded {padding}"
-        raise ValueError(f"conv2d: {said}")
+        raise ValueError(f"conv2d: {said}: they are (KH, KW, C, O) and (N, H, W, C)")
     if {x.dtype, weight.dtype} == {np.dtype(np.float32), np.dtype(np.float64)}:
         x, weight = cast(x, np.float64), cast(weight, np.float64)
     made_by: Any = getattr(x, "creator", None)  # an array has none: Conv2d will say what it takes

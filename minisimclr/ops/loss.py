@@ -129,6 +129,8 @@ def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
 
     Raises ValueError for other shapes, or if a label is not one of the classes.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"cross_entropy takes a Tensor, not {type(logits)}")
     host = to_host(labels)
     if logits.ndim != 2 or host.shape != logits.shape[:1] or host.dtype.kind not in "iu":
         seen = f"{logits.shape} and {host.shape} {host.dtype}"

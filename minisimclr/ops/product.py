@@ -32,4 +32,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W.T + b: x (N, C), weight (O, C), bias (O,) -> (N, O). ValueError for other shapes."""
     if x.ndim != 2 or x.shape[1:] != weight.shape[1:]:
         raise ValueError(f"linear: x (N, C) and weight (O, C), not {x.shape} and {weight.shape}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias (O,) for weight {weight.shape}, not {bias.shape}")
     return Linear()(x, weight) if bias is None else Linear()(x, weight, bias)

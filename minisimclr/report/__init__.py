@@ -2,7 +2,7 @@
 
     a, b = read(Path("runs/a")), read(Path("runs/b"))
     build_report(a), build_comparison([a, b]), build_walkthrough(open_dataset("toydogs"))
-    headline(judge(a))                                    # the verdict in one sentence
+    headline(judge(a))                                    # level, and verdict in one sentence
 
 A page is the bytes of one HTML file that has no script and asks the network for nothing.
 """

@@ -212,7 +212,7 @@ def probe(facts: Facts) -> str:
 def confusions(facts: Facts) -> str:
     """Most confused classes
 
-    Test pictures that the linear probe takes for another class, each followed by two of that class.
+    Up to three test pictures that the linear probe takes for another class, and two of that class.
     """
     data, found, run = facts.need("dataset"), facts.need("probe"), facts.need("run")
     rows, truth = data.split("labelled"), data.labels[facts.test_rows]

@@ -1,7 +1,8 @@
 """What every reader returns: names, shapes and dtypes in a file, and a way to read one array.
 
-Readers look only at headers; the bytes of an array are read when it is asked for, which happens
-once its shape has proved to be the right one.
+Most readers look only at headers; the bytes of an array are read when it is asked for, which
+happens once its shape has proved to be the right one. Our own files are read whole: a checksum says
+whether they are.
 """
 
 import warnings
