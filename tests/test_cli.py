@@ -744,6 +744,7 @@ def test_where_output_cannot_go_is_said_before_any_work(command, trained, tmp_pa
 
 
 def test_profile_of_nothing_is_refused(tmp_path):
+    fails(2, "width must be at least 0, not -1", "profile", "--width", -1)
     for flag in ("--image-size", "--batch-size", "--steps", "--threads"):
         fails(2, "must be (at least|a whole number from 0)", "profile", flag, -1)
     (tmp_path / "file").touch()  # seen before anything is measured
