@@ -354,6 +354,8 @@ class ForwardVandal(Vandal):
 def test_gradcheck_catches_a_wrong_gradient_and_names_the_input():
     with pytest.raises(AssertionError, match=r"input 1 of shape \(4,\)"):
         gradcheck(lambda a, b: a + WrongSquare()(b), randn(4), randn(4, seed=1))
+    with pytest.raises(AssertionError, match="input 1 got no gradient"):
+        gradcheck(lambda a, b: a * b.data, randn(4), randn(4, seed=1))
 
 
 @pytest.mark.parametrize("vandal", [Vandal, ForwardVandal])
