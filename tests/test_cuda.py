@@ -518,6 +518,9 @@ def test_nothing_moves_where_a_number_is_not_finite(cupy):
             expected = optimized(np, kind, dtype=np.float64, ok=ok)
             compare(optimized(cupy, kind, ok=there), expected)
             compare(optimized(cupy, kind, ok=ok), expected)
+    refused = optimized(cupy, optim.LARS, ok=(True, True, cupy.asarray(np.bool_(False))))
+    made = optimized(np, optim.LARS, dtype=np.float64)
+    compare(refused[-3:], made[-3:])  # the ratios are known all the same
     assert not cupy.counter.syncs
 
 

@@ -28,9 +28,8 @@ def download(
 ) -> None:
     """Fetch `url` to `path`: `size` bytes with this SHA-256; if that is None, at most `size` bytes.
 
-    A right file that is already there is kept. Raises ConfigError for an `url` of another kind,
-    DataError if the server does not deliver it,
-    OSError if the disk cannot take it.
+    A right file that is already there is kept. Raises ConfigError for a `url` that is not http or
+    https, DataError if the server does not deliver it, OSError if the disk cannot take it.
     """
     if not url.lower().startswith(("http:", "https:")):
         raise ConfigError(f"{url}: is not an http or https address")

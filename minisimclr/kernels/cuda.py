@@ -147,7 +147,7 @@ def cuda_update_all(w, optimizer, ok):
     if type(optimizer).rate_of not in (SGD.rate_of, LARS.rate_of):  # a subclass has its own
         return update_all.dispatch(object)(w, optimizer, ok)
     rows, gradients = table_of(optimizer)
-    count, trust = len(gradients), cupy().zeros(len(gradients), np.float32)
+    count, trust = len(gradients), cupy().empty(len(gradients), np.float32)
     part = squares(rows, count) if hasattr(optimizer, "eeta") else None
     given = part, None if ok is True else ok, trust, float(optimizer.lr), float(optimizer.momentum)
     launch("optim", "update", (SHARES, count), (THREADS,), rows, *given)

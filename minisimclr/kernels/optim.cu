@@ -24,16 +24,16 @@ extern "C" __global__ void squares(const Row* rows, float* part) {
         part[2 * (blockIdx.y * gridDim.x + blockIdx.x) + threadIdx.x] = sums[threadIdx.x][0];
 }
 
-// LARS, or SGD where eeta is 0; does nothing if ok points to a 0.
+// LARS, or SGD where eeta is 0; moves nothing if ok points to a 0.
 extern "C" __global__ void update(const Row* rows, const float* part, const bool* ok, float* trust,
                                   float lr, float momentum) {
-    if (ok && !*ok) return;
     const Row p = rows[blockIdx.y];
     float sums[2] = {0, 0}, ratio = 1;
     for (int k = 0; p.eeta > 0 && k < 2 * gridDim.x; k++)
         sums[k % 2] += part[2 * blockIdx.y * gridDim.x + k];
     if (sums[0] > 0 && sums[1] > 0) ratio = p.eeta * sqrtf(sums[0]) / sqrtf(sums[1]);
     if (blockIdx.x == 0 && threadIdx.x == 0) trust[blockIdx.y] = ratio;
+    if (ok && !*ok) return;
     FOR_EACH(i, p.size) {
         const float v = momentum * p.v[i] + lr * ratio * (p.g[i] + p.decay * p.w[i]);
         p.v[i] = v;
