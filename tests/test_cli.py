@@ -276,7 +276,7 @@ def test_a_closed_stream_stops_nothing(trained, closed):
 def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "photos")
     for i in range(2):
-        (tmp_path / "photos" / "blob" / f"{i}.gif").touch()
+        (tmp_path / "photos" / "blob" / f"{i}.mp4").touch()
     out = tmp_path / "run"
     done = run("train", "--data", tmp_path / "photos", *SMALL, "--out", out, "--time-limit", "0")
     assert "72 unlabelled images of photos (other files, left out: 2); run folder" in done.stderr

@@ -254,7 +254,7 @@ def test_what_does_not_count(tmp_path, capsys):
     ("contents", "reason"),
     [
         ([], "holds no pictures"),
-        (["a/x.gif", "notes.txt"], "holds no pictures"),
+        (["a/x.svg", "notes.txt"], "holds no pictures"),
         (["a/x.png", "y.png"], r"has class folders, but 'y\.png'"),
         (["Train/a/x.png"], "holds Train, not train and test: name one of its folders"),
         (["test/a/x.png", "val/a/x.png"], "holds test and val, not train and test: name one"),

@@ -55,6 +55,11 @@ def palette(**options) -> bytes:
     return encode(image, **options)
 
 
+def animation() -> bytes:
+    frames = [Image.fromarray(RAMP), Image.new("L", (24, 24), 255)]
+    return encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
 DEEP = RAMP.astype(np.uint16) * 256 + 77
 WHITE_LEFT = grey(np.where(np.arange(24) < 12, 255, RAMP).astype(np.uint8))
 COLOUR = np.broadcast_to(np.array([200, 100, 50], np.uint8), (24, 24, 3))
@@ -72,6 +77,9 @@ MODES = {
     "grey and alpha": (encode(half_transparent().convert("LA")), WHITE_LEFT),
     "palette": (palette(), COLOUR),
     "palette with a clear colour": (palette(transparency=1), WHITE),
+    "GIF": (palette(kind="GIF"), COLOUR),
+    "GIF with a clear colour": (palette(kind="GIF", transparency=1), WHITE),
+    "GIF with two frames": (animation(), grey(RAMP)),
     "grey with a clear value": (encode(Image.new("L", (24, 24), 9), transparency=9), WHITE),
     "CMYK": (
         encode(Image.new("CMYK", (24, 24), (0, 255, 255, 0)), "JPEG", quality=100),
@@ -186,7 +194,7 @@ BAD = {
     "HTML": (b"<!doctype html><title>404</title>", "cannot be decoded"),
     "truncated by half": (NOISE[: len(NOISE) // 2], "truncated"),
     "truncated by a little": (NOISE[:-40], "truncated"),
-    "GIF": (encode(Image.new("L", (24, 24)), "GIF"), "cannot be decoded"),
+    "TGA": (encode(Image.new("L", (24, 24)), "TGA"), "cannot be decoded"),
     "32 bits": (encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32 bits"),
     "floats": (encode(Image.fromarray(RAMP / np.float32(255)), "TIFF"), "32 bits"),
     "1 x 1": (encode(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
@@ -212,7 +220,8 @@ def test_a_narrow_picture_is_still_one():
 
 def test_any_damage_is_decoded_or_refused():
     rng = np.random.default_rng(0)
-    kinds = "alpha", "alpha, WebP", "palette", "BMP", "grey, 16 bit, PGM", "grey, 16 bit, TIFF"
+    kinds = ["alpha", "alpha, WebP", "palette", "BMP", "GIF with two frames"]
+    kinds += ["grey, 16 bit, PGM", "grey, 16 bit, TIFF"]
     for content in (NOISE, *(MODES[kind][0] for kind in kinds)):
         for _ in range(60):
             damaged = bytearray(content)

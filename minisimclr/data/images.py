@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FILTER = "bicubic, JPEG draft down to 1.5 times the side"
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
