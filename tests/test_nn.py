@@ -228,6 +228,8 @@ def test_weights_are_a_function_of_the_seed():
 def test_initial_convolutions_have_he_variance():
     _, block = next(ms.nn.resnet18().layer4.children())  # its conv1 takes 256 channels to 512
     assert block.conv1.weight.data.std() == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
+    wide = ms.nn.Conv2d(64, 256, (1, 7), rng=np.random.default_rng(0))
+    assert wide.weight.data.std() == pytest.approx(np.sqrt(2 / (7 * 256)), rel=0.01)
     dense = ms.nn.Linear(256, 1024, rng=np.random.default_rng(0))
     assert dense.weight.data.std() == pytest.approx(np.sqrt(2 / 256), rel=0.01)
 
