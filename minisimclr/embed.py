@@ -37,7 +37,7 @@ SEEN = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
 BATCH = 32  # images that a network with published weights sees at once
 
 
-def open_trained(path: Path, device: str | None = None) -> Run:
+def open_trained(path: str | Path, device: str | None = None) -> Run:
     """The run at `path`, to be used on its own device or another. Raises DataError unless it has a
     checkpoint.
     """
@@ -219,7 +219,7 @@ class Encoder(NamedTuple):
 
 
 def open_encoder(
-    path: Path, data: str | None = None, block: str | None = None, device: str | None = None,
+    path: str | Path, data: str | None = None, block: str | None = None, device: str | None = None,
     notify: Notify = quiet,
 ) -> Encoder:  # fmt: skip
     """The encoder of the run, or in the file of weights, at `path`, for pictures with this name.

@@ -185,7 +185,7 @@ def moved(path: Path, data: str) -> str:
     return str(next(found, data))  # one with config.json is a run of that name
 
 
-def open_run(path: Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
+def open_run(path: str | Path, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
     """The run at `path` at its newest whole checkpoint, and its state ({} at step 0).
 
     A damaged checkpoint is skipped with a warning; DataError if all of them are damaged.

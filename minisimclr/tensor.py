@@ -1,11 +1,10 @@
 """Reverse-mode automatic differentiation on arrays: Tensor, Function, backward, no_grad, gradcheck.
 
 A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
-attributes, what its `backward` will need. Edges of the graph link operations, not tensors, so an
-array lives on after the forward pass only if some operation saved it. `backward` visits operations
-in reverse topological order and frees each one right after use. Saved arrays are not copies: change
-weights, as a step does, only when all backward passes through them are done. Gradients are plain
-arrays: nothing here can be differentiated twice, and a graph can be used for one backward only.
+attributes, what its `backward` will need. Edges link operations, not tensors, so an array lives on
+only if some operation saved it. `backward` visits operations in reverse topological order and frees
+each right after use: a graph serves one backward. Saved arrays are not copies: change weights only
+after all backward passes through them. Gradients are plain arrays: no second derivatives.
 """
 
 from __future__ import annotations
@@ -88,8 +87,10 @@ class Tensor:
         """The same values without their history."""
         return Tensor(self.data)
 
-    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
+    if not TYPE_CHECKING:  # else checkers would take an array times a Tensor for an array
+
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            raise TypeError("NumPy's functions record no graph: give them a Tensor's .data")
 
     def __isub__(self, other: Any) -> Any:
         """`x -= y` makes x a new Tensor, like x = x - y. That would lose a leaf: TypeError."""
@@ -167,7 +168,7 @@ class Function:
     shapes: tuple[tuple[int, ...], ...] = ()
     used_up = False
 
-    def forward(self, *arrays: Array) -> Array:
+    def forward(self, *arrays: Any, **_: Any) -> Array:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, gy: Array) -> Any:
@@ -222,13 +223,12 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # the last reference, unless an operation saved it
         gxs = tuple(gxs) if isinstance(gxs, (tuple, list)) else (gxs,)
-        assert len(gxs) == len(function.shapes), f"{type(function).__name__}: {len(gxs)} gradients"
+        who = type(function).__name__
+        assert len(gxs) == len(function.shapes), f"{who}: {len(gxs)} gradients"
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue
-            assert getattr(gx, "shape", None) == shape, (
-                f"{type(function).__name__}: gradient {np.shape(gx)} of an input of shape {shape}"
-            )
+            assert getattr(gx, "shape", None) == shape, f"{who}: gradient {np.shape(gx)} of {shape}"
             if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into
                 gx = gx.astype(parent.dtype, copy=memory_of(gx) in lent or 0 in gx.strides)
                 lent.add(memory_of(gx))

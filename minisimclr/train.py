@@ -49,7 +49,7 @@ def epoch_line(epoch: int, epochs: int, **v: Any) -> str:
 
 
 def pretrain(
-    config: TrainConfig, out: Path | None = None, *, origins: dict[str, str] | None = None,
+    config: TrainConfig, out: str | Path | None = None, *, origins: dict[str, str] | None = None,
     time_limit: float | None = None, notify: Notify = say,
 ) -> Run:  # fmt: skip
     """Train encoder and head without labels and leave a run folder at `out`.
@@ -62,7 +62,7 @@ def pretrain(
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"pretrain takes a TrainConfig(data=...), not {config!r}")
-    path = Run.path_for(out and Path(out), config)  # fail before long work, not after it
+    path = Run.path_for(Path(out) if out else None, config)  # fail before long work, not after it
     set_threads(config.threads)
     with backend.precision(config.precision, *choose_device(config.device)):
         pass  # raises now if the device or the precision cannot be used
@@ -91,7 +91,7 @@ def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
 
 
 def resume(
-    path: Path, *, time_limit: float | None = None, notify: Notify = say,
+    path: str | Path, *, time_limit: float | None = None, notify: Notify = say,
     dataset: Dataset | None = None, device: str | None = None,
 ) -> Run:  # fmt: skip
     """Continue the run at `path` from its newest checkpoint (step 0 without one) to its end.

@@ -13,6 +13,7 @@ def own_cache(tmp_path_factory):
     """No test reads or writes the user's cache or environment settings."""
     kept = dict(os.environ)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("TERM", None)  # one without a cursor gets no bar
     for name in kept:
         if name.startswith("MINISIMCLR_") and name not in (
             "MINISIMCLR_TEST_DATA",

@@ -453,6 +453,36 @@ def test_what_the_output_cannot_spell_is_an_escape(tmp_path):
     assert "\u00e9t\u00e9 \\u72ac  pretrain     5" in done.stdout
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such names")
+def test_no_name_is_obeyed_by_the_terminal_or_takes_two_lines(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for odd in ("a\x1b[2Jb", "c\nd", "e\u202ef"):
+        (photos / odd).mkdir(parents=True)
+        for k in range(5):
+            Image.new("RGB", (20, 20)).save(photos / odd / f"{odd}{k}.png")
+
+    def said(*words):
+        with pytest.raises(SystemExit):
+            main([*map(str, words)])
+        seen = capsys.readouterr()
+        assert all(line.isprintable() for line in (seen.out + seen.err).split("\n"))
+        return seen.out + seen.err
+
+    assert "  a\\x1b[2Jb/a\\x1b[2Jb" in said("data", "prepare", photos)  # twice, in two splits
+    assert "  c\\nd  pretrain     3" in said("data", "info", photos)
+    (photos / "c\nd" / "c\nd9.png").write_bytes(b"")
+    assert "'c\\nd/c\\nd9.png' cannot be decoded" in said("data", "prepare", photos)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no full device")
+def test_a_log_without_room_ends_no_training(pictures, tmp_path):
+    out = tmp_path / "run"
+    with Path("/dev/full").open("w") as full:
+        words = command_line("train", "--data", pictures, "--out", out, *SMALL)
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0 and b"random encoder" in done.stdout
+
+
 def test_the_command_line_leaves_warnings_to_their_program(capsys):
     before = warnings.showwarning
     with pytest.raises(SystemExit):
@@ -488,6 +518,13 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     before = sys.stderr.getvalue()
     display.on_epoch(step=3, **figures)  # whose figures the bar has shown
     assert sys.stderr.getvalue() == before
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "dumb")
+    Display().on_progress(2, 2, "trials")
+    assert sys.stderr.getvalue() == "trials: 2 done\n"
 
 
 @pytest.mark.parametrize("error", [OSError(6, "The handle is invalid"), ValueError("descriptor")])

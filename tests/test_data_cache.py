@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -184,6 +184,31 @@ def test_killed_builds_leave_no_cache_or_a_valid_one(pictures, home):
     assert result["absent"] > 0
     assert result["absent"] + result["valid"] == KILLS
     assert result["left"] == []  # the next builder has removed what the dead ones left
+
+
+SLOW = """
+import sys, time
+from minisimclr.data.workers import parallel_map
+def make(path):
+    print("begun", flush=True)
+    time.sleep(15)
+    open(path, "w")
+if __name__ == "__main__":
+    sys.modules["slow"] = sys.modules["__main__"]
+    make.__module__ = "slow"
+    list(parallel_map(make, sys.argv[1:], 2))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such signal")
+def test_workers_of_a_killed_parent_make_nothing_more(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [sys.executable, tmp_path / "slow.py", tmp_path / "a", tmp_path / "b"]
+    parent = subprocess.Popen(words, stderr=subprocess.PIPE)
+    assert [parent.stderr.readline() for _ in range(2)] == 2 * [b"begun\n"]
+    parent.kill()
+    assert parent.communicate()[1] == b""  # which waits for the workers' end, too
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slow.py"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -545,6 +570,14 @@ def die(x):
     os._exit(7)
 
 
+def leave(x):
+    sys.exit("in the midst of it")
+
+
+def make_what_cannot_be_sent(x):
+    return lambda: x
+
+
 def run_out_of_memory(x):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -557,9 +590,8 @@ def divide(x):
     return x / 0
 
 
-def wait_to_be_let_go(path):
-    while path.name != "0" and not path.with_name("go").exists():
-        time.sleep(0.01)
+def make_slowly(path):
+    time.sleep(0 if path.name == "0" else 15)
     path.touch()
 
 
@@ -587,23 +619,17 @@ def test_parallel_map_reads_only_a_little_ahead():
     results.close()
 
 
-def test_what_nobody_waits_for_is_not_made(tmp_path, monkeypatch):
-    shutdown = ThreadPoolExecutor.shutdown
-
-    def let_go(pool, wait=True, **how):
-        shutdown(pool, wait=False, **how)
-        (tmp_path / "go").touch()
-        shutdown(pool)
-
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", let_go)
-    results = parallel_map(wait_to_be_let_go, (tmp_path / str(i) for i in range(9)), 2)
+def test_what_nobody_waits_for_is_not_made(tmp_path):
+    results = parallel_map(make_slowly, (tmp_path / str(i) for i in range(9)), 2)
     next(results)
-    results.close()  # as Ctrl-C does: two wait, two more were asked for
-    assert {path.name for path in tmp_path.iterdir()} == {"go", "0", "1", "2"}
+    results.close()  # as Ctrl-C does: two are being made
+    assert {path.name for path in tmp_path.iterdir()} == {"0"}
 
 
 ENDS = [
     (die, DataError, r"ended \(exit status 7\) while preparing data: see above"),
+    (leave, DataError, r"ended \(exit status 1\) while preparing data: see above"),
+    (make_what_cannot_be_sent, DataError, r"ended \(exit status 1\) .*: see above"),
     (run_out_of_memory, DataError, r"ended \(exit status -9\) .*: free some memory"),
     (refuse, DataError, "refused"),
     (divide, ZeroDivisionError, "division by zero"),
@@ -611,11 +637,13 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("function", "error", "text"), ENDS)
-def test_failing_worker(function, error, text):
+def test_failing_worker(function, error, text, capfd):
     if function is run_out_of_memory and not hasattr(signal, "SIGKILL"):
         pytest.skip("Windows has another status")
     with pytest.raises(error, match=text):
         list(parallel_map(function, range(5), 2))
+    said = capfd.readouterr().err
+    assert ("Traceback" in said) == (function in (leave, make_what_cannot_be_sent))
 
 
 def test_workers_have_the_environment_of_their_parent():
@@ -629,9 +657,19 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
     assert list(parallel_map(double, range(3), 2)) == [0, 2, 4]
 
 
+def test_workers_find_what_their_parent_finds(tmp_path, monkeypatch):
+    """As in a notebook that appends a Path, of which Python makes nothing, in an odd folder."""
+    folder = tmp_path / f"at{os.pathsep}noon"
+    folder.mkdir()
+    (folder / "found_at_noon.py").write_text("def triple(x): return 3 * x")
+    monkeypatch.setattr(sys, "path", [tmp_path, str(folder), *sys.path])
+    triple = importlib.import_module("found_at_noon").triple
+    assert list(parallel_map(triple, range(3), 2)) == [0, 3, 6]
+
+
 def test_a_worker_that_answers_in_another_language_is_ended(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("print('hello', flush=True)")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(DataError, match="a worker process ended"):
         list(parallel_map(double, range(3), 2))
 

@@ -18,6 +18,7 @@ import click
 
 from ..errors import MinisimclrError
 from ..files import nothing_unfinished
+from .options import shown
 
 COMMANDS = (
     "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
@@ -71,7 +72,7 @@ REFUSED = {
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the right code."""
     with warnings.catch_warnings():  # a notebook goes on after this, with warnings of its own
-        warnings.showwarning = lambda text, *_: click.echo(f"warning: {text}", err=True)
+        warnings.showwarning = lambda text, *_: click.echo(f"warning: {shown(str(text))}", err=True)
         sys.exit(run(arguments))
 
 
@@ -143,7 +144,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
                 close_output()
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     with suppress(OSError):  # there may be no one to read it
-        click.echo(f"error: {' '.join(text.split())}", err=True)
+        click.echo(f"error: {shown(' '.join(text.split()))}", err=True)
     return code
 
 

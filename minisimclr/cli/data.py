@@ -8,7 +8,7 @@ import click
 
 from ..files import write_bytes
 from .display import Display
-from .options import FILE, JSON, SHEET, write_json
+from .options import FILE, JSON, SHEET, shown, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
@@ -118,11 +118,11 @@ def samples(dataset: Any) -> list[tuple[str, Any]]:
     rows, columns = 12, 10
     classes = range(0, len(dataset.class_names), -(-len(dataset.class_names) // rows) or 1)
     members = {k: (dataset.labels == k).nonzero()[0][:columns] for k in classes}
-    shown = [(dataset.class_names[k], dataset.images[m]) for k, m in members.items() if len(m)]
-    if not shown:
+    found = [(dataset.class_names[k], dataset.images[m]) for k, m in members.items() if len(m)]
+    if not found:
         starts = range(0, min(len(dataset.images), rows * columns), columns)
         return [(f"from {i}", dataset.images[i : i + columns]) for i in starts]
-    return shown
+    return found
 
 
 def show(values: dict[str, Any], json_file: str | None) -> None:
@@ -134,11 +134,11 @@ def show(values: dict[str, Any], json_file: str | None) -> None:
     for key, value in values.items():
         rows = list(value.items()) if isinstance(value, dict) else value
         many = isinstance(rows, list)
-        click.echo(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}")
-        shown = rows[:MOST] if isinstance(value, list) else rows if many else []
-        for first, second in shown:
+        click.echo(shown(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}"))
+        some = rows[:MOST] if isinstance(value, list) else rows if many else []
+        for first, second in some:
             if isinstance(second, dict):
                 second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
-            click.echo(f"{'':>24}  {first}  {second}")
-        if many and len(shown) < len(rows):
-            click.echo(f"{'':>24}  and {len(rows) - len(shown):,} more, which --json shows")
+            click.echo(shown(f"{'':>24}  {first}  {second}"))
+        if many and len(some) < len(rows):
+            click.echo(f"{'':>24}  and {len(rows) - len(some):,} more, which --json shows")

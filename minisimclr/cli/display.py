@@ -17,11 +17,13 @@ FIRST, NEXT = 10.0, 60.0  # seconds of work before its first line off a terminal
 
 @contextmanager
 def unless_gone() -> Iterator[None]:
-    """Within the block, it is no error if the terminal is gone: training still has to be saved."""
+    """Within the block, it is no error if the terminal is gone, or the disk of a log full: training
+    still has to be saved.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
 
 
@@ -29,7 +31,7 @@ class Display:
     """A context manager around long work, which is given `notify`. Writes to stderr."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar: Any = None
         self.due = time.monotonic() + FIRST
 

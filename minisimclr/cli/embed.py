@@ -7,7 +7,7 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import BLOCK, DEVICE, FILE, JSON, SHEET, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, SHEET, shown, write_json
 
 ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 
@@ -79,6 +79,6 @@ def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> 
         ]
     if not write_json(json_file, found):
         for name, rows_of in found.items():
-            click.echo(name)
+            click.echo(shown(name))
             for row in rows_of:
-                click.echo(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}")
+                click.echo(shown(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}"))

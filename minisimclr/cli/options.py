@@ -82,6 +82,11 @@ JSON = click.option(
 )  # fmt: skip
 
 
+def shown(text: str) -> str:
+    """One line that no terminal obeys: the names of files and classes may hold any character."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def write_json(json_file: str | None, values: Any) -> bool:
     """Do what --json asks for; return True if standard output is then for the JSON alone."""
     if json_file is None:

@@ -115,7 +115,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
         )
         raise
     install = "" if find_spec("matplotlib") else " (after pip install matplotlib)"
-    click.echo(f"to see more: minisimclr report {path}{install}", err=True)
+    with unless_gone():
+        click.echo(f"to see more: minisimclr report {path}{install}", err=True)
     return 0
 
 

@@ -34,7 +34,7 @@ from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
 BLOCK = 4096  # bytes of the first line with its padding; the pixels start at a multiple of it
-CHUNK = 128  # pictures in a message to a worker, at most
+CHUNK = 32  # pictures in a message to a worker, at most
 CHUNKS = 50  # messages, at least, if there are that many pictures: progress should show
 PER_WORKER = 256  # fewer pictures are not worth starting a process for
 MAX_SKIPPED = 0.01  # of all pictures, or one

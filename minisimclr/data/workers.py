@@ -12,12 +12,15 @@ import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from queue import SimpleQueue
 from subprocess import PIPE, Popen, TimeoutExpired
+from threading import Thread
 from typing import Any
 
 from ..errors import DataError
@@ -29,7 +32,8 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
     """function(item) for each item, in order; `function` and the items must be picklable.
 
     Reads only a few items ahead. What `function` raises is raised here, and DataError if a worker
-    dies. With fewer than two workers it all happens in this process.
+    dies; nobody waits for what the others are doing. With fewer than two workers it all happens in
+    this process.
     """
     if workers < 2:
         yield from map(function, items)
@@ -44,12 +48,13 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
             idle.put(process)
 
     with ExitStack() as stack:
-        for _ in range(workers):
-            process = start()
+        processes = [start() for _ in range(workers)]
+        for process in processes:
             stack.callback(process.communicate)  # closes its input and waits for it to end
             idle.put(process)
         pool = ThreadPoolExecutor(workers)
-        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C nobody waits for the rest
+        stack.callback(pool.shutdown, cancel_futures=True)
+        stack.push(partial(end, processes))
         pending: deque = deque()
         for item in items:
             pending.append(pool.submit(run, item))
@@ -59,13 +64,21 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
             yield pending.popleft().result()
 
 
+def end(processes: list[Popen], kind: Any, *_: Any) -> None:
+    """Kill them after an error or Ctrl-C (kind: not None), when nobody wants what they make."""
+    for process in processes if kind else []:
+        process.kill()
+
+
 def start() -> Popen:
     """A new worker, with this process's import path and no threads of its own."""
-    # -P: import nothing from the current folder, which may hold, say, a random.py. And what a
-    # module prints on import must not get between the answers.
-    code = f"import os; out = os.dup(1); os.dup2(2, 1); from {__name__} import serve; serve(out)"
-    command = [sys.executable, "-P", "-c", code]
-    here = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    # What a module prints on import must not get between the answers. Python skips all but strings
+    # in its path, and in PYTHONPATH no folder's name may hold a colon.
+    path = [folder for folder in sys.path if isinstance(folder, str)]
+    code = f"import os, sys; out = os.dup(1); os.dup2(2, 1); sys.path[:] = {path!r}; "
+    code += f"from {__name__} import serve; serve(out)"
+    command = [sys.executable, "-P", "-c", code]  # -P: not from the current folder, to begin with
+    here = {"OPENBLAS_NUM_THREADS": "1"}
     return Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
         command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER,
         process_group=0, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -93,16 +106,31 @@ def ask(process: Popen, function: Callable, item: Any) -> Any:
 
 
 def serve(out: int) -> None:
-    """The worker's side of `ask`, which reads from the descriptor `out`."""
+    """The worker's side of `ask`, which reads from the descriptor `out`. It ends with its input,
+    even in the midst of a call.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business (Windows)
-    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(out, "wb")
+    asked: SimpleQueue = SimpleQueue()
+    Thread(target=answer, args=(asked, out), daemon=True).start()
+    questions = os.fdopen(os.dup(0), "rb")
     with suppress(OSError, EOFError, pickle.UnpicklingError):  # nobody is left to answer to
         while questions.peek(1):
-            function, item = pickle.load(questions)
-            try:
-                answer = function(item)
-            except Exception as error:
-                answer = error
-            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+            asked.put(pickle.load(questions))
     os._exit(0)  # without tidying up, which would keep the other side waiting
+
+
+def answer(asked: SimpleQueue, out: int) -> None:
+    """Answer each (function, item) asked, by a result or an error."""
+    try:
+        with suppress(OSError), os.fdopen(out, "wb") as answers:  # nobody is left to answer to
+            while True:
+                function, item = asked.get()
+                try:
+                    result = function(item)
+                except Exception as error:
+                    result = error
+                pickle.dump(result, answers, pickle.HIGHEST_PROTOCOL)
+                answers.flush()
+    except BaseException:  # the function's, or what it made cannot be pickled
+        traceback.print_exc()
+    os._exit(1)

@@ -38,7 +38,7 @@ class Module:
 
     buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward: call its parts")
 
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
