@@ -605,8 +605,10 @@ def test_off_a_terminal_long_work_says_a_line_now_and_then(monkeypatch):
         display.on_prepare(now, 5_600)
     for now in (1000, 1001, 1002):  # after something that took long by itself
         display.on_prepare(now, 2_000)
+    now = 2000
+    display.on_progress(1, 4, "choosing the penalty", "raw pixels")
     said = ["listing files: 10,000", "listing files: 70,000", "preparing data: 2%"]
-    said += ["preparing data: 3%", "preparing data: 50%"]
+    said += ["preparing data: 3%", "preparing data: 50%", "choosing the penalty (raw pixels): 25%"]
     assert sys.stderr.getvalue().splitlines() == said
 
 

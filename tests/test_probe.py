@@ -564,11 +564,12 @@ def test_choosing_the_penalty_shows_progress():
     def notify(event, values):
         told.append((event, *values.values()))
 
-    def fits(count):
-        return [("progress", "choosing the penalty", k + 1, count) for k in range(count)]
+    def fits(count, *of):
+        return [("progress", "choosing the penalty", k + 1, count, *of) for k in range(count)]
 
     probed(Colours(), notify=notify)
-    assert told == 3 * fits(5 * len(C_GRID))
+    systems = "SimCLR", "random encoder", "raw pixels"
+    assert told == [fit for system in systems for fit in fits(5 * len(C_GRID), system)]
     assert told[0][1] in PASSING  # its bar goes when it is done
     told.clear()
     select_c(np.eye(3), np.array([0, 0, 1]), notify=notify)  # only two folds can be fitted to

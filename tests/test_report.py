@@ -403,6 +403,10 @@ def test_of_many_test_pictures_some_of_each_class_are_shown(sound, monkeypatch):
     labels[facts.test_rows[::2]] = -1
     some = replace(facts, dataset=replace(facts.dataset, labels=labels))
     assert np.bincount(labels[some.test_rows]).tolist() == [2, 2, 2]  # those without are left out
+    monkeypatch.setattr("minisimclr.report.facts.CLASSES", 2)  # of many, whole classes go
+    some = replace(facts, files=facts.files)
+    labels = facts.dataset.labels
+    assert np.bincount(labels[some.test_rows]).tolist() == [3, 0, 3]
 
 
 def test_pictures_that_changed_since_the_training_are_left_out(sound, monkeypatch):

@@ -64,7 +64,8 @@ class Display:
                 self.say(f"{label}: {total:,} done")
             elif label != "training" and time.monotonic() >= self.due:
                 self.due = time.monotonic() + NEXT
-                self.say(f"{label}: {done / total:.0%}" if total else f"{label}: {done:,}")
+                of = f" ({item})" if item else ""
+                self.say(f"{label}{of}: {done / total:.0%}" if total else f"{label}: {done:,}")
             return
         try:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: unknown

@@ -228,8 +228,12 @@ def probe(
         return features(lambda views: views.reshape(len(views), -1), dataset.images, rows, 16)
 
     systems = {name: extract, "random encoder": fresh, "raw pixels": pixels}
+
+    def named(system: str) -> Notify | None:
+        return notify and (lambda event, values: notify(event, values | {"item": system}))
+
     rows = {
-        system: measure(made(train), y[train], made(test), y[test], seed, notify)
+        system: measure(made(train), y[train], made(test), y[test], seed, named(system))
         for system, made in systems.items()
     }
     controls = {"chance": majority_share(y[test]), "pixels": rows["raw pixels"]["top1"]}

@@ -29,7 +29,7 @@ from ..tensor import Tensor, no_grad
 from ..train import Notify, draw, open_training_data, quiet
 from .page import Missing
 
-MOST = 1200  # test pictures that are looked at
+MOST, CLASSES = 1200, 120  # test pictures that are looked at, and classes of theirs
 Rows = list[dict[str, Any]]
 
 # What files must look like, since somebody may have changed them.
@@ -93,7 +93,7 @@ class Facts:
         ends, since = [], []
         for row in self.files["metrics"]:
             since.append(row)
-            if fits(row, END):
+            if "alignment" in row and fits(row, END):
                 means = {k: float(np.mean([r[k] for r in since])) for k in ("loss", "accuracy")}
                 seen = [speed[r["step"]] for r in since if r["step"] in speed]
                 ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
@@ -134,13 +134,17 @@ class Facts:
     @cached_property
     def test_rows(self) -> np.ndarray:
         """Rows of the data set whose features are shown: test pictures or, if there are none, those
-        it was trained on; only labelled ones if any are. Raises Missing for one picture alone.
+        it was trained on; only labelled ones if any are. Of very many classes some are left out, so
+        that a picture has others of its class. Raises Missing for one picture alone.
         """
         data = self.need("dataset")
         rows = data.split("test" if len(data.split("test")) else "pretrain")
         rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
         if len(rows) < 2:
             raise Missing("there is one picture alone to test with")
+        if len(rows) > MOST:
+            kinds = np.unique(data.labels[rows])
+            rows = rows[np.isin(data.labels[rows], kinds[:: -(-len(kinds) // CLASSES)])]
         return rows if len(rows) <= MOST else rows[stratified(data.labels[rows], MOST)]
 
     @cached_property
