@@ -226,8 +226,8 @@ def test_classes_inside_another_folder_are_pointed_out(tmp_path):
         assert open_dataset(tmp_path, 16).class_names == ("images",)
     assert open_dataset(tmp_path / "images", 16).class_names == ("a", "b")
     (tmp_path / "deeper").mkdir()
-    shutil.copytree(tmp_path / "images", tmp_path / "deeper/images/Images")
-    with pytest.warns(UserWarning, match="one class, 'images': .*name .*images.Images$"):
+    shutil.copytree(tmp_path / "images", tmp_path / "deeper/images/all/Images")
+    with pytest.warns(UserWarning, match="one class, 'images': .*name .*images.all.Images$"):
         open_dataset(tmp_path / "deeper", 16)
     shutil.rmtree(tmp_path / "deeper")
     for name in ("train/a/deep/1.png", "test/a/deep/2.png"):
