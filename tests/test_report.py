@@ -215,9 +215,9 @@ def test_a_gradient_that_is_not_the_loss_s_is_named(sound, monkeypatch):
 @pytest.mark.parametrize(
     "epoch, warmup, accuracy, above, level, words",
     [
-        (2, 1.0, 0.02, 0.0, WARNING, "The loss is not yet below its chance line"),
+        (2, 1.0, 0.02, 0.0, WARNING, "The loss is not yet clearly below its chance line"),
         (3, 1.0, 0.02, 0.0, FAULT, "The loss stays on the chance line"),
-        (3, 2.0, 0.02, 0.0, WARNING, "The loss is not yet below its chance line"),
+        (3, 2.0, 0.02, 0.0, WARNING, "The loss is not yet clearly below its chance line"),
         (3, 1.0, 0.5, 0.0, WARNING, "The loss stays on the chance line"),
         (2, 1.0, 0.02, 0.2, WARNING, "The loss is above its chance line"),
         (9, 1.0, 0.02, 0.2, FAULT, "The loss is above its chance line"),

@@ -215,7 +215,7 @@ def test_panels_show_what_they_say(run, monkeypatch):
     assert set(tables[0]) == {(f"{a} taken for {b}", count, count) for a, b in pairs}
     true = {data.images[row].tobytes(): names[data.labels[row]] for row in facts.test_rows}
     shown = {(true[pixels], alt) for pixels, alt in cards}
-    assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs}
+    assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs} | {(a, a) for a in names}
 
     named = labels.copy()  # once the first class for the second, always the second for the third
     named[np.flatnonzero(labels == 0)[0]] = 1
@@ -224,6 +224,15 @@ def test_panels_show_what_they_say(run, monkeypatch):
     panels.confusions(facts)
     most = [(names[0], names[1], 1), (names[1], names[2], count)][::-1]
     assert tables[1] == [(f"{a} taken for {b}", times, count) for a, b, times in most]
+
+    right = np.flatnonzero(labels == 1)[-2:]  # two of the class that the first is taken for
+    named = np.array([1, 0, 2])[labels]
+    named[right] = 1
+    facts.__dict__["test_h"] = (classes[named],)
+    cards.clear()
+    panels.confusions(facts)
+    beside = [pixels for pixels, alt in cards if alt == names[1]]
+    assert beside == [data.images[facts.test_rows[i]].tobytes() for i in right]
 
 
 def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
@@ -399,7 +408,7 @@ def test_tiles_and_the_comparison_show_the_figures_they_name(run):
     ):
         assert f"<div><b>{value}</b><span>{name}</span></div>" in tiles
     said = escape(report.headline(report.judge(facts))[1])
-    row = f"<td>{said}</td><td>61.0%</td><td>51.0% – 71.0%</td>"
+    row = f"<td class=words>{said}</td><td>61.0%</td><td>51.0% – 71.0%</td>"
     assert row in report.compare.results({"a": facts})
 
 
@@ -722,10 +731,43 @@ def test_a_level_is_drawn_at_its_height(monkeypatch):
     assert [[*line.get_ydata()] for line in axes.lines] == [[3, 4], [3.5, 3.5]]
 
 
+@pytest.mark.parametrize("names", [["a" * 70, "b" * 70, "c d " * 20], ["W" * 20] * 3, ["a", "b"]])
+def test_a_legend_fits_its_chart(names):
+    figure = pytest.importorskip("matplotlib.figure").Figure((4.8, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
+        axes.plot([0, 1], label=name)
+    charts.legend(axes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, chart = legend.get_window_extent(), axes.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= chart.y0
+    assert chart.height > 1.2 * figure.dpi
+    shown = ["".join(text.get_text().split()) for text in legend.get_texts()]
+    assert shown == ["".join(name.split()) for name in names]
+
+
+def test_names_that_differ_only_at_their_ends_stay_whole():
+    ends = [f"class with number {k:03}" for k in (1, 2)]
+    for names, shown in ((ends, ends), (["a" * 20, "b"], ["a" * 15 + "…", "b"])):
+        page = charts.scatter("t", "x", "y", {name: ([0], [1]) for name in names})
+        assert all(f">{name}</text>" in page for name in shown)
+
+
+def test_a_flag_is_not_broken_at_the_end_of_a_line():
+    box = report.verdict_box([Finding(WARNING, "It is <b>.", "Title", "Try --crop-min 0.1")], [])
+    assert 'It is &lt;b&gt;. Try <span class="flag">--crop-min</span> 0.1</li>' in box
+
+
+def test_only_long_cells_run_over_several_lines():
+    page = charts.table("t", ("a", "b"), [("x", "short"), ("y", "a sentence of several words")])
+    assert "<td>short" in page and "<td class=words>a sentence" in page
+
+
 def test_the_numbers_behind_a_chart_are_named_as_its_axes():
     both = charts.points("t", "x", "y", {"a": ([1, 2], [3, None]), "b": ([4], [1234.5])})
-    assert re.findall(r'scope="col">([^<]*)', both) == ["", "x", "y"]
-    rows = [["1", "3"], ["2", "–"], ["4", "1234"]]
+    assert re.findall(r'scope="col">([^<]*)', both) == ["name", "x", "y"]
+    rows = [["1", "3"], ["2", "–"], ["4", "1,234"]]
     assert [re.findall("<td>([^<]*)", row) for row in both.split("<tr>")[2:]] == rows
 
 
@@ -909,6 +951,6 @@ def test_colours_have_contrast_in_light_and_dark(page):
 
 
 def test_numbers_are_shown_with_four_digits_or_whole():
-    shown = {0.123456: "0.1235", 9999.4: "9999", 9999.6: "10,000", 12345.6: "12,346", 2e9: "2e+09"}
+    shown = {0.123456: "0.1235", 999.4: "999.4", 999.6: "1,000", 12345.6: "12,346", 2e9: "2e+09"}
     assert {value: for_people(value) for value in shown} == shown
     assert (for_people(12345), for_people(None), for_people(True)) == ("12,345", "–", "True")

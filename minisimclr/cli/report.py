@@ -43,7 +43,7 @@ def report(runs, out, json_file) -> None:
 
 @click.command()
 @click.option("--data", default="toydogs", help="Data set, or folder of pictures.")
-@click.option("--images", default=4, type=click.IntRange(2, 12), help="Pictures in the batch.")
+@click.option("--images", default=4, type=click.IntRange(2, 6), help="Pictures in the batch.")
 @click.option("--seed", default=1, type=click.IntRange(0, 2**63 - 1), help="Seed of all draws.")
 @click.option("--out", default="walkthrough.html", type=PAGE, help="Page to write.")
 def walkthrough(data, images, seed, out) -> None:

@@ -67,7 +67,7 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 @click.option(
     "--preset", type=click.Choice(sorted(p.stem for p in PRESETS.glob("*.toml"))), help="A recipe."
 )
-@click.option("--time-limit", type=Duration(), help="Save, stop training after, say, 90s, 10m, 1h30m.")
+@click.option("--time-limit", type=Duration(), help="Save, stop training after, say, 10m, 1h30m.")
 @click.option("--dry-run", is_flag=True, help="Show settings, sizes and an estimate; write no run.")
 @click.pass_context
 def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:

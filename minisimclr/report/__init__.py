@@ -7,6 +7,7 @@
 A page is the bytes of one HTML file that has no script and asks the network for nothing.
 """
 
+import re
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -39,7 +40,8 @@ def verdict_box(findings: list[Finding], missing: list[str]) -> str:
     items = ""
     for f in findings:
         items += f'<li class="{f.level}"><b>{MARKS[f.level]} {escape(f.title)}.</b> '
-        items += f"{escape(f'{f.evidence} {f.advice}')}</li>"
+        said = escape(f"{f.evidence} {f.advice}")
+        items += re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', said) + "</li>"
     return (
         f'<div class="verdict {level}" role="region" aria-labelledby="verdict">'
         f'<h2 id="verdict">{escape(words)}</h2><ul>{items}</ul>'

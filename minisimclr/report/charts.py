@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ import numpy as np
 from ..errors import ConfigError
 from .page import table, text
 
-INK, MUTED, GRID, OUTLINE = "#000001", "#000002", "#000003", "#ff5a36"
+INK, MUTED, GRID = "#000001", "#000002", "#000003"
 SERIES = tuple(f"#0000{k}" for k in range(11, 17))  # CSS variables --k11 ... --k16
 MARKERS = "osD^vP"  # a series is told by its marker as well as its colour
 DASHES = ("-", "--", "-.", ":")
-MOST = 16  # letters, at most, of a name in a legend of three columns
+SHORT, LINE = 16, 44  # letters of a name in a legend of three columns, and of one line there
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "minisimclr", "font.family": "sans-serif",
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold",
@@ -66,17 +67,25 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
     svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", svg)
     size = f'viewBox="0 0 {72 * width:g} {72 * figure.get_figheight():g}"'
     svg = f'<svg {size} role="img" aria-label="{escape(alt)}">{svg}'
-    numbers = f"<details><summary>The numbers</summary>{data}</details>"
+    named = f'aria-label="The numbers: {escape(alt.partition(":")[0])}"'
+    numbers = f"<details><summary {named}>The numbers</summary>{data}</details>"
     return f'<div class="chart" style="width:{width:g}in">{svg}{numbers}</div>'
 
 
 def legend(axes: Any, **look: Any) -> None:
     """What the marks mean, below the chart, where it covers none; the figure grows with it."""
-    figure, names = axes.figure, axes.get_legend_handles_labels()[1]
-    columns = max(1, min(3, 60 // max(map(len, names))))
-    # Four lines have room; each one more takes 0.18 inches.
-    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(names) // columns) - 4))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5, **look)
+    figure, (marks, names) = axes.figure, axes.get_legend_handles_labels()
+    look |= {
+        "labels": ["\n".join(wrap(name, LINE, break_on_hyphens=False)) for name in names],
+        "fontsize": 8.5,
+    }
+    for columns in (3, 2, 1):
+        drawn = figure.legend(handles=marks, loc="outside lower center", ncols=columns, **look)
+        box = drawn.get_window_extent()
+        if columns == 1 or box.width <= figure.bbox.width:
+            break
+        drawn.remove()
+    figure.set_figheight(figure.get_figheight() + max(0, box.height / figure.dpi - 0.8))
 
 
 def lines(
@@ -108,8 +117,9 @@ def lines(
             legend(axes)
 
     ends = (f"{name} from {text(ys[0])} to {text(ys[-1])}" for name, (_, ys) in series.items())
-    said = ", ".join(series) if fill else "; ".join(ends)
-    alt = f"{title} by {x}: {said}" + (f"; {level[0]} {text(level[1])}" if level else "")
+    means = (f"{n} {np.average(v[0], weights=v[1]):.2f}" for n, v in series.items() if sum(v[1]))
+    said = f"means: {', '.join(means)}" if fill else "; ".join(ends)
+    alt = f"{y or title} by {x}: {said}" + (f"; {level[0]} {text(level[1])}" if level else "")
     return chart(alt, points(title, x, y, series), draw, width, height)
 
 
@@ -120,7 +130,7 @@ def points(title: str, x: str, y: str, series: Series) -> str:
         rows: Iterable = zip(xs[0], *(v[1] for v in series.values()), strict=True)
         return table(title, (x, *series), rows)
     rows = ((name, *point) for name, v in series.items() for point in zip(*v, strict=True))
-    return table(title, ("", x, y or title), rows)
+    return table(title, ("name", x, y or title), rows)
 
 
 def bars(title: str, x: str, values: dict[str, float], ranges: Any = None) -> str:
@@ -135,7 +145,8 @@ def bars(title: str, x: str, values: dict[str, float], ranges: Any = None) -> st
         axes.set(title=title, xlabel=x)
 
     alt = f"{title}, {x}: " + ", ".join(f"{n} {text(v)}" for n, v in values.items())
-    return chart(alt, table(title, ("", x), values.items()), draw, height=0.8 + 0.25 * len(names))
+    data = table(title, ("name", x), values.items())
+    return chart(alt, data, draw, height=0.8 + 0.25 * len(names))
 
 
 def scatter(
@@ -143,12 +154,14 @@ def scatter(
     sizes: Mapping[str, Any] | None = None, height: float = 3.2,
 ) -> str:  # fmt: skip
     """Named groups of points. roof: (x, y) of a dashed line; sizes: of the marks of each group."""
+    shorter = [name if len(name) <= SHORT else f"{name[: SHORT - 1]}…" for name in groups]
+    names = shorter if len({*shorter}) == len(groups) else list(groups)
 
     def draw(axes: Any) -> None:
         for k, (name, (xs, ys)) in enumerate(groups.items()):
             look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "lw": 0}
-            short = plain(name if len(name) <= MOST else f"{name[: MOST - 1]}…")
-            axes.scatter(xs, ys, sizes[name] if sizes else 12, alpha=0.75, label=short, **look)
+            look["label"] = plain(names[k])
+            axes.scatter(xs, ys, sizes[name] if sizes else 12, alpha=0.75, **look)
         if roof:
             axes.plot(*roof, color=MUTED, ls=(0, (5, 3)), lw=1.4)
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale, yscale=scale)
@@ -164,8 +177,9 @@ def matrix(title: str, values: np.ndarray, names: Sequence[str], outlined: np.nd
 
     def draw(axes: Any) -> None:
         shown = axes.imshow(np.where(np.isfinite(values), values, np.nan), cmap="cividis")
-        axes.scatter(range(V), outlined, (175 / V) ** 2, marker="s", lw=0.8 + 8 / V,
-                     facecolors="none", edgecolors=OUTLINE)  # fmt: skip
+        for colour, lw in (("#111111", 2.2 + 16 / V), ("white", 0.8 + 5 / V)):  # seen on any colour
+            axes.scatter(range(V), outlined, (165 / V) ** 2, marker="s", lw=lw,
+                         facecolors="none", edgecolors=colour)  # fmt: skip
         some = range(0, V, -(-V // 8))
         axes.set_xticks(some, [names[i] for i in some])
         axes.set_yticks(some, [names[i] for i in some])
@@ -175,4 +189,4 @@ def matrix(title: str, values: np.ndarray, names: Sequence[str], outlined: np.nd
 
     alt = f"{title} of {V} views: partners {values[np.arange(V), outlined].mean():.2f} on average"
     rows = ((names[i], *(f"{v:.2f}" for v in values[i])) for i in range(V))
-    return chart(alt, table(title, ("", *names), rows), draw, 4.8, 4)
+    return chart(alt, table(title, ("view", *names), rows), draw, 4.8, 4)

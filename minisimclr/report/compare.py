@@ -55,8 +55,8 @@ def differences(runs: dict[str, Facts]) -> str:
 def curves(runs: dict[str, Facts]) -> str:
     """Curves
 
-    Each chart shows all runs; loss and accuracy are means of an epoch. At the same uniformity, a
-    lower alignment is better.
+    Each chart shows all runs that have ended an epoch; loss and accuracy are means of an epoch. At
+    the same uniformity, a lower alignment is better.
     """
     ended = {name: facts.epochs for name, facts in runs.items() if facts.epochs}
     if not ended:

@@ -32,6 +32,8 @@ from .page import Missing
 MOST, CLASSES = 1200, 120  # test pictures that are looked at, and classes of theirs
 Rows = list[dict[str, Any]]
 
+ENDED = "no epoch of this run has ended"
+
 # What files must look like, since somebody may have changed them.
 STEP = ("step", "epoch", "loss", "accuracy", "chance", "lr", "gradient_norm")
 LOGS = {
@@ -83,6 +85,7 @@ class Facts:
         """A file's content, the data set or the run. Raises Missing if it is not there."""
         if not (value := self.files.get(what) or getattr(self, what, None)):
             words = {"run": "no checkpoint with its data", "dataset": "no data set"}
+            words["epochs"] = ENDED
             raise Missing(words.get(what, f"no {what} of this run"))
         return value
 

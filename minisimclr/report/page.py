@@ -53,7 +53,7 @@ def text(value: Any) -> str:
     """A value for people: four digits, thousands separated, a dash for nothing."""
     if isinstance(value, float | np.floating):
         value = float(value)
-        return f"{value:,.0f}" if 9999.5 <= abs(value) < 1e9 else f"{value:.4g}"
+        return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "–" if value is None else str(value)
@@ -68,13 +68,18 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
     cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = ""
     for first, *rest in rows:
-        values = "".join(f"<td>{escape(text(value))}</td>" for value in rest)
+        values = "".join(map(cell, map(text, rest)))
         body += f'<tr><th scope="row">{escape(text(first))}</th>{values}</tr>\n'
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def cell(words: str) -> str:
+    """A cell of a table; long ones are sentences, which run over several lines."""
+    return f"<td{' class=words' if len(words) > 18 else ''}>{escape(words)}</td>"
 
 
 def row(*content: str, title: str = "") -> str:
@@ -87,7 +92,7 @@ def code(lines: str, where: str) -> str:
     """Lines of a program, with a caption."""
     return (
         f'<figure><figcaption>{escape(where)}</figcaption><pre tabindex="0" '
-        f'aria-label="{escape(where)}"><code>{escape(lines)}</code></pre></figure>'
+        f'role="region" aria-label="{escape(where)}"><code>{escape(lines)}</code></pre></figure>'
     )
 
 

@@ -11,15 +11,15 @@ from ..errors import typed
 from ..probe import LogisticRegression, features, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
-from .facts import Facts, Rows
+from .facts import ENDED, Facts, Rows
 from .page import Missing, card, code, paragraph, row, table
 
 
 def three(rows: Rows, key: str) -> Rows:
     """The first, the middle and the last epoch that have logged `key`."""
-    if not (rows := [r for r in rows if isinstance(r.get(key), dict | list) and r[key]]):
-        raise Missing(f"no epoch has ended with its {key}")
-    return [rows[i] for i in sorted({0, (len(rows) - 1) // 2, len(rows) - 1})]
+    if not (some := [r for r in rows if isinstance(r.get(key), dict | list) and r[key]]):
+        raise Missing(f"its log has no {key}" if rows else ENDED)
+    return [some[i] for i in sorted({0, (len(some) - 1) // 2, len(some) - 1})]
 
 
 def training(facts: Facts) -> str:
@@ -47,8 +47,8 @@ def training(facts: Facts) -> str:
 def similarities(facts: Facts) -> str:
     """Same picture, different picture
 
-    Cosines of the embeddings of two views, as shares of all pairs. Learning moves the two
-    histograms apart; under collapse both sit at 1.
+    Cosines of the embeddings of two views, as shares of the pairs of that kind. Learning moves the
+    two histograms apart; under collapse both sit at 1.
     """
     drawn, middles = [], np.linspace(-0.95, 0.95, 20).round(2).tolist()
     ends = three(facts.epochs, "positives")
@@ -204,7 +204,7 @@ def probe(facts: Facts) -> str:
          f"{r['knn']:.1%}", r["C"], r["warning"]) for name, r in found["rows"].items()
     ]  # fmt: skip
     title = f"{found['labels']:,} labels, {found['test']:,} tests, {found['classes']} classes"
-    head = ("system", "top-1", "95 % interval", "top-5", "kNN", "C", "")
+    head = ("system", "top-1", "95 % interval", "top-5", "kNN", "C", "warning")
     drawn = bars("top-1", "%", values | {"chance": chance}, [*ranges, [chance] * 2])
     return row(drawn, table(title, head, cells))
 
@@ -223,19 +223,19 @@ def confusions(facts: Facts) -> str:
     K = len(data.class_names)
     counts = np.bincount(truth * K + said, minlength=K * K).reshape(K, K)
     wrong = counts * (1 - np.eye(K, dtype=int))
-    worst = np.argsort(-wrong.ravel(), kind="stable")[:20]
-    pairs = [divmod(int(cell), K) for cell in worst if wrong.flat[cell]]
+    pairs = [divmod(int(i), K) for i in np.argsort(-wrong, None, "stable")[:20] if wrong.flat[i]]
     groups: list[str] = []
     cells = []
     for a, b in pairs:
         A, B = data.class_names[a], data.class_names[b]
         cells.append((f"{A} taken for {B}", int(wrong[a, b]), int(counts[a].sum())))
         if len(groups) < 6:
-            mistaken, typical = (facts.test_rows[(truth == t) & (said == b)] for t in (a, b))
+            mistaken = facts.test_rows[(truth == a) & (said == b)]
+            typical = facts.test_rows[truth == b][np.argsort(said[truth == b] != b, kind="stable")]
             cards = [card(data.images[i], f"{A}, taken for {B}", A) for i in mistaken[:3]]
-            cards += [card(data.images[i], f"{B}, rightly named", f"a {B}") for i in typical[:2]]
-            groups.append(row(*cards, title=f"{A} → {B}"))
-    return row(*groups) + table("Most frequent mistakes", ("", "times", "of"), cells)
+            cards += [card(data.images[i], B, B) for i in typical[:2]]
+            groups.append(row(*cards, title=f"\u2068{A}\u2069 → \u2068{B}\u2069"))  # in any script
+    return row(*groups) + table("Most frequent mistakes", ("mistake", "times", "of"), cells)
 
 
 def trust(facts: Facts) -> str:
@@ -290,7 +290,7 @@ def repeat(facts: Facts) -> str:
     return (
         code(typed(*words), "command")
         + table("Settings", ("setting", "value", "origin"), settings)
-        + table("Where it ran", ("", "value"), (facts.files["env"] or {}).items())
+        + table("Where it ran", ("name", "value"), (facts.files["env"] or {}).items())
     )
 
 

@@ -219,7 +219,7 @@ def diverged(facts: Facts) -> Finding | None:
 def unfinished(facts: Facts) -> Finding | None:
     """The run stopped before its end.
 
-    Go on with minisimclr train --resume.
+    Go on with minisimclr train --resume RUN.
     """
     if not facts.going and (facts.done >= facts.total or "diverged" in facts.files):
         return None
@@ -240,7 +240,7 @@ def chance_line(facts: Facts) -> Finding | None:
     said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
     early = last["epoch"] <= max(2, facts.config.warmup_epochs + 1)
     blind = not early and last["accuracy"] < 2 * guess
-    title = "The loss is not yet below its chance line" if early else ""
+    title = "The loss is not yet clearly below its chance line" if early else ""
     if last["loss"] > last["chance"] + 0.1:
         title = "The loss is above its chance line"
     return Finding(FAULT if blind else WARNING, said, title)
