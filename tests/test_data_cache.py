@@ -21,7 +21,7 @@ from PIL import Image
 
 from minisimclr import data
 from minisimclr.cli import main
-from minisimclr.data import cache, open_dataset, prepare, prepared
+from minisimclr.data import cache, open_dataset, prepare, prepared, workers
 from minisimclr.data.workers import parallel_map
 from minisimclr.errors import ConfigError, DataError, OutputError
 
@@ -644,6 +644,21 @@ def test_failing_worker(function, error, text, capfd):
         list(parallel_map(function, range(5), 2))
     said = capfd.readouterr().err
     assert ("Traceback" in said) == (function in (leave, make_what_cannot_be_sent))
+
+
+def test_a_worker_that_cannot_start_takes_the_others_with_it(monkeypatch):
+    start, started = workers.start, []
+
+    def refused_the_second_time():
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(start())
+        return started[0]
+
+    monkeypatch.setattr(workers, "start", refused_the_second_time)
+    with pytest.raises(BlockingIOError):
+        list(parallel_map(double, range(3), 2))
+    assert started[0].returncode is not None
 
 
 def test_workers_have_the_environment_of_their_parent():

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from functools import partial
 from queue import SimpleQueue
 from subprocess import PIPE, Popen, TimeoutExpired
 from threading import Thread
@@ -48,13 +47,15 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
             idle.put(process)
 
     with ExitStack() as stack:
-        processes = [start() for _ in range(workers)]
-        for process in processes:
+        processes = []
+        for _ in range(workers):
+            processes.append(process := start())
             stack.callback(process.communicate)  # closes its input and waits for it to end
             idle.put(process)
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
-        stack.push(partial(end, processes))
+        for process in processes:
+            stack.callback(process.kill)  # first of all: nobody wants what is still being made
         pending: deque = deque()
         for item in items:
             pending.append(pool.submit(run, item))
@@ -62,12 +63,6 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def end(processes: list[Popen], kind: Any, *_: Any) -> None:
-    """Kill them after an error or Ctrl-C (kind: not None), when nobody wants what they make."""
-    for process in processes if kind else []:
-        process.kill()
 
 
 def start() -> Popen:
