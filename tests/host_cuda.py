@@ -5,6 +5,7 @@ numbers of exactly its size. A mistake here, which on a GPU would read garbage, 
 """
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -48,7 +49,8 @@ def compiled(code, sanitize):
     flags = ["-fsanitize=address", "-g"] if sanitize else []
     flags += ["-march=native", "-ffp-contract=fast"]
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", *flags, "-o", library, source]
-    built = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "LD_PRELOAD": ""}  # AddressSanitizer is for us, not for the compiler
+    built = subprocess.run(command, capture_output=True, text=True, env=env)
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.folder = folder  # kept as long as the library
