@@ -467,6 +467,8 @@ def test_a_run_whose_first_checkpoint_found_no_room_begins_again(finished, confi
     assert b"alignment" in (tmp_path / "run" / "metrics.jsonl").read_bytes()
     resume(tmp_path / "run")
     assert content(tmp_path / "run") == content(finished.path)
+    lines = (tmp_path / "run" / "timings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, finished.step + 1))
 
 
 @pytest.mark.parametrize(
@@ -690,7 +692,7 @@ def test_a_killed_run_goes_on(finished, config, tmp_path):
 
 def test_an_existing_folder_is_never_touched(finished, config):
     before = content(finished.path)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match=r"exists already: .*, or go on with --resume .*whole$"):
         pretrain(config, finished.path)
     assert content(finished.path) == before
 
