@@ -65,21 +65,19 @@ def paragraph(words: str) -> str:
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table that scrolls within itself; the first cell of a row names it."""
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    rows = [[text(value) for value in row] for row in rows]
+    # Columns of long cells, sentences, run over several lines; the first has its own rule.
+    kinds = [" class=words" * any(len(row[i]) > 18 for row in rows if i) for i in range(len(head))]
+    cells = "".join(map('<th scope="col"{}>{}</th>'.format, kinds, map(escape, head)))
     body = ""
     for first, *rest in rows:
-        values = "".join(map(cell, map(text, rest)))
-        body += f'<tr><th scope="row">{escape(text(first))}</th>{values}</tr>\n'
+        values = "".join(map("<td{}>{}</td>".format, kinds[1:], map(escape, rest)))
+        body += f'<tr><th scope="row">{escape(first)}</th>{values}</tr>\n'
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def cell(words: str) -> str:
-    """A cell of a table; long ones are sentences, which run over several lines."""
-    return f"<td{' class=words' if len(words) > 18 else ''}>{escape(words)}</td>"
 
 
 def row(*content: str, title: str = "") -> str:
