@@ -892,8 +892,9 @@ def test_pictures_are_not_taken_for_views(finished):
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(config, tmp_path):
     with pytest.raises(ConfigError, match=r"the number of unlabelled images of .*, 72: "):
-        pretrain(ms.TrainConfig(**config.to_dict() | {"batch_size": 1000}), tmp_path / "run")
+        pretrain(replace(config, batch_size=73), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert pretrain(replace(config, batch_size=72), tmp_path / "run").step == config.epochs
 
 
 @pytest.mark.parametrize(
