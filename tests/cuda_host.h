@@ -69,8 +69,8 @@ static dim3 place(size_t i, dim3 of) {
     return {unsigned(i % of.x), unsigned(i / of.x % of.y), unsigned(i / of.x / of.y)};
 }
 
-// The i-th of n in an order: 0 ascending, 1 descending, 2 with a stride.
-static size_t turn(size_t i, size_t n, int order) {
+// The i-th of n, by `order`: 0 ascending, 1 descending, 2 with a stride.
+static size_t turn(size_t i, size_t n) {
     if (order == 0) return i;
     if (order == 1) return n - 1 - i;
     size_t stride = n / 2 | 1;
@@ -90,7 +90,7 @@ static void barrier(int line) {
 static void take_turns() {  // thread after thread, until one waits
     while (started < threads) {
         Fiber& f = fibers[current];
-        f.thread = turn(started++, threads, order);
+        f.thread = turn(started++, threads);
         f.passed = 0;
         threadIdx = place(f.thread, blockDim);
         body();
@@ -167,7 +167,7 @@ const char* launch(void (*kernel)(A...), const unsigned* shape, int order_of_thr
     prepare(kernel, args, std::index_sequence_for<A...>());
     const size_t blocks = size_t(gridDim.x) * gridDim.y * gridDim.z;
     for (size_t i = 0; i < blocks; i++) {
-        blockIdx = place(turn(i, blocks, order), gridDim);
+        blockIdx = place(turn(i, blocks), gridDim);
         if (!run_block()) return message;
     }
     return nullptr;
