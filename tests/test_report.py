@@ -185,8 +185,8 @@ def test_a_broken_run_is_named(broken, config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         settings, words = broken(patch, config)
         run = pretrain(settings, tmp_path / "run")
-    found = faults(run.path)
-    assert any(words in title.lower() for title in found), found
+    level, said = headline(judge(read(run.path)))
+    assert level == FAULT and words in said.lower()
 
 
 @pytest.mark.parametrize("broken", [no_normalisation, no_mask, temperature_twice])
@@ -310,7 +310,10 @@ def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     assert run.step == 1
     assert "The weights do not move" not in faults(run.path)
-    assert verdict.unfinished(read(run.path)).evidence == "It is at step 1 of 8."
+    facts = read(run.path)
+    assert verdict.unfinished(facts).evidence == "It is at step 1 of 8."
+    facts.total, facts.going = 0, True  # as for a data set that has changed
+    assert verdict.unfinished(facts).evidence == "It is at step 1."
 
 
 def test_what_a_frozen_run_is_told(sound, tmp_path):
@@ -500,3 +503,114 @@ def test_features_gain_if_they_clearly_beat_every_control(own, other, level, sou
     assert (
         f"Top-1 is {own:.1%}, {3 * own:.1f} times chance; raw pixels: {other:.1%}" in found.evidence
     )
+
+
+def test_views_are_judged_by_the_first_steps_and_only_with_their_pictures(sound):
+    facts = read(sound)
+    for first, later, level in ((0.98, 1.0, None), (1.0, 0.5, FAULT)):
+        for row in facts.files["metrics"]:
+            row["accuracy"] = first if row["step"] <= 3 else later
+        found = verdict.identical_views(facts)
+        assert (found and found.level) == level
+    assert verdict.identical_views(replace(read(sound), dataset=None)) is None
+
+
+@pytest.mark.parametrize("moved, level", [(0.0005, FAULT), (0.002, None)])
+def test_weights_move_as_a_fraction_of_their_own_length(moved, level, sound):
+    facts = read(sound)
+    fresh = dict(facts.fresh.named_parameters())
+    for name, p in facts.run.model.named_parameters():
+        p.data[...] = (1 + moved) * fresh[name].data
+    found = verdict.frozen(facts)
+    assert facts.movement == pytest.approx(moved, rel=1e-3)
+    assert (found and found.level) == level
+
+
+@pytest.mark.parametrize(
+    "rank, spread, level", [(1.9, -2.0, FAULT), (9.0, -0.2, FAULT), (2.1, -0.4, None)]
+)
+def test_features_that_are_merely_weak_have_not_collapsed(rank, spread, level, sound):
+    facts = read(sound)
+    facts.__dict__["epochs"] = [{"effective_rank": rank, "uniformity": spread}]
+    found = verdict.collapse(facts)
+    assert (found and found.level) == level
+
+
+def test_labels_are_cleared_by_one_system_that_is_clearly_above_chance(sound, tmp_path):
+    rows = dict.fromkeys(("SimCLR", "random encoder", "raw pixels"), 0.4)  # 0.3 to 0.5
+    assert verdict.labels(edited(sound, tmp_path / "a", rows))
+    assert not verdict.labels(edited(sound, tmp_path / "b", rows | {"raw pixels": 0.45}))
+
+
+@pytest.mark.parametrize("below, good", [(0.15, True), (0.05, False)])
+def test_a_loss_is_good_from_a_tenth_below_the_chance_line(below, good, sound):
+    facts = read(sound)
+    last = facts.epochs[-1]
+    facts.__dict__["epochs"] = [last | {"loss": last["chance"] - below}]
+    assert (verdict.chance_line(facts).level == GOOD) == good
+
+
+def test_the_best_control_is_the_one_to_beat(sound, tmp_path):
+    rows = {"SimCLR": 0.7, "random encoder": 0.8, "raw pixels": 0.1}
+    found = verdict.features_gain(edited(sound, tmp_path / "run", rows))
+    assert found.level == WARNING and "random encoder: 80.0%" in found.evidence
+    assert found.title.endswith("the control, random encoder")
+
+
+def test_more_training_is_asked_for_after_one_epoch_and_few(sound):
+    facts = read(sound)
+    facts.__dict__["epochs"] = [{"loss": 3, "accuracy": 0.9}]
+    assert verdict.too_short(facts).evidence == "This was one epoch."
+    facts.__dict__["epochs"] = [{"loss": x, "accuracy": 0.9} for x in (3.03, 3.03, 3, 3)]
+    assert verdict.too_short(facts)
+
+
+def test_what_a_perfect_model_would_reach_is_told(sound, config):
+    perfect = written_out(np.eye(32), np.eye(32), 5.0)["right"]  # others at right angles
+    found = verdict.temperature(replace(read(sound), config=replace(config, temperature=5.0)))
+    said = f"a loss of {perfect:.2f}, chance is {simclr.chance_loss(32):.2f}."
+    assert found.evidence.endswith(said)
+
+
+def test_a_loss_that_is_off_by_more_than_rounding_is_told(sound):
+    facts = read(sound)
+    facts.files["metrics"][0]["loss"] *= 1.005
+    assert verdict.another_loss(facts).title == "Step 1 cannot be repeated"
+
+
+def test_features_are_the_trained_network_s_then_the_fresh_one_s(sound):
+    facts = read(sound)
+    h, fresh_h = facts.test_h
+    views = ms.augment.center_view(facts.dataset.images[facts.test_rows], facts.config.image_size)
+    np.testing.assert_allclose(h, facts.run.model.encode(views), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(fresh_h, h, rtol=1e-2)
+
+
+def test_a_folder_that_cannot_be_written_is_no_run_that_goes_on(sound, monkeypatch):
+    monkeypatch.setattr("minisimclr.report.facts.locked", Mock(side_effect=PermissionError))
+    assert not read(sound).going
+
+
+def test_a_run_of_a_gpu_is_looked_at_on_the_cpu(sound, tmp_path):
+    path = shutil.copytree(sound, tmp_path / "run")
+    settings = json.loads((path / "config.json").read_text())
+    settings["device"]["value"] = "cuda:0"
+    (path / "config.json").write_text(json.dumps(settings))
+    facts = read(path)
+    assert facts.config.device == "cuda:0" and facts.run.config.device == "cpu"
+
+
+def test_without_test_pictures_those_of_the_training_are_shown(sound):
+    facts = read(sound)
+    facts.dataset = replace(facts.dataset, splits=np.zeros_like(facts.dataset.splits))
+    assert len(facts.test_rows) == len(facts.dataset.split("pretrain")) > 0
+
+
+def test_an_epoch_whose_end_is_damaged_is_not_counted_to_the_next(sound, tmp_path):
+    facts = read(shutil.copytree(sound, tmp_path / "run"))
+    rows = facts.files["metrics"]
+    ends = [row for row in rows if "alignment" in row]
+    ends[1]["uniformity"] = float("nan")
+    for end in facts.epochs:
+        own = [row["loss"] for row in rows if row["epoch"] == end["epoch"]]
+        assert end["loss"] == pytest.approx(np.mean(own))

@@ -10,6 +10,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,13 @@ class Facts:
     def epochs(self) -> Rows:
         """The rows of steps that end an epoch, with the epoch's mean loss, accuracy and speed."""
         speed = {row["step"]: row["views_per_second"] for row in self.files["timings"]}
-        ends, since = [], []
-        for row in self.files["metrics"]:
-            since.append(row)
+        ends = []
+        for _, group in groupby(self.files["metrics"], lambda row: row["epoch"]):
+            row = (steps := list(group))[-1]
             if "alignment" in row and fits(row, END):
-                means = {k: float(np.mean([r[k] for r in since])) for k in ("loss", "accuracy")}
-                seen = [speed[r["step"]] for r in since if r["step"] in speed]
+                means = {k: float(np.mean([r[k] for r in steps])) for k in ("loss", "accuracy")}
+                seen = [speed[r["step"]] for r in steps if r["step"] in speed]
                 ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
-                since = []
         return ends
 
     @cached_property

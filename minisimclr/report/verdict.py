@@ -223,7 +223,7 @@ def unfinished(facts: Facts) -> Finding | None:
     """
     if not facts.going and (facts.done >= facts.total or "diverged" in facts.files):
         return None
-    said = f"It is at step {facts.done:,} of {facts.total:,}."
+    said = f"It is at step {facts.done:,}" + (f" of {facts.total:,}." if facts.total else ".")
     return Finding(WARNING, said, "Still training" if facts.going else "")
 
 
