@@ -138,7 +138,7 @@ class Tensor:
             gradient = xp_of(self.data).ones_like(self.data)
         if isinstance(gradient, Tensor) or getattr(gradient, "shape", None) != self.shape:
             raise ValueError(f"backward() needs a gradient array of shape {self.shape}")
-        _backpropagate(self.creator, gradient)
+        _backpropagate(self.creator, xp_of(gradient).asarray(gradient, self.dtype))
 
 
 WEIGHT, BIAS, NORM = "weight", "bias", "norm"  # kinds of parameters

@@ -669,3 +669,28 @@ def test_command_line(run, pictures, tmp_path, monkeypatch, capsys):
     assert code == 0 and "| chance |  | none |  | 0 | 20.0% |" in out
     code, out, _ = call("compare", run.path, "--epochs", 5, "--out", tmp_path / "results", "--json")
     assert code == 0 and json.loads(out)["chance"] == 0.2
+
+
+def test_fine_tuning_takes_all_batches_of_each_pass(model, monkeypatch):
+    monkeypatch.setattr(finetune, "BATCH", 25)
+    told = []
+    fit(model, Colours(), np.arange(60), Recipe(3, 16, 16, "cpu"), 0, lambda *v: told.append(v))
+    assert told == [(step, 6) for step in range(1, 7)]
+
+
+def test_statistics_are_of_views_as_in_training_whatever_the_test_s_side(model):
+    colours, rows = Colours(), np.arange(60)
+    classifier = fit(model, colours, rows, Recipe(1, 16, 20, "cpu"), 0, nothing)
+    seen = classifier.encoder.conv1(Tensor(center_view(colours.images, 16)[:60])).data
+    mean = classifier.encoder.bn1.running_mean
+    np.testing.assert_allclose(mean, seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_fine_tuning_s_figures_are_the_run_s_beside_its_controls(run, monkeypatch):
+    top1 = {finetune.TUNED: 0.75, finetune.SCRATCH: 0.25}
+    monkeypatch.setattr(finetune, "tuned", lambda name, *_: {"top1": top1[name]})
+    colours = Colours()
+    colours.labels[60:75] = 0  # of the test images, 15 + 5 of 30
+    found = finetune.finetune(run, colours, epochs=1)
+    assert found["top1"] == 0.75
+    assert found["controls"] == {"chance": 20 / 30, "scratch": 0.25}

@@ -661,3 +661,24 @@ def test_without_a_driver_nothing_else_is_asked(cupy, monkeypatch):
     with pytest.raises(ConfigError, match="no NVIDIA driver for CUDA"):
         backend.choose_device("cuda:0")
     assert doctor.gpu() == (True, "none: there is no NVIDIA driver")
+
+
+def test_times_of_steps_that_overlap_add_up_to_the_time_they_took(
+    config, cupy, tmp_path, monkeypatch
+):
+    now, once = [0.0], train.training_step
+
+    def clock():
+        now[0] += 1e-6
+        return now[0]
+
+    def step(*given):
+        now[0] += 1  # second
+        return once(*given)
+
+    monkeypatch.setattr(train.time, "perf_counter", clock)
+    monkeypatch.setattr(train, "training_step", step)
+    config = replace(config, batch_size=16, epochs=1)
+    run = pretrain(config, tmp_path / "run", notify=quiet)
+    timings = (run.path / "timings.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["seconds"] for line in timings) == pytest.approx(4, abs=1e-3)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -62,6 +63,18 @@ CONVOLUTIONS = [
     ((2, 9, 8, 6), (1, 1, 6, 4), TWO, SAME),
     ((2, 9, 8, 6), (1, 7, 6, 4), ONE, (0, 3)),
     ((2, 9, 8, 6), (5, 3, 6, 4), (2, 1), (2, 0)),
+    # height and width unlike each other, where Winograd or a product of pixels is near at hand
+    ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (1, 0)),
+    ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (0, 3)),
+    ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (3, 0)),
+    ((3, 11, 9, 40), (3, 3, 40, 48), (2, 1), SAME),
+    ((3, 11, 9, 40), (3, 3, 40, 48), (1, 2), SAME),
+    ((3, 11, 9, 40), (3, 5, 40, 48), ONE, SAME),
+    ((3, 11, 9, 40), (5, 3, 40, 48), ONE, SAME),
+    ((2, 9, 8, 6), (1, 1, 6, 4), (1, 2), NONE),
+    ((2, 9, 8, 6), (1, 1, 6, 4), (2, 1), NONE),
+    ((2, 9, 8, 6), (1, 1, 6, 4), ONE, (0, 1)),
+    ((2, 9, 8, 6), (1, 1, 6, 4), ONE, (1, 0)),
 ]
 ROWS = [(128, 70), (3, 5, 7, 24), (4, 16, 16, 64), (7, 3), (33, 8, 8, 130)]
 
@@ -93,6 +106,7 @@ POOLS = [
     ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE)),
     ((2, 7, 5, 33), (3, 3), TWO, (ONE, ONE)),  # windows that reach over every border
     ((3, 8, 6, 7), (3, 3), TWO, (NONE, NONE)),  # pixels that no window reaches
+    ((2, 15, 17, 3), (15, 17), ONE, (NONE, NONE)),  # as many places as a byte can tell apart
 ]
 
 
@@ -108,6 +122,10 @@ def augment_samples(crop_only):
     images = rng.integers(0, 256, (7, 20, 20, 3), np.uint8)
     views = draw_views(0, 0, 7, 20, 20, 1.0)
     yield (images, views.boxes[0], views.flips[0], 12) if crop_only else (images, views, 12)
+    for kind in range(0 if crop_only else 4):  # a jitter of brightness alone, and so on
+        alone = np.arange(4) == kind
+        factors = np.where(alone, views.factors, np.float32([1, 1, 1, 0]))
+        yield images, replace(views, factors=factors), 12
 
 
 AUGMENTATION = {"apply_views", "crop_resize"}  # bytes, in one dtype; benchmarks/test_augment.py
@@ -122,7 +140,10 @@ SAMPLES = {
     "conv_gradients": lambda: [
         (gradient_like(x, w, s, p), randn(*x), randn(*w), s, p) for x, w, s, p in CONVOLUTIONS
     ],
-    "moments": lambda: [(3 * randn(*s) + 5,) for s in ROWS] + [(randn(64, 8) + 1000,)],
+    "moments": lambda: [
+        *((3 * randn(*s) + 5,) for s in ROWS),
+        *((randn(4096, 8) + np.float32(mean),) for mean in (30, 1000, [0, 0, 0, 0, 0, 3000, 0, 0])),
+    ],
     "scale_shift": lambda: [
         (randn(*s), *statistics(s), *vectors(s, 2), residual, relu)
         for s in ROWS
@@ -143,7 +164,10 @@ SAMPLES = {
     "momentum_update": lambda: [
         (randn(*s), randn(*s), randn(*s), 0.1, 0.9, 0.01) for s in ((5,), (3, 3, 40, 300))
     ]
-    + [(w, randn(5, 7), randn(7, 5).T, 0.1, 0.9, 0.01) for w in (randn(7, 5).T, randn(5, 7))],
+    + [
+        (*(randn(7, 5).T if i in turned else randn(5, 7) for i in range(3)), 0.1, 0.9, 0.01)
+        for turned in ((0,), (1,), (2,), (0, 2))
+    ],
     "added": lambda: [
         (randn(*s), other) for s in ROWS for other in (randn(*s), spread(s))
     ],
@@ -334,14 +358,22 @@ def test_moments_of_a_large_mean_do_not_cancel():
     np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("mean", [0, 7, 9, 3000])
-def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean):
-    x, gy = randn(4096, 8) + np.float32(mean), randn(4096, 8)
+def test_a_variance_is_never_negative():
+    for constant in (0.1, 0.3, 100.3, -7.7, 1234.567):
+        for rows in (7, 128, 1000, 4099, 50_000):
+            assert (moments(np.full((rows, 6), constant, np.float32))[1] >= 0).all()
+
+
+@pytest.mark.parametrize("channels", [slice(None), [3]], ids=["all", "one"])
+@pytest.mark.parametrize("mean, std", [(0, 1), (7, 1), (9, 1), (3000, 1), (-3000, 1), (4, 0.01)])
+def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean, std, channels):
+    x, gy = randn(4096, 8), randn(4096, 8)
+    x[:, channels] = x[:, channels] * np.float32(std) + mean
     means, variance = x.mean(axis=0), x.var(axis=0)
-    sum_gxhat = gradient_sums(gy, x, means, variance, 1e-5, None)[1]
+    sum_gxhat = gradient_sums(gy, x, means, variance, 1e-7, None)[1]
     exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0)
-    exact_sum /= (variance.astype(float) + 1e-5) ** 0.5
-    assert distance(sum_gxhat, exact_sum) < 2e-5
+    exact_sum /= (variance.astype(float) + 1e-7) ** 0.5
+    assert distance(sum_gxhat[channels], exact_sum[channels]) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["scale_shift", "gradient_sums", "conv_output", "max_pool_output"])
@@ -350,6 +382,20 @@ def test_nan_stays_visible(name):
     args[0][...] = np.nan
     result = passes()[name](*args)
     assert np.isnan(result[0] if isinstance(result, tuple) else result).any()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_pixel_that_is_not_a_number_is_the_maximum(place):
+    x = randn(1, 2, 2, 1)
+    x.reshape(-1)[place] = np.nan
+    y, argmax = max_pool_output(x, TWO, TWO, (NONE, NONE))
+    assert np.isnan(y) and argmax < 4
+
+
+def test_pooling_takes_a_pixel_rather_than_padding_even_if_it_is_infinitely_small():
+    args = np.full((1, 2, 2, 1), -np.inf, np.float32), TWO, ONE, (ONE, ONE)
+    ours, reference = max_pool_output(*args), max_pool_output.dispatch(object)(*args)
+    np.testing.assert_array_equal(ours[1], reference[1])
 
 
 def test_training_is_the_same_with_and_without():

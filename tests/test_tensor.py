@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import minisimclr as ms
 from minisimclr.backend import xp_of
 from minisimclr.ops.basic import cast, concatenate
+from minisimclr.ops.conv import conv2d
 from minisimclr.ops.product import linear
 from minisimclr.tensor import Function, Tensor, gradcheck, no_grad
 
@@ -287,6 +288,15 @@ def test_backward_takes_a_gradient_of_the_result_s_shape_only(gradient):
     x = Tensor(randn(2, 3), requires_grad=True)
     with pytest.raises(ValueError, match=r"needs a gradient array of shape \(2, 3\)"):
         (x + 1).backward(gradient)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.float64])
+def test_backward_takes_a_gradient_of_any_numbers(dtype):
+    x, w = Tensor(np.ones((1, 4, 4, 1), np.float32), requires_grad=True), randn(1, 1, 1, 2)
+    y = conv2d(x, Tensor(w.astype(np.float32)))
+    y.backward(np.ones(y.shape, dtype))
+    np.testing.assert_allclose(x.grad, np.full(x.shape, w.sum()), rtol=1e-6)
+    assert x.grad.dtype == np.float32
 
 
 def test_division_is_that_of_ieee():

@@ -967,3 +967,52 @@ def test_a_failed_save_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch
         checkpoint.save(target, arrays, state | {"step": 99})
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_each_step_draws_views_of_its_own(config, tmp_path, monkeypatch):
+    boxes, once = [], train.training_step
+
+    def step(model, optimizer, images, views, *rest):
+        expected = draw(config, len(boxes), images)
+        np.testing.assert_array_equal(views.boxes, expected.boxes)
+        boxes.append(views.boxes.reshape(-1, 4))
+        return once(model, optimizer, images, views, *rest)
+
+    monkeypatch.setattr(train, "training_step", step)
+    pretrain(replace(config, epochs=1), tmp_path / "run", notify=quiet)
+    boxes = np.concatenate(boxes)  # of 4 steps, 2 views, 16 pictures
+    assert len(np.unique(boxes, axis=0)) == len(boxes) == 4 * 2 * 16
+
+
+def test_crops_are_of_all_sizes_from_the_least_to_the_whole():
+    views = draw(ms.TrainConfig(crop_min=0.1), 3, np.zeros((256, 40, 40, 3), np.uint8))
+    area = views.boxes[..., 2] * views.boxes[..., 3] / 1600
+    assert area.min() < 0.15 and area.max() > 0.9
+
+
+def test_embeddings_that_are_not_finite_are_divergence_too(finished, config, tmp_path):
+    run, _ = open_run(shutil.copytree(finished.path, tmp_path / "copy"))
+    run.model.head.linear2.weight.data[:] = np.nan  # the encoder is whole
+    with np.errstate(all="ignore"), pytest.raises(DivergedError, match="outputs are not finite"):
+        train.monitor(run, open_dataset(config.data, 20), "cpu")
+
+
+def test_a_run_keeps_the_whole_path_of_its_pictures(config, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    here = replace(config, data=pictures.name)
+    run = pretrain(here, tmp_path / "run", time_limit=0, notify=quiet)
+    settings = json.loads((run.path / "config.json").read_text())
+    assert settings["data"]["value"] == str(pictures)
+
+
+def test_the_time_spent_waiting_for_data_is_kept(config, tmp_path, monkeypatch):
+    def slow(source, device):
+        for images in once(source, device):
+            time.sleep(0.02)
+            yield images
+
+    once = train.uploaded
+    monkeypatch.setattr(train, "uploaded", slow)
+    run = pretrain(replace(config, epochs=1), tmp_path / "run", notify=quiet)
+    for line in map(json.loads, (run.path / "timings.jsonl").read_text().splitlines()):
+        assert 0.02 <= line["data_wait"] <= line["seconds"]

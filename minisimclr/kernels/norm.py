@@ -80,8 +80,9 @@ def _moments(x):
 
     total, squares = sums_about(None)
     m2 = squares - total * (total / m)
-    # Where the mean is far larger than the spread, m2 is a small difference of large sums. Then sum
-    # squares of deviations from this mean, which despite rounding is near enough to the true one.
+    # Where the mean is far larger than the spread, m2 is a small difference of large sums. At ten
+    # times, m2 has lost two or three of its seven digits. From there on, sum squares of deviations
+    # from this mean, which despite rounding is near enough to the true one.
     if (m2 < 1e-2 * squares).any():
         near = total / m
         total, squares = sums_about(np.tile(near, k))
