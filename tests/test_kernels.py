@@ -142,7 +142,8 @@ SAMPLES = {
     ],
     "moments": lambda: [
         *((3 * randn(*s) + 5,) for s in ROWS),
-        *((randn(4096, 8) + np.float32(mean),) for mean in (30, 1000, [0, 0, 0, 0, 0, 3000, 0, 0])),
+        (randn(64, 8) + 1000,),
+        *((randn(4096, 8) + np.float32(mean),) for mean in (30, [0, 0, 0, 0, 0, 3000, 0, 0])),
     ],
     "scale_shift": lambda: [
         (randn(*s), *statistics(s), *vectors(s, 2), residual, relu)
