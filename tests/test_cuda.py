@@ -29,7 +29,13 @@ from test_device import (
     steps,
     test_stopped_and_resumed_on_the_device,  # noqa: F401
 )
-from test_kernels import BFLOAT16, SAMPLES, distance, exact
+from test_kernels import (
+    BFLOAT16,
+    SAMPLES,
+    distance,
+    exact,
+    same_numbers_in_any_order,  # noqa: F401
+)
 from test_nn import our_run, rand, torch_resnet, torch_run
 
 from minisimclr import augment, backend, cores, finetune, optim

@@ -43,6 +43,11 @@ ONE, TWO, NONE, SAME = (1, 1), (2, 2), (0, 0), (1, 1)
 rng = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order():
+    rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def randn(*shape, dtype=np.float32):
     return rng.standard_normal(shape).astype(dtype)
 
@@ -372,9 +377,9 @@ def test_sums_of_gradients_beside_a_large_mean_do_not_cancel(mean, std, channels
     x[:, channels] = x[:, channels] * np.float32(std) + mean
     means, variance = x.mean(axis=0), x.var(axis=0)
     sum_gxhat = gradient_sums(gy, x, means, variance, 1e-7, None)[1]
-    exact_sum = (gy.astype(float) * (x - means.astype(float))).sum(axis=0)
-    exact_sum /= (variance.astype(float) + 1e-7) ** 0.5
-    assert distance(sum_gxhat[channels], exact_sum[channels]) < 2e-5
+    products = gy * (x - means.astype(float)) / (variance.astype(float) + 1e-7) ** 0.5
+    error, terms = sum_gxhat - products.sum(axis=0), np.linalg.norm(products, axis=0)
+    assert (abs(error) < 1e-4 * terms)[channels].all()  # a sum may be near 0, its terms are not
 
 
 @pytest.mark.parametrize("name", ["scale_shift", "gradient_sums", "conv_output", "max_pool_output"])
