@@ -10,6 +10,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -137,6 +138,21 @@ def test_kept_features_are_of_these_pictures_rows_pixels_and_block(pictures):
         )
     ]
     assert len(set(made)) == len(made)
+
+
+def test_features_that_are_not_finite_or_cannot_be_kept_are_refused(pictures, monkeypatch):
+    dataset, net, rows = ms.data.open_dataset(pictures, 20), ms.nn.resnet10(width=4), np.arange(3)
+
+    def features(see):
+        monkeypatch.setattr(embed, "sight", lambda *_: see)
+        return embed.published(net, Preprocessing(32), dataset, None, "cpu", quiet)(rows)
+
+    with pytest.raises(DataError, match="not finite"):
+        features(lambda images: np.full((len(images), 4), np.nan, np.float32))
+    refuse = Mock(side_effect=OutputError("cannot be written"))
+    monkeypatch.setattr(embed, "require_writable", refuse)
+    with pytest.raises(OutputError, match="cannot be written"):
+        features(lambda images: pytest.fail("worked before it looked"))
 
 
 ROW = {"top1": 0.5, "top5": 0.5, "ci95": [0.4, 0.6], "warning": ""}

@@ -328,6 +328,8 @@ def test_features_far_from_zero_are_standardized():
     (scaled,) = standardize(X)
     np.testing.assert_allclose(scaled.std(0), [1, 0], atol=1e-6)
     assert (standardize(np.full((9, 1), 0.1, np.float32))[0] == 0).all()
+    last_digits = np.float32([[0.1], [np.nextafter(np.float32(0.1), 1)]] * 9)
+    assert abs(standardize(last_digits)[0]).max() < 1e-7
     (scaled,) = standardize(np.arange(6).reshape(3, 2))  # whole numbers
     np.testing.assert_allclose(scaled.std(0), 1)
 
@@ -365,6 +367,8 @@ def test_stratified_shares_are_exact_where_they_can_be():
     # Seven seats for 53, 24 and 23 voters: D'Hondt would give them as 4, 2 and 1.
     labels = np.repeat([0, 1, 2], [53, 24, 23])
     assert np.bincount(labels[stratified(labels, 7)]).tolist() == [3, 2, 2]
+    # Which of equal classes get the seats is drawn, too.
+    assert len({tuple(stratified(np.arange(20), 3, seed)) for seed in range(9)}) > 5
     for count in (0, 121):
         with pytest.raises(ConfigError, match=f"{count} of 120"):
             stratified(np.zeros(120), count)
@@ -558,6 +562,16 @@ def test_probe_has_the_form_of_probe_json():
     assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
 
 
+def test_the_probe_s_pixels_and_folds_are_those_it_names():
+    noise = Colours()
+    noise.labels = np.random.default_rng(0).permutation(noise.labels)
+    row = probed(noise, labels=20, seed=7)["rows"]["raw pixels"]
+    train, test = labelled_and_test(noise, 20, 7)
+    X = features(lambda views: views.reshape(len(views), -1), noise.images, np.arange(120), 16)
+    given = X[train], noise.labels[train], X[test], noise.labels[test]
+    assert row == measure(*given, seed=7) != measure(*given)
+
+
 def test_choosing_the_penalty_shows_progress():
     told = []
 
@@ -651,8 +665,8 @@ def test_knn_among_many_does_not_fill_the_memory(monkeypatch):
 
 @pytest.mark.parametrize("k, n", [(1, 40), (7, 40), (200, 40), (200, 600)])
 def test_knn_against_a_loop(k, n):
-    X, y = clusters(n, 6, 5, spread=2, seed=k)
-    test_X, test_y = clusters(530, 6, 5, spread=2, seed=k + 1)
+    X, y = clusters(n, 6, 5, spread=4, seed=k)
+    test_X, test_y = clusters(530, 6, 5, spread=4, seed=k + 1)
     right = 0
     for x, label in zip(test_X, test_y, strict=True):
         cosine = X @ x / np.linalg.norm(X, axis=1) / np.linalg.norm(x)
