@@ -5,6 +5,7 @@ another fixture: the real CuPy, which tells of every wait by a private function 
 """
 
 import gc
+import re
 import traceback
 from contextlib import nullcontext
 
@@ -40,7 +41,7 @@ from test_device import (  # noqa: F401
     test_the_probe_and_its_metrics,
     test_views,
 )
-from test_kernels import distance
+from test_kernels import distance, same_numbers_in_any_order  # noqa: F401
 
 from minisimclr import backend, doctor
 from minisimclr.errors import ConfigError
@@ -79,7 +80,7 @@ def cupy(monkeypatch):
 @pytest.fixture(autouse=True)
 def precisions(request, cupy):
     """Cards before Ampere have neither bfloat16 nor TF32."""
-    if {"bfloat16", "precision"} & set(request.node.originalname.split("_")):
+    if {"bfloat16", "precision"} & set(re.split(r"[_\W]", request.node.name)):
         try:
             with backend.precision("bf16", "cuda:0"):
                 pass
