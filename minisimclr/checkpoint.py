@@ -71,8 +71,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path) -> None:
-    """Remove all checkpoints but the newest few."""
-    for path in listed(folder)[:-KEEP]:
+    """Remove all checkpoints but the newest few, and what killed processes have left of others."""
+    for path in (*listed(folder)[:-KEEP], *folder.glob(".step-*.tmp")):
         with suppress(PermissionError):  # open elsewhere, on Windows: the next one's turn will come
             path.unlink()
 

@@ -180,10 +180,14 @@ def open_pictures(
     name: str, preprocessing: Preprocessing, image_size: int | None = None, notify: Notify = quiet
 ) -> Dataset:
     """A data set for a network with published weights, stored at `image_size`. None: what is built
-    in has a usual one, others are stored as large as the network sees them.
+    in has a usual one, others are stored as large as the network sees them. Raises ConfigError if
+    it is a cache file with another.
     """
     own = None if name in BUILT_IN else preprocessing.stored
-    return open_dataset(name, own if image_size is None else image_size, preparing(notify))
+    dataset = open_dataset(name, own if image_size is None else image_size, preparing(notify))
+    if image_size not in (None, side := dataset.images.shape[1]):
+        raise ConfigError(f"{name} is a finished cache with {side} px: leave out --image-size")
+    return dataset
 
 
 def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> Module:

@@ -61,17 +61,21 @@ class Run:
             require_writable(path)
         return path
 
+    @property
+    def saved_at(self) -> Path:
+        """Where the checkpoint of its current state is, once saved."""
+        return self.path / "checkpoints" / f"step-{self.step:08d}.h5"
+
     def save(self) -> None:
         """Publish a checkpoint of the current state."""
-        folder = self.path / "checkpoints"
         arrays = checkpoint.prefixed("velocity", self.optimizer.state_dict())
         for part, module in self.model.children():
             arrays |= checkpoint.prefixed(part, module.state_dict())
         state = {"step": self.step, "config": self.config.to_dict(), "data": self.trained_on}
         sync(self.path / "metrics.jsonl")  # on disk before the checkpoint that relies on it
         state["logged_bytes"] = (self.path / "metrics.jsonl").stat().st_size
-        checkpoint.save(folder / f"step-{self.step:08d}.h5", arrays, state)
-        checkpoint.prune(folder)
+        checkpoint.save(self.saved_at, arrays, state)
+        checkpoint.prune(self.saved_at.parent)
 
     def check_data(self, dataset: Dataset, advice: str) -> None:
         """Raise DataError if it was trained on other pictures or splits than those of `dataset`."""
@@ -146,7 +150,12 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, images: int) -> "Plan":
-        each = images // config.batch_size
+        """That of a run on so many unlabelled images. Raises ConfigError if they fill no batch."""
+        if not (each := images // config.batch_size):
+            raise ConfigError(
+                f"batch_size {config.batch_size} is larger than the number of unlabelled images of "
+                f"{config.data}, {images}: lower --batch-size, and --lr with it"
+            )
         peak = scaled_rate(config.lr, config.batch_size, config.lr_scaling)
         return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
 

@@ -16,7 +16,7 @@ from .backend import Array, choose_device, peak_memory, to_device, to_host, uplo
 from .config import TrainConfig
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, Progress, batches, open_dataset
-from .errors import ConfigError, Interrupted, OutputError
+from .errors import Interrupted, OutputError
 from .files import locked
 from .optim import LARS
 from .probe import Notify, alignment, effective_rank, uniformity, unit
@@ -69,6 +69,7 @@ def pretrain(
     if config.data not in BUILT_IN:  # the run will be used from other folders too
         config = replace(config, data=str(Path(config.data).absolute()))
     dataset = open_training_data(config, notify)
+    Plan.of(config, len(dataset.split("pretrain")))  # raises now if there are too few images
     path = make_run_folder(path, config, origins or {}, beside=not out)
     return resume(path, time_limit=time_limit, notify=notify, dataset=dataset)
 
@@ -80,14 +81,7 @@ def preparing(notify: Notify) -> Progress:
 
 def open_training_data(config: TrainConfig, notify: Notify) -> Dataset:
     """The data set, with pictures a quarter larger than the views so that crops keep detail."""
-    dataset = open_dataset(config.data, config.image_size * 5 // 4, preparing(notify))
-    n = len(dataset.split("pretrain"))
-    if config.batch_size > n:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is larger than the number of unlabelled images of "
-            f"{config.data}, {n}: lower --batch-size, and --lr with it"
-        )
-    return dataset
+    return open_dataset(config.data, config.image_size * 5 // 4, preparing(notify))
 
 
 def resume(

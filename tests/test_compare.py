@@ -168,6 +168,16 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
         choose()
 
 
+def test_figures_of_a_run_that_goes_on_are_of_the_step_it_was_opened_at(run, dataset, tmp_path):
+    opened = embed.open_trained(shutil.copytree(run.path, tmp_path / "run"))
+    before = compare.Comparison(opened, dataset).depends
+    later = embed.open_trained(opened.path)
+    later.step += 1
+    later.save()
+    assert compare.Comparison(opened, dataset).depends == before
+    assert compare.Comparison(later, dataset).depends != before
+
+
 def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypatch, tmp_path):
     tried, probed = {}, []
 

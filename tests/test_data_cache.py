@@ -21,7 +21,7 @@ from PIL import Image
 
 from minisimclr import data
 from minisimclr.cli import main
-from minisimclr.data import cache, open_dataset, prepare, prepared, workers
+from minisimclr.data import Options, cache, open_dataset, prepare, prepared, workers
 from minisimclr.data.workers import parallel_map
 from minisimclr.errors import ConfigError, DataError, OutputError
 
@@ -113,7 +113,27 @@ def test_format_of_another_version_is_refused_and_replaced(pictures, home, monke
         path = prepare(pictures, 16).path
     with pytest.raises(DataError, match="is 'minisimclr cache 0', not"):
         cache.load(path)
-    assert open_dataset(pictures, 16).path == path
+    with pytest.warns(UserWarning, match="made anew with the usual options"):
+        assert open_dataset(pictures, 16).path == path
+
+
+def test_a_cache_that_cannot_be_used_is_made_anew_with_the_options_of_another_size(pictures, home):
+    prepare(pictures, 20, Options(labels_per_class=3))
+    made = prepare(pictures, 16, Options(labels_per_class=3))
+    splits, path = made.splits, made.path
+    del made  # Windows replaces no file that is open
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="made anew with --labels-per-class 3$"):
+        assert (open_dataset(pictures, 16).splits == splits).all()
+
+
+def test_a_cache_that_may_not_be_read_is_not_called_damaged(made, tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"cache\.h5: cannot be read \(Permission denied\)"):
+        cache.load(tmp_path / "cache.h5")
 
 
 def test_workers_make_the_same_cache(pictures, home, monkeypatch):
@@ -386,7 +406,8 @@ def test_damaged_cache_is_never_read_and_built_again(made, pictures, home, kind,
             main(["data", command, str(pictures), "--image-size", "16"])
         assert exit.value.code == 3
         assert capsys.readouterr().err.count("\n") == 1
-    open_dataset(pictures, 16).verify()
+    with pytest.warns(UserWarning, match="cannot be used; it is made anew"):
+        open_dataset(pictures, 16).verify()
 
 
 def test_every_flipped_byte_is_found(made, tmp_path):

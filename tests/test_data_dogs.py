@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from minisimclr import data
+from minisimclr.cli import main
 from minisimclr.data import Options, matlab, open_dataset, prepare, prepared, stanford_dogs
 from minisimclr.data.archives import MAX_MEMBER_BYTES, members
 from minisimclr.errors import ConfigError, DataError
@@ -492,6 +493,25 @@ def test_boxes_without_annotation(tmp_path):
     (tmp_path / "annotation.tar").unlink()
     with pytest.raises(DataError, match=r"needs annotation\.tar"):
         prepare(tmp_path, 24, Options(crop="boxes"))
+
+
+def test_what_to_type_for_another_size_has_the_options_of_the_first(dogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    archives, chosen = stanford_dogs.in_folder(dogs), Options("boxes", True, 1)
+    prepare("stanford-dogs", 24, chosen, archives=archives, allow_unverified=True)
+    line = "prepare stanford-dogs --image-size {} --crop boxes --skip-bad --labels-per-class 1`$"
+    with pytest.raises(DataError, match=line.format(20)):
+        open_dataset("stanford-dogs", 20)
+    monkeypatch.setitem(data.DECODER, "pillow", "0")
+    with pytest.raises(DataError, match=line.format(24)):
+        open_dataset("stanford-dogs", 24)
+
+
+def test_boxes_are_for_crops_of_boxes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["data", "prepare", "stanford-dogs", "--annotation-tar", str(tmp_path / "a.tar")])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: --annotation-tar goes with --crop boxes\n"
 
 
 def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):

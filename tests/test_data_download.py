@@ -1,6 +1,8 @@
 """Downloads against a server that breaks off, lies, redirects, drips and hangs."""
 
+import errno
 import hashlib
+import io
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,6 +104,24 @@ def test_plain_download(server, tmp_path):
     fetch(server, tmp_path)
     assert len(server.requests) == 1  # what is there and right is not fetched again
     assert sorted(p.name for p in tmp_path.iterdir()) == [".images.tar.lock", "images.tar"]
+
+
+def test_a_disk_that_cannot_take_it_is_named(server, tmp_path, monkeypatch):
+    server.answers["file"] = whole()
+
+    class Full(io.FileIO):
+        def write(self, block):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    once = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", **more: (Full if mode == "ab" else once)(path, mode, **more),
+    )
+    with pytest.raises(OSError, match="No space left") as error:
+        module.download(server.url + "file", tmp_path / "images.tar", len(CONTENT), None)
+    assert error.value.filename == str(tmp_path / ".images.tar.part")
 
 
 def test_wrong_file_in_place_is_replaced(server, tmp_path):

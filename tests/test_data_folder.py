@@ -194,6 +194,17 @@ def test_folders_that_are_split_already(tmp_path, train, others):
     assert np.bincount(dataset.labels[dataset.split("test")]).tolist() == [10, 10]
 
 
+def test_class_folders_may_be_links_inside_splits_too(pictures, tmp_path):
+    for split in ("train", "val_set"):
+        (tmp_path / "all" / split).mkdir(parents=True)
+        link(tmp_path / "all" / split / "check", pictures / "check")
+        link(tmp_path / "all" / split / "blob", pictures / "blob")
+    link(tmp_path / "all" / "train" / "stripe", tmp_path / "all")  # a ring is no trouble
+    dataset = open_dataset(tmp_path / "all", 16)
+    assert dataset.class_names == ("blob", "check")
+    assert len(dataset.split("test")) == len(dataset.images) / 2 > 2
+
+
 def test_a_split_may_have_pictures_without_labels(tmp_path):
     for i in range(30):
         top = "Train_set/a", "Train_set/b", "test-set/a", "unlabeled", "unlabelled/deep/er"
@@ -652,6 +663,7 @@ def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_
         ({"labels": [0, 1, 0, 1.0]}, "float64"),
         ({"labels": [0, 1, 2, -2]}, "-2 to 2"),
         ({"labels": [0, 1, 2, 3], "class_names": ["a", "b"]}, "0 to 3, and there are 2"),
+        ({"class_names": ["a", "b", "crane", "crane"]}, "several classes are called 'crane'"),
         ({"testing": [2, 3, 1, 0]}, r"\(4,\) bool, not"),
     ],
 )

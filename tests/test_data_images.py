@@ -22,6 +22,26 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def test_a_damaged_exif_header_turns_nothing():
+    for kind in ("JPEG", "PNG", "WEBP"):
+        plain = decode(encode(Image.fromarray(RAMP), kind), 24)
+        damaged = encode(Image.fromarray(RAMP), kind, exif=b"Exif\0\0garbage, and no TIFF")
+        np.testing.assert_array_equal(decode(damaged, 24), plain)
+
+
+def test_grey_of_12_bits_is_as_bright_as_of_16():
+    def tiff(bits, row):
+        tags = [(256, 24), (257, 24), (258, bits), (259, 1), (262, 1), (273, 122), (277, 1)]
+        tags += [(278, 24), (279, 24 * len(row))]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        return struct.pack("<2sHIH", b"II", 42, 8, 9) + entries + bytes(4) + 24 * row
+
+    twelve = decode(tiff(12, bytes.fromhex("fff800" * 12)), 24)  # white, then grey
+    sixteen = decode(tiff(16, bytes.fromhex("ffff0080" * 12)), 24)
+    assert twelve.max() == 255 and 120 < twelve[:, 1].mean() < 140
+    np.testing.assert_array_equal(twelve, sixteen)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds next to nothing."""
 

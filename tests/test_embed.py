@@ -1,5 +1,6 @@
 """An encoder used on one's own pictures, and the doctor; as commands, where a user meets them."""
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import h5py
 import numpy as np
@@ -69,6 +70,8 @@ def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
         about = json.loads(bytes(file["state"][:]))
     assert about["class_names"] == ["blob", "check", "stripe"]
     assert (about["data"], about["run"], about["step"]) == (dataset.fingerprint, "run", run.step)
+    with pytest.raises(DataError, match="it holds features, not weights"):
+        ms.weights.read(tmp_path / "h.h5")
 
 
 def test_what_takes_long_tells_how_far_it_is(run, pictures):
@@ -345,8 +348,14 @@ def test_pictures_for_weights_are_as_large_as_they_see_unless_built_in(pictures,
     assert embed.open_pictures(str(pictures), simclr).images.shape[1] == 32  # 28 in the centre
     assert embed.open_pictures(str(pictures), inception).images.shape[1] == 31
     assert embed.open_pictures(str(pictures), inception, 20).images.shape[1] == 20
-    monkeypatch.setattr(embed, "open_dataset", lambda *given: given[:2])
-    assert embed.open_pictures("stanford-dogs", simclr) == ("stanford-dogs", None)  # as prepared
+    path = str(embed.open_pictures(str(pictures), inception, 20).path)
+    assert str(embed.open_pictures(path, inception, 20).path) == path
+    with pytest.raises(ConfigError, match="a finished cache with 20 px: leave out --image-size"):
+        embed.open_pictures(path, inception, 24)
+    asked = MagicMock()
+    monkeypatch.setattr(embed, "open_dataset", asked)
+    embed.open_pictures("stanford-dogs", simclr)
+    assert asked.call_args.args[:2] == ("stanford-dogs", None)  # as prepared
 
 
 def test_a_block_of_inception_is_pooled_in_its_own_range(pictures, tmp_path):
@@ -388,6 +397,23 @@ def test_neighbors_finds_the_picture_itself_first(run, pictures, tmp_path):
     assert "check/03.png" in call("neighbors", run.path, query).stdout
 
 
+def test_many_images_are_seen_a_few_at_a_time(run, pictures, monkeypatch):
+    images = sorted((pictures / "check").glob("*.png"))[:5]
+    whole = call("neighbors", run.path, *images, "--json").stdout
+    seen, sight = [], embed.centre_sight
+
+    def counting(*given):
+        see = sight(*given)
+        return lambda images: seen.append(len(images)) or see(images)
+
+    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(embed, "centre_sight", counting)
+    parts = call("neighbors", run.path, *images, "--json").stdout
+    assert seen[:3] == [2, 2, 1]
+    for each, other in zip(*(json.loads(s).values() for s in (whole, parts)), strict=True):
+        assert [row["file"] for row in each] == [row["file"] for row in other]
+
+
 def test_neighbors_are_of_the_data_that_is_named(run, pictures, tmp_path):
     shutil.copytree(pictures / "blob", tmp_path / "flat")
     query, sheet = pictures / "check" / "03.png", tmp_path / "sheet.png"
@@ -399,6 +425,13 @@ def test_neighbors_are_of_the_data_that_is_named(run, pictures, tmp_path):
     assert {row["class"] for row in found} == {""}  # that of no label, and not the last of some
     with Image.open(sheet) as image, Image.open(query) as first:
         np.testing.assert_array_equal(np.asarray(image)[:80:4, 150:230:4], np.asarray(first))
+
+
+def test_figures_that_cannot_be_written_are_shown(run, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device", "x.json")
+    monkeypatch.setattr("minisimclr.cli.options.write_bytes", Mock(side_effect=full))
+    done = CliRunner().invoke(group, ["probe", str(run.path), "--labels", "9", "--json", "x.json"])
+    assert done.exception is full and json.loads(done.stdout)["labels"] == 9
 
 
 def test_a_picture_is_not_where_json_goes(run, pictures, tmp_path):

@@ -418,6 +418,10 @@ def test_pictures_that_changed_since_the_training_are_left_out(sound, monkeypatc
     facts = read(sound)
     assert facts.run is facts.dataset is None and not facts.total
     assert any("has changed since this run" in words for words in facts.missing)
+    few = replace(changed, splits=np.ones_like(changed.splits))
+    monkeypatch.setattr("minisimclr.report.facts.open_training_data", lambda *_: few)
+    facts = read(sound)
+    assert facts.run is facts.dataset is None and "unlabelled images" in facts.missing[-1]
 
 
 def test_a_damaged_checkpoint_is_told(sound, tmp_path):

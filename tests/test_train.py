@@ -513,6 +513,14 @@ def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_a_killed_process_left_of_a_checkpoint_goes_with_the_next(finished, tmp_path):
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    left = run / "checkpoints" / ".step-00000001.h5.0123abcd.tmp"
+    left.touch()
+    open_run(run)[0].save()
+    assert not left.exists() and len(checkpoint.listed(run / "checkpoints")) == 2
+
+
 def test_a_checkpoint_that_is_open_elsewhere_goes_later(tmp_path, monkeypatch):
     for k in range(4):
         (tmp_path / f"step-0000000{k}.h5").touch()
@@ -713,6 +721,11 @@ def test_other_data_is_refused(finished, config, tmp_path, pictures):
     with pytest.raises(DataError, match="restore them, or prepare it as it was"):
         resume(run.path)
     prepare(pictures, 20)
+    few = replace(ms.data.open_dataset(str(pictures), 20), fingerprint="0" * 64)
+    few = replace(few, splits=np.ones_like(few.splits))  # too few for a batch; but that came later
+    with pytest.raises(DataError, match="has other pictures or splits than when"):
+        resume(run.path, dataset=few)
+    del few
     resume(run.path)
 
 

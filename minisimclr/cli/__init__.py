@@ -135,7 +135,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
         case MinisimclrError():
             code = error.exit_code
         case MemoryError():  # NumPy's and CuPy's as well
-            advice = "lower --batch-size, --image-size, --view or --width"
+            advice = "lower --batch-size, --image-size, --view or --width, where there are such"
             text, code = f"out of memory: {advice} ({error})", 2
         case OSError():
             try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..errors import ConfigError
 from ..files import write_bytes
 from .display import Display
 from .options import FILE, JSON, SHEET, shown, write_json
@@ -44,6 +45,8 @@ def prepare(
 
     options = datasets.Options(crop, skip_bad, labels_per_class)
     archives = {key.removesuffix("_tar"): path for key, path in tars.items() if path}
+    if "annotation" in archives and crop != "boxes":
+        raise ConfigError("--annotation-tar goes with --crop boxes")
     with Display() as display:
         dataset = datasets.prepare(
             name, image_size, options, display.on_prepare, archives, url, allow_unverified

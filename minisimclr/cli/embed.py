@@ -51,6 +51,7 @@ def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> 
     import numpy as np
 
     from .. import embed as library
+    from ..backend import to_host
     from ..data.images import contact_sheet, decode_file
 
     queries = []
@@ -62,7 +63,8 @@ def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> 
                 queries.append(decode_file(path, dataset.images.shape[1]))
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
-        h = trained.see(np.stack(queries))
+        parts = (queries[i : i + library.BATCH] for i in range(0, len(queries), library.BATCH))
+        h = np.concatenate([to_host(trained.see(np.stack(part))) for part in parts])
         order, cosines = library.nearest(h, trained.embed(), count)
     if sheet:
         rows = [

@@ -95,5 +95,9 @@ def write_json(json_file: str | None, values: Any) -> bool:
     if json_file == "-":
         sys.stdout.write(text)
         return True
-    write_bytes(Path(json_file), text.encode())
+    try:
+        write_bytes(Path(json_file), text.encode())
+    except OSError:  # perhaps of long work: at least they are seen
+        sys.stdout.write(text)
+        raise
     return False

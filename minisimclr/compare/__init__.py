@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import baseline, checkpoint, embed, weights
+from .. import baseline, embed, weights
 from ..backend import xp_of
 from ..data import Dataset
 from ..errors import DataError, DivergedError, typed
@@ -84,7 +84,7 @@ class Comparison:
         self.imagenet = IMAGENET
         if self.name.startswith("stanford-dogs"):
             self.imagenet += ", which holds Stanford Dogs, test photos too"
-        c, newest = self.run.config, checkpoint.listed(self.run.path / "checkpoints")[-1]
+        c = self.run.config
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
@@ -95,7 +95,7 @@ class Comparison:
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
             data.update(part.tobytes())
         self.data = f"{PROTOCOL} {data.hexdigest()}"
-        self.depends = [self.data, file_sha256(newest), self.view]
+        self.depends = [self.data, file_sha256(self.run.saved_at), self.view]
         self.took = pretraining_seconds(self.run.path / "timings.jsonl")
 
     def make(self, out: Path) -> dict[str, Any]:

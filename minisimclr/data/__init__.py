@@ -9,6 +9,7 @@ for step, images, rows in batches(dataset.images, dataset.split("pretrain"), 128
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -62,9 +63,12 @@ def open_dataset(
         return cached
     made = load_if_valid(path)
     sizes = [] if made else other_sizes(path)
+    known = made, *map(load_if_valid, sizes[::-1])
+    options = next((each.options for each in known if each), DEFAULTS)
     if str(name_or_path) != "stanford-dogs":
-        known = made, *map(load_if_valid, sizes[::-1])
-        options = next((each.options for each in known if each), DEFAULTS)
+        if not made and path.exists():
+            said = f"{path} cannot be used; it is made anew with"
+            warnings.warn(f"{said}{options.flags() or ' the usual options'}", stacklevel=2)
         del made, known  # Windows replaces no file that is open
         return prepare(name_or_path, image_size, options, progress)
     if made is None or not current(made):
@@ -72,7 +76,7 @@ def open_dataset(
         there += f", only as {sizes[-1].name}" if sizes else ""
         raise DataError(
             f"stanford-dogs is not prepared with {size} px{there}: run "
-            f"`minisimclr data prepare stanford-dogs --image-size {size}`"
+            f"`minisimclr data prepare stanford-dogs --image-size {size}{options.flags()}`"
         )
     return made
 
@@ -146,6 +150,8 @@ def from_arrays(
         raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
     labels = labels.astype(np.int64)
     names = list(map(str, range(labels.max() + 1) if class_names is None else class_names))
+    if len(set(names)) < len(names):
+        raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")
     if not -1 <= labels.min() <= labels.max() < len(names):
         said = f"{labels.min()} to {labels.max()}, and there are {len(names)} class names"
         raise ConfigError(f"labels are from -1 to the number of classes less 1, not {said}")

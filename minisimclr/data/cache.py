@@ -251,7 +251,9 @@ def load(path: Path) -> Dataset:
     except DataError:
         raise
     except Exception as error:  # whatever JSON, h5py and NumPy stumble over
-        raise DataError(f"{path}: no cache, or damaged; for pictures, name a folder") from error
+        unread = isinstance(error, OSError) and error.strerror
+        reason = f"cannot be read ({unread})" if unread else "no cache, or damaged"
+        raise DataError(f"{path}: {reason}; for pictures, name a folder") from error
 
 
 def consistent(dataset: Dataset) -> bool:

@@ -51,6 +51,9 @@ def download(
                         f"--{path.stem}-tar"
                     ) from error
                 time.sleep(BACK_OFF * 2**attempt)
+            except OSError as error:  # of a full disk it does not say where
+                error.filename = error.filename or str(part)
+                raise
         if sha256 not in (None, file_sha256(part)):
             had = part.stat().st_size
             part.unlink()

@@ -99,16 +99,16 @@ def for_testing(root: Path, pictures: list[tuple[str, ...]]) -> set[str]:
 def files(root: Path) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
     """Files below `root` that are not hidden: parts of the path; size and time.
 
-    Links to folders are followed only at the top.
+    Links to folders are followed only at the top and inside train, test and the like.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
     try:
-        for top in (path for path in root.iterdir() if path.name[0] != "."):
+        for top in tops(root):
             if not top.is_dir():
-                yield from regular((top.name,), str(top))
+                yield from regular(top.relative_to(root).parts, str(top))
                 continue
             for folder, inner, names in os.walk(top, onerror=fail):
                 inner[:] = [name for name in inner if name[0] != "."]
@@ -117,6 +117,17 @@ def files(root: Path) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:
                     yield from regular((*above, name), os.path.join(folder, name))  # noqa: PTH118
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def tops(root: Path) -> Iterator[Path]:
+    """Files and folders in `root`, of its folders named as splits those inside; none hidden."""
+    for path in visible(root):
+        split = split_name((path.name, "")) in {*TRAINS, *TESTS, *CHECKS, *LOOSE}
+        yield from visible(path) if split and path.is_dir() else (path,)
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.name[0] != ".")
 
 
 def regular(parts: tuple[str, ...], path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, int]]]:

@@ -1,9 +1,10 @@
 """From the bytes of a picture's file to one square of RGB pixels, or a reason why not.
 
 The picture is turned upright (EXIF), cropped to a square and resized with Pillow's antialiased
-bicubic filter. Transparency is laid on white, 16-bit grey keeps its high byte, CMYK and palettes
-become RGB, and only the first frame of an animation counts. Damage inside a JPEG's scan usually
-decodes without an error, so only an archive's checksum proves that the pixels are the originals.
+bicubic filter. Transparency is laid on white, grey of 12 or 16 bits keeps its 8 highest, CMYK and
+palettes become RGB, and only the first frame of an animation counts. Damage inside a JPEG's scan
+usually decodes without an error, so only an archive's checksum proves that the pixels are the
+originals.
 """
 
 import io
@@ -23,6 +24,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
+BITS = 258  # the TIFF tag BitsPerSample
 CAPTION, SHOWN = 150, 80  # px of a contact sheet; a picture there has at least so many
 # Of macOS, Linux and Windows, those of most scripts first.
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
@@ -49,7 +51,8 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             bounds = (x, y, min(x + side, image.width), min(y + side, image.height))
             small = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, bounds)
             small.info = image.info  # boxes refer to the picture as stored, so turning is last
-            ImageOps.exif_transpose(small, in_place=True)
+            with suppress(Exception):  # of a damaged header, as Pillow's parsers stumble
+                ImageOps.exif_transpose(small, in_place=True)
             return np.frombuffer(small.tobytes(), np.uint8).reshape(size, size, 3)
     except DataError:
         raise
@@ -97,8 +100,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode that FORMATS can hold to RGB."""
     if image.format == "TIFF" and image.mode in ("I", "F"):  # whatever is white in them
         raise DataError("has pixels of 32 bits: save it with 8 or 16")
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # grey of 16 bits; in TIFF perhaps of 12
+        bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
+        image = Image.fromarray((np.asarray(image) >> bits - 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

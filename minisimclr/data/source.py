@@ -35,6 +35,12 @@ class Options:
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ConfigError(f"labels per class is {self.labels_per_class}: choose 1 or more")
 
+    def flags(self) -> str:
+        """What chooses them, to be typed after `data prepare NAME`, with a space before each."""
+        each = f" --labels-per-class {self.labels_per_class}" * (self.labels_per_class is not None)
+        crop = f" --crop {self.crop}" * (self.crop != Options.crop)
+        return crop + " --skip-bad" * self.skip_bad + each
+
 
 @dataclass(frozen=True)
 class Plan:

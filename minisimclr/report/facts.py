@@ -217,8 +217,9 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
         files["diverged"] = files["metrics"].pop()
     facts.missing += [f"This run has no complete {name}." for name, v in files.items() if not v]
     try:
-        facts.dataset = open_training_data(facts.config, notify)
-        facts.total = Plan.of(facts.config, len(facts.dataset.split("pretrain"))).total
+        dataset = open_training_data(facts.config, notify)
+        facts.total = Plan.of(facts.config, len(dataset.split("pretrain"))).total
+        facts.dataset = dataset
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             run, _ = open_run(path)

@@ -63,6 +63,8 @@ def read(path: str | Path) -> Stored:
 def read_own(path: Path) -> Stored:
     """The encoder in a checkpoint of a run."""
     arrays, state = checkpoint.load(path)
+    if "config" not in state:
+        raise ValueError("it holds features, not weights")
     arrays, config = checkpoint.unprefixed("encoder", arrays), state["config"]
     specs = {name: Spec(array.shape, array.dtype.name) for name, array in arrays.items()}
     stem = first_layers(config["stem"], config["encoder"], config["image_size"])

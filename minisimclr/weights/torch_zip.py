@@ -20,6 +20,7 @@ from .stored import NAME_LIMIT, Spec, Stored, checked, decode
 DTYPES = {
     "Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64",
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+    "Bool": "bool",
 }  # fmt: skip
 CONVERT = "{}; convert it: python -c \"import torch; torch.save({}, 'NEW.pth')\""
 
