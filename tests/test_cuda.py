@@ -387,6 +387,15 @@ def test_bfloat16_costs_two_digits(cupy):
         assert 1e-3 < distance(ours, f.dispatch(object)(*map(exact, args))) < 1e-2
 
 
+@pytest.mark.parametrize("kinds", [(BFLOAT16, "f4"), ("f4", BFLOAT16)])
+def test_a_residual_in_another_precision_than_bfloat16_is_converted(kinds, cupy):
+    (x, *given, residual, relu) = next(s for s in SAMPLES["scale_shift"]() if s[6] is not None)
+    args = x.astype(kinds[0]), *given, residual.astype(kinds[1]), relu
+    (ours,) = on_device(norm.scale_shift, args, cupy)
+    expected = norm.scale_shift.dispatch(object)(*map(exact, args))
+    assert ours.dtype == kinds[0] and distance(ours, expected) < 1e-2
+
+
 @pytest.mark.parametrize("convert", [list, in_bfloat16], ids=["float32", "bfloat16"])
 def test_a_gradient_may_be_written_over(convert, cupy):
     for args in SAMPLES["input_gradient"]():

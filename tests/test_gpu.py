@@ -15,6 +15,7 @@ import pytest
 from test_cuda import (  # noqa: F401
     test_a_file_does_what_the_readable_passes_do,
     test_a_gradient_may_be_written_over,
+    test_a_residual_in_another_precision_than_bfloat16_is_converted,
     test_a_training_step_in_bfloat16,
     test_a_training_step_waits_for_nothing,
     test_activations_in_bfloat16_take_half_the_memory,

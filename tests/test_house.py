@@ -129,7 +129,7 @@ def test_budget():
     for path in PACKAGE.glob("kernels/*.cu*"):  # whose comments are whole lines
         lines = (line.strip() for line in path.read_text("utf-8").splitlines())
         kernels += sum(bool(line) and not line.startswith("//") for line in lines)
-    assert kernels <= 1195
+    assert kernels <= 1197
     assert count.pop("weights", 0) <= 484
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1118

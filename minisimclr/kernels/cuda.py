@@ -85,6 +85,8 @@ def cuda_moments(x):
 
 
 def cuda_scale_shift(x, mean, variance, eps, gamma, beta, residual, relu):
+    if residual is not None:  # perhaps of a layer that knows nothing of bfloat16
+        residual = residual.astype(x.dtype, copy=False)
     return apply("scale_shift", x, mean, variance, eps, gamma, beta, residual, int(relu))
 
 
