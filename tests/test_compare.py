@@ -360,6 +360,8 @@ def test_the_command_of_each_row_can_be_typed(run, dataset, cheap, tmp_path):
         assert {"the weights.h5", "FILE", "RUN", "--random"} & {*words}
         if row["method"] in ("finetune", "supervised"):
             assert given["finetune"] and given["epochs"] == 7
+    cached = Comparison(run, replace(dataset, path=tmp_path / "a cache.h5"))
+    assert "--data 'a cache.h5'" in cached.probed().rows[0]["command"]
 
 
 def test_each_part_is_kept_under_all_that_it_depends_on(run, dataset, cheap, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import baseline, embed, weights
 from ..backend import xp_of
-from ..data import Dataset
+from ..data import Dataset, cache_folder
 from ..errors import DataError, DivergedError, typed
 from ..files import file_sha256, locked, sha256, write_bytes
 from ..finetune import FACTORS, finetune
@@ -88,9 +88,11 @@ class Comparison:
         seen = f"{self.run.step:,} steps of {c.batch_size}"
         self.network, self.own = c.encoder, f"{Path(c.data).name} without labels, {seen}"
         self.pixels = f"{self.view or c.image_size} px of {self.side}"
-        self.probing = f"probe RUN --data {typed(self.name)}"
+        path = self.dataset.path  # of a finished cache, its name is not that of the data
+        named = typed(self.name if path.parent == cache_folder() else path.name)
+        self.probing = f"probe RUN --data {named}"
         self.probing += f" --view {self.view}" if self.view else ""
-        self.given = f"--data {typed(self.name)} --image-size {self.side}"  # with published weights
+        self.given = f"--data {named} --image-size {self.side}"  # with published weights
         data = hashlib.sha256(self.dataset.fingerprint.encode())
         for part in (self.dataset.labels, self.dataset.splits, np.array(self.dataset.class_names)):
             data.update(part.tobytes())
