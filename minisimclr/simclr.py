@@ -114,16 +114,22 @@ def calibrate(module: Module, x: Array, batch_size: int) -> None:
     modes = [(layer, vars(layer).get("training", True)) for _, layer in module.named_modules()]
     norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    statistics = [(a, a.copy()) for m in norms for a in (m.running_mean, m.running_var)]
     module.train()
-    for m in norms:
-        m.running_mean.fill(0)  # else a rounding error of the old ones would stay
-        m.running_var.fill(0)
     try:
+        if not module.training:
+            raise RuntimeError("calibrate() takes the statistics of batches: not in evaluating()")
+        for running, _ in statistics:
+            running.fill(0)  # else a rounding error of the old ones would stay
         for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
             for m in norms:
                 m.momentum = 1 / (1 + k)
             with no_grad():
                 module(Tensor(x[start : start + batch_size]))
+    except BaseException:
+        for running, old in statistics:
+            running[...] = old
+        raise
     finally:  # after Ctrl-C, too
         for m, kept in zip(norms, before, strict=True):
             m.momentum, m.num_batches_tracked = kept

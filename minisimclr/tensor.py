@@ -3,8 +3,8 @@
 A Function is one applied operation: `forward` maps arrays to an array and keeps, in plain
 attributes, what its `backward` will need. Edges link operations, not tensors, so an array lives on
 only if some operation saved it. `backward` visits operations in reverse topological order and frees
-each right after use: a graph serves one backward. Saved arrays are not copies: change weights only
-after all backward passes through them. Gradients are plain arrays: no second derivatives.
+each right after use: a graph serves one backward. Saved arrays are no copies, and some are computed
+again: change `.data` after all backward passes through it. Gradients have no gradients themselves.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Tensor:
         return bool(self.data)
 
     def __float__(self) -> float:
-        return float(self.data)
+        return float(self.data.item())
 
     item = __float__
 
@@ -129,8 +129,8 @@ class Tensor:
     def backward(self, gradient: Array | None = None) -> None:
         """Add d(self)/d(leaf) times `gradient` (default 1, for a scalar) to every leaf's `.grad`.
 
-        Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError if
-        there is no graph (no input has requires_grad, or an earlier backward used it up).
+        Raises ValueError for a non-scalar without a `gradient` of its shape, RuntimeError if no
+        input has requires_grad, or an earlier backward used the graph up.
         """
         if self.creator is None:
             raise RuntimeError("backward(): no graph leads here: did any input require a gradient?")
@@ -145,7 +145,7 @@ WEIGHT, BIAS, NORM = "weight", "bias", "norm"  # kinds of parameters
 
 
 class Parameter(Tensor):
-    """A trainable leaf. Optimizers go by its kind, not its name: only a WEIGHT is decayed."""
+    """A leaf; optimizers write into its `data`. Only the kind WEIGHT is decayed and LARS-scaled."""
 
     def __init__(self, data: Array, kind: str = WEIGHT):
         super().__init__(data, requires_grad=True)
@@ -224,15 +224,15 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         del gy  # the last reference, unless an operation saved it
         gxs = tuple(gxs) if isinstance(gxs, (tuple, list)) else (gxs,)
         who = type(function).__name__
-        assert len(gxs) == len(function.shapes), f"{who}: {len(gxs)} gradients"
+        assert len(gxs) == (n := len(function.shapes)), f"{who}: {len(gxs)} of {n} gradients"
         for parent, gx, shape in zip(function.parents, gxs, function.shapes, strict=True):
             if parent is None:
                 continue
-            assert getattr(gx, "shape", None) == shape, f"{who}: gradient {np.shape(gx)} of {shape}"
+            assert (seen := getattr(gx, "shape", gx)) == shape, f"{who}: gradient {seen} of {shape}"
             if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into
                 gx = gx.astype(parent.dtype, copy=memory_of(gx) in lent or 0 in gx.strides)
                 lent.add(memory_of(gx))
-                parent.grad = gx if parent.grad is None else parent.grad + gx
+                parent.grad = xp_of(gx).asarray(gx if parent.grad is None else parent.grad + gx)
                 continue
             if parent in owned:
                 gradients[parent] += gx

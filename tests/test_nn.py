@@ -475,11 +475,15 @@ def test_a_model_comes_back_in_the_mode_in_which_it_was_kept():
     assert copy.deepcopy(model.train()).encoder.training
 
 
-def test_calibrate_cut_short_leaves_the_momentum_as_it_was():
+def test_calibrate_cut_short_leaves_momentum_and_statistics_as_they_were():
     net = ms.nn.resnet10(width=4)
+    calibrate(net, rand(4, 8, 8, 3, dtype=np.float32), 4)
+    before = {name: array.copy() for name, array in net.state_dict().items()}
     with pytest.raises(ValueError, match="at least two rows"):
         calibrate(net, rand(1, 8, 8, 3, dtype=np.float32), 8)
     assert {m.momentum for _, m in net.named_modules() if isinstance(m, ms.nn.BatchNorm)} == {0.1}
+    for name, array in net.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 @pytest.mark.parametrize("sound", [True, False])
@@ -491,6 +495,6 @@ def test_calibrate_leaves_every_layer_in_its_mode(sound):
     with nullcontext() if sound else pytest.raises(ValueError, match="at least two rows"):
         model.calibrate(rand(4 if sound else 1, 8, 8, 3, dtype=np.float32), 4)
     assert [m.training for _, m in model.named_modules()] == modes and len(set(modes)) == 2
-    with evaluating():
+    with evaluating(), pytest.raises(RuntimeError, match=r"not in evaluating\(\)"):
         model.calibrate(rand(4, 8, 8, 3, dtype=np.float32), 4)
     assert [m.training for _, m in model.named_modules()] == modes
