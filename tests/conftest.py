@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+hypothesis.settings.register_profile("ours", deadline=None)  # machines may be busy
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -545,7 +545,7 @@ def test_nothing_moves_where_a_number_is_not_finite(cupy):
 def test_a_training_step_waits_for_nothing(kind, cupy):
     ours = steps("cuda:0", cupy, optimizer=kind)
     assert not cupy.counter.syncs
-    same_training(ours, steps("cpu", np, optimizer=kind))
+    same_training(ours, optimizer=kind)
 
 
 @pytest.fixture
@@ -754,7 +754,7 @@ def apart(monkeypatch, tmp_path):
         return gpu.main(["--out", str(out), *arguments])
 
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "child.py"))
-    monkeypatch.setattr(gpu, "LONG", 1)
+    monkeypatch.setattr(gpu, "LONG", 4)
     monkeypatch.setattr(gpu, "SLACK", 0)
     return main, out
 
@@ -764,10 +764,10 @@ def test_a_process_that_dies_or_hangs_costs_its_part_alone(apart):
     results = main("--minutes", "1")
     assert json.loads(out.read_text()) == results and len(results) == 12
     assert "its process ended with" in results.pop("kernels")[1]["failed"]
-    assert results.pop("losses")[1]["failed"] == "no end after 1 s"
+    assert results.pop("losses")[1]["failed"] == "no end after 4 s"
     assert all(len(rows) == 1 for rows in results.values())
     minutes = {name: float(rows[0]["options"]["--minutes"]) for name, rows in results.items()}
-    assert minutes["views"] == 1 / 60 and minutes["steps"] > 0.5  # all that is left
+    assert minutes["views"] == 4 / 60 and minutes["steps"] > 0.5  # all that is left
     assert list(out.parent.glob("gpu*")) == [out]
 
 

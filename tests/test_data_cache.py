@@ -43,6 +43,7 @@ def made(pictures, tmp_path_factory) -> Path:
 
 def child(*arguments, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a disk that is full would keep half a module
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment,
@@ -210,7 +211,7 @@ SLOW = """
 import sys, time
 from minisimclr.data.workers import parallel_map
 def make(path):
-    print("begun", flush=True)
+    print("begun\\n", end="", flush=True)  # in one piece, beside the other's
     time.sleep(15)
     open(path, "w")
 if __name__ == "__main__":

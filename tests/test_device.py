@@ -79,8 +79,9 @@ LEAKS = {
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS.keys())
 def test_a_silent_leak_is_caught(cupy, leak):
+    x = cupy.asarray(randn(3))
     with pytest.raises((TypeError, AttributeError)):
-        leak(cupy, cupy.asarray(randn(3)))
+        leak(cupy, x)
 
 
 def test_a_loud_leak_is_counted(cupy):
@@ -251,7 +252,7 @@ def test_networks(cupy):
         assert all(type(a) is np.ndarray for a in state.values())
         net.load_state_dict(state)
         h = net(Tensor(cupy.asarray(x))).data
-        assert np.linalg.norm(host(h) - expected) < 1e-3 * np.linalg.norm(expected)
+        assert np.linalg.norm(host(h) - expected) < 3e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", [ms.optim.SGD, ms.optim.LARS])
@@ -310,14 +311,17 @@ def steps(where, like, count=2, optimizer=ms.optim.LARS, **net):
     return seen, model
 
 
-def same_training(ours, theirs):
+def same_training(ours, **how):
     """The first step to a rounding error; later ones are too chaotic to be held to that."""
-    (seen, model), (reference, on_host) = ours, theirs
+    (seen, model), (reference, on_host) = ours, steps("cpu", np, **how)
     first, expected = (side[0].figures for side in (seen, reference))
     assert first["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert first["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=0.03)
-    for (name, p), (_, q) in zip(model.named_parameters(), on_host.named_parameters(), strict=True):
-        assert np.linalg.norm(host(p.data) - q.data) < 0.02 * np.linalg.norm(q.data) + 0.01, name
+    start, end, there = (
+        np.concatenate([host(p.data).ravel() for _, p in m.named_parameters()])
+        for m in (steps("cpu", np, 0, **how)[1], on_host, model)
+    )
+    assert np.linalg.norm(there - end) < 0.05 * np.linalg.norm(end - start)
 
 
 NETS = {
@@ -331,7 +335,7 @@ def test_a_training_step_waits_for_nothing_but_its_guard(net, cupy):
     """The readable optimizer asks once whether all is finite; the kernels do not (test_cuda.py)."""
     seen, model = steps("cuda:0", cupy, **net)
     assert cupy.counter.syncs == ["bool"] * 2
-    same_training((seen, model), steps("cpu", np, **net))
+    same_training((seen, model), **net)
 
 
 def test_a_buffer_that_nobody_reads_is_kept_while_the_copy_may_be_on_its_way(cupy):

@@ -617,6 +617,6 @@ def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
         dataset = types.SimpleNamespace(images=h)
         embed.save(pathlib.Path({str(tmp_path / "h.npy")!r}), h, dataset, {{}})
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-Bc", code], capture_output=True, text=True)
     assert done.returncode == 1 and f"File too large: '{tmp_path / 'h.npy'}'" in done.stderr
     assert not list(tmp_path.iterdir())
