@@ -6,6 +6,7 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +347,8 @@ def test_modules_that_nobody_would_find_are_refused():
     for ask in (net.state_dict, net.eval, lambda: list(net.named_parameters())):
         with pytest.raises(TypeError, match="what layers holds is not found: use Sequential or"):
             ask()
-    for hidden in (layer,), {"a": layer}, [layer.weight]:  # they would not be trained, either
+    also = partial(layer), layer.forward, partial(relu, x=layer)
+    for hidden in (layer,), {"a": layer}, [layer.weight], *also:  # they would not be trained
         net.layers = hidden
         with pytest.raises(TypeError, match="what layers holds is not found"):
             net.state_dict()
@@ -356,6 +358,7 @@ def test_modules_that_nobody_would_find_are_refused():
     outer = ms.nn.Module()
     outer.net = net
     outer.decayed, outer.taps = [layer.weight], {"first": (net.first,)}  # found further down
+    outer.end, outer.own = partial(layer.forward), outer.forward
     assert [name for name, _ in outer.named_parameters()] == ["net.first.weight", "net.first.bias"]
     with pytest.raises(NotImplementedError, match="Module has no forward"):
         net(Tensor(np.ones((2, 3))))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -64,7 +65,9 @@ class Module:
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, GROUPS) and (ids := held(value)) and ids - self._reached():
+            elif isinstance(value, Parameter):
+                continue
+            elif (ids := held(value)) and ids - self._reached():
                 raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
 
     def _reached(self) -> set[int]:
@@ -183,9 +186,14 @@ GROUPS = list, tuple, set, dict
 
 
 def held(value: Any) -> set[int]:
-    """The ids of the modules and parameters that a value is or, in GROUPS, holds at any depth."""
+    """The ids of the modules and parameters that a value is or, in GROUPS, as a partial or a bound
+    method, holds at any depth.
+    """
+    if isinstance(value, partial):
+        value = value.func, value.args, value.keywords
     if isinstance(value, GROUPS):
         return set().union(*map(held, value.values() if isinstance(value, dict) else value))
+    value = getattr(value, "__self__", value)
     return {id(value)} if isinstance(value, (Module, Parameter)) else set()
 
 
