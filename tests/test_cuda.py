@@ -604,7 +604,7 @@ def test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast(cupy):
         return distance(host(h), expected[0]), distance(all_of(gradients), all_of(expected[2]))
 
     for error, of_torch in zip(errors(*ours), errors(*theirs), strict=True):
-        assert 0.5 * of_torch < error < 1.5 * of_torch  # sums of another order: up to 1.15
+        assert 0.5 * of_torch < error < 1.2 * of_torch  # sums of another order: up to 1.15
 
 
 def test_a_training_step_in_bfloat16(cupy):

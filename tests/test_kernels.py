@@ -346,7 +346,7 @@ def test_winograd_rounds_little_more_than_a_plain_sum():
     reference = conv_output.dispatch(object)(exact(x), exact(w), ONE, SAME)
     plain = distance(conv_output.dispatch(object)(x, w, ONE, SAME), reference)
     assert winograd.tile(4, w.shape, (32, 32), ONE, SAME) == 4
-    assert distance(conv_output(x, w, ONE, SAME), reference) < 8 * plain
+    assert distance(conv_output(x, w, ONE, SAME), reference) < 5 * plain
 
 
 def test_moments_do_not_cancel_where_the_first_rows_are_unlike_the_others():
