@@ -7,7 +7,7 @@ are those of the authors' code (google-research/simclr, `data_util.py`, second v
 jitter).
 
 Random draws and pixels are kept apart. `draw_views` draws every random parameter on the host as a
-pure function of (seed, step, stream), so any worker, device or resumed run sees the same views;
+pure function of its arguments, so any worker, device or resumed run sees the same views;
 `apply_views` is deterministic, works on whole batches and runs on NumPy and CuPy alike; a faster
 version of it runs unless MINISIMCLR_KERNELS=reference.
 
@@ -59,8 +59,9 @@ def draw_views(
     turns the hue by U(-0.2 s, 0.2 s).
 
     The same arguments give the same bits on every machine and NumPy: raw Philox numbers, then
-    correctly rounded operations only. Processes that share a batch all draw for the whole of it,
-    and each takes its `part`. Raises ConfigError for a negative strength or bad crop_scale.
+    correctly rounded operations only. Another `stream` gives other draws. Processes that share a
+    batch draw for all of it, and each takes its `part`: another n gives other second views, too.
+    Raises ConfigError for a negative strength or bad crop_scale.
     """
     low, high = crop_scale
     if not 0 < low <= high <= 1:
@@ -151,7 +152,7 @@ def crop_resize(images: Array, boxes: np.ndarray, flips: np.ndarray, size: int) 
     Bilinear with antialiasing, like Pillow and torchvision: an output pixel is the mean of the
     input pixels under a triangle that reaches one output pixel, and at least one input pixel, to
     either side. Without antialiasing, a shrunken photo keeps every n-th pixel, and two crops of one
-    picture differ by aliasing. The authors resize bicubically, without it, and leave [0, 1].
+    picture differ by aliasing. The authors resize bicubically, without it: values overshoot [0, 1].
     """
     xp, (_, h, w) = xp_of(images), batch_shape(images, boxes)
     left, top, width, height = xp.asarray(boxes).T  # each (N,)

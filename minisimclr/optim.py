@@ -1,4 +1,4 @@
-"""SGD with momentum; and LARS, which also scales the rate of each weight by |weight| / |gradient|.
+"""SGD with momentum; and LARS, which also scales each layer's rate by its |weight| / |gradient|.
 
 Only weights are decayed, and only their rates are scaled: biases and the parameters of batch norm
 are not. Parameters are told apart by their kind, not by their names. Faster versions of these

@@ -21,7 +21,7 @@ from .backend import Array, to_host, xp_of
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
-# A profiler's, for every pass: observer(function, direction, run, arrays) returns run(*arrays).
+# A profiler's: observer(function, "forward" or "backward", run, arrays) returns run(*arrays).
 observer: Callable[[Function, str, Callable, tuple], Any] | None = None
 
 
@@ -157,8 +157,8 @@ class Parameter(Tensor):
 class Function:
     """One applied operation; a subclass has forward(self, *arrays) and backward(self, gy).
 
-    `backward` returns the gradient of each input (a tuple, or one array for one input), or None
-    where `self.needs[i]` is false; `self.shapes[i]` is that input's shape. Both may write only into
+    `backward` returns the gradient of each input (a tuple, or one array for one input), and may say
+    None where `self.needs[i]` is false; `self.shapes[i]` is its shape. Both may write only into
     arrays they have allocated themselves: inputs, `gy` and saved arrays are shared with others.
     """
 
@@ -221,7 +221,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
         # Memory that others use: a leaf gets a copy of it.
         lent = {memory_of(a) for a in (gy, *vars(function).values()) if hasattr(a, "base")}
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
-        del gy  # the last reference, unless an operation saved it
+        del gy  # its memory is free as soon as nothing else refers to it
         gxs = tuple(gxs) if isinstance(gxs, (tuple, list)) else (gxs,)
         who = type(function).__name__
         assert len(gxs) == (n := len(function.shapes)), f"{who}: {len(gxs)} of {n} gradients"

@@ -77,7 +77,7 @@ class Module:
         return {id(value) for module in modules for value in (module, *vars(module).values())}
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """(what their names begin with, module): this one and all below, in definition order."""
+        """(prefix of its names, module): this one and all below, in definition order."""
         yield prefix, self
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}{name}.")
@@ -133,7 +133,7 @@ class Module:
         """Parameters and statistics on "cpu", "cuda:N" or "auto"; gradients are dropped, counters
         stay.
 
-        A GPU becomes the one for new arrays. Raises ConfigError if it cannot be used.
+        A GPU also becomes this thread's current one. Raises ConfigError if it cannot be used.
         """
         where, _ = choose_device(device)
         return self._convert(lambda a: to_device(to_host(a), where))

@@ -166,7 +166,7 @@ def batch_norm(
 
     running: (mean, variance), used in evaluation; in training updated in place,
     new = (1 - momentum) old + momentum batch, with the unbiased variance (divided by M - 1), as
-    in torch. Raises ValueError for other shapes of the rest, or to train on less than two rows.
+    in torch. Raises ValueError for other shapes of the rest, or to train on fewer than two rows.
     """
     if not x.shape[-1:] == gamma.shape == beta.shape:
         raise ValueError(f"batch norm of {gamma.shape} channels does not fit {x.shape}")

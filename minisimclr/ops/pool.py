@@ -90,8 +90,8 @@ def max_pool(
 ) -> Tensor:
     """Maximum of each window of x (N, H, W, C); padding is never the maximum.
 
-    Raises ValueError for windows of more than 255 pixels (a rank from 1 up is one byte), of padding
-    alone, or larger than the padded image, and for strides below 1.
+    Raises ValueError for windows of more than 255 pixels (the fast version counts them from 1, in
+    a byte), of padding alone, or larger than the padded image, and for strides below 1.
     """
     if (pixels := prod(pair(kernel))) > 255:
         raise ValueError(f"max_pool: a kernel of {pixels} pixels is too large: 255 are the most")

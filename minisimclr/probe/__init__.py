@@ -269,7 +269,7 @@ def alignment(z1: Array, z2: Array) -> float:
 def uniformity(z: Array) -> float:
     """log mean exp(-2 d^2) over pairs of N >= 2 unit embeddings (N, D) (Wang & Isola 2020).
 
-    0 under collapse (to zeros as well), about -4 when spread evenly over a sphere of many
+    0 under collapse (all equal, or all zeros), about -4 when spread evenly over a sphere of many
     dimensions.
     """
     z = unit(z)

@@ -186,7 +186,7 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
 
 
 def finite(X: Array) -> Array:
-    """X (N, D) itself; what is less exact as float32. DataError if it is empty or not finite."""
+    """X (N, D) in float32 or float64 (integers, too). DataError if it is empty or not finite."""
     if not bool(xp_of(X).isfinite(X).all()) or X.ndim != 2 or X.size == 0:
         raise DataError(f"features {X.shape}: not (N, D), empty or not finite; did training fail?")
     return X.astype(np.promote_types(X.dtype, np.float32), copy=False)
