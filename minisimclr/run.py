@@ -29,6 +29,7 @@ from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError
 from .files import handling, read_json, rename, require_writable, sync, write_bytes
+from .kernels import chosen
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
 from .simclr import Model
@@ -109,7 +110,8 @@ class Run:
         """What its last digits depend on, where that is no longer as when it began."""
         began, now = read_json(self.path / "env.json", dict) or {}, environment(self.config)
         other = []
-        for name in ("minisimclr", "numpy", "blas_kernels", "machine", "threads", "device"):
+        names = "minisimclr", "kernels", "numpy", "blas_kernels", "machine", "threads", "device"
+        for name in names:
             was, is_now = (str(each.get(name)).partition(" (")[0] for each in (began, now))
             if name in began and was != is_now:
                 other.append(f"{name} {was}, now {is_now}")
@@ -216,6 +218,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     """What the figures of a run depend on besides its settings, here and now."""
     return {
         "minisimclr": __version__,
+        "kernels": chosen,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas_kernels": blas_kernels(),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import minisimclr as ms
 from minisimclr import baseline, compare, embed, finetune, nn, weights
 from minisimclr.augment import center_view, crop_resize
-from minisimclr.compare import Comparison, Part, made_before, markdown, some_of_each
+from minisimclr.compare import Comparison, Part, markdown, some_of_each
 from minisimclr.errors import DataError, DivergedError
 from minisimclr.finetune import Classifier, Recipe, fit
 from minisimclr.optim import LARS
@@ -461,10 +461,13 @@ def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
     assert found == (dataset, "w", None, None, 7)
 
 
-def test_steps_that_were_taken_twice_count_once(tmp_path):
-    path = tmp_path / "timings.jsonl"
-    path.write_text("".join(f'{{"step": {step}, "seconds": 2.0}}\n' for step in (1, 2, 2, 3)))
-    assert compare.pretraining_seconds(path) == {"pretraining_seconds": 6.0}
+def test_the_time_of_pretraining_is_that_of_its_own_steps_once(run, tmp_path):
+    there = replace(run, path=tmp_path, step=3)
+    lines = [f'{{"step": {step}, "seconds": 2.0}}\n' for step in (1, 2, 2, 3, 4)]  # and one later
+    (tmp_path / "timings.jsonl").write_text("".join(lines) + '{"step": 5, "sec')  # killed
+    assert compare.pretraining_seconds(there) == {"pretraining_seconds": 6.0}
+    (tmp_path / "timings.jsonl").write_text("".join(lines[1:]))
+    assert compare.pretraining_seconds(there) == {}
 
 
 def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp_path, monkeypatch):
@@ -574,10 +577,10 @@ def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_pa
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "curve": []}'])
-def test_another_results_json_is_not_touched(content, tmp_path):
+def test_another_results_json_is_not_touched(content, run, dataset, tmp_path):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match=r"results\.json: not results of `minisimclr compare`"):
-        made_before(tmp_path / "results.json")
+        Comparison(run, dataset).make(tmp_path)
     assert (tmp_path / "results.json").read_text() == content
 
 

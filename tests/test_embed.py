@@ -26,6 +26,7 @@ from minisimclr.cli import group
 from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
+from minisimclr.kernels import winograd
 from minisimclr.report import facts
 from minisimclr.run import moved
 from minisimclr.train import pretrain, quiet, resume
@@ -540,6 +541,17 @@ def test_the_doctor_finds_a_wrong_gradient_of_weights(monkeypatch):
 
     monkeypatch.setattr(ms.ops.conv.Conv2d, "backward", larger)
     with pytest.raises(AssertionError, match="gradcheck: input 1 of shape"):
+        doctor.gradients()
+
+
+def test_the_doctor_finds_a_wrong_gradient_of_a_faster_pass(monkeypatch):
+    right = winograd.gradients
+    monkeypatch.setattr(
+        winograd, "gradients", lambda *given: (right(*given)[0], right(*given)[1] * 1.02)
+    )
+    with pytest.raises(
+        AssertionError, match=r"conv\d.weight: the gradient in float32 is 2\.0% off"
+    ):
         doctor.gradients()
 
 

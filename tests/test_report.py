@@ -298,8 +298,14 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
     title = "The probe's labels do not belong to its pictures"
     assert title not in faults(run.path)  # so few pictures may be at chance for other reasons
     assert any("labels of other pictures" in finding.title for finding in judge(read(run.path)))
-    monkeypatch.setattr(verdict, "ENOUGH", result["test"])
+    enough = result["test"], result["labels"], result["labels"] / result["classes"]
+    monkeypatch.setattr(verdict, "ENOUGH", enough)
     assert title in faults(run.path) and title not in faults(sound)
+    for i in range(3):
+        more = [n + (i == k) for k, n in enumerate(enough)]
+        monkeypatch.setattr(verdict, "ENOUGH", more)
+        assert title not in faults(run.path)
+    monkeypatch.setattr(verdict, "ENOUGH", enough)
     unequal = json.loads((run.path / "probe.json").read_text())
     unequal["controls"]["chance"] = 0.6  # of three classes: to beat the commonest is hard
     (run.path / "probe.json").write_text(json.dumps(unequal))
@@ -314,6 +320,8 @@ def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):
     assert verdict.unfinished(facts).evidence == "It is at step 1 of 8."
     facts.total, facts.going = 0, True  # as for a data set that has changed
     assert verdict.unfinished(facts).evidence == "It is at step 1."
+    (told,) = (f for f in judge(facts) if f.title == "Still training")
+    assert told.advice == "Look again later."  # and not to resume it
 
 
 def test_what_a_frozen_run_is_told(sound, tmp_path):
@@ -488,7 +496,6 @@ def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path)
     assert verdict.chance_line(on).level == FAULT
     telling = verdict.chance_line(edited(sound, tmp_path / "telling", loss=chance, accuracy=0.9))
     assert telling.level == WARNING and "90.0% of the views found" in telling.evidence
-    assert verdict.chance_line(edited(sound, tmp_path / "low", loss=chance - 1)).level == GOOD
     above = verdict.chance_line(edited(sound, tmp_path / "above", loss=chance + 1, accuracy=0.9))
     assert (above.level, above.title) == (WARNING, "The loss is above its chance line")
     assert not verdict.chance_line(on).title
@@ -547,11 +554,17 @@ def test_labels_are_cleared_by_one_system_that_is_clearly_above_chance(sound, tm
 
 
 @pytest.mark.parametrize("below, good", [(0.15, True), (0.05, False)])
-def test_a_loss_is_good_from_a_tenth_below_the_chance_line(below, good, sound):
+@pytest.mark.parametrize("first", [0.0, 0.5])
+def test_a_loss_is_good_from_a_tenth_below_both_chance_and_step_1(first, below, good, sound):
     facts = read(sound)
     last = facts.epochs[-1]
-    facts.__dict__["epochs"] = [last | {"loss": last["chance"] - below}]
-    assert (verdict.chance_line(facts).level == GOOD) == good
+    facts.files["metrics"][0]["loss"] = last["chance"] - first
+    facts.__dict__["epochs"] = [last | {"loss": last["chance"] - first - below}]
+    found = verdict.chance_line(facts)
+    assert (found.level == GOOD) == good
+    if first and not good:  # by chance, random weights may do as well
+        assert found.title == "The loss has hardly fallen"
+        assert found.evidence.endswith(f"Step 1 had a loss of {last['chance'] - first:.3f}.")
 
 
 def test_the_best_control_is_the_one_to_beat(sound, tmp_path):
@@ -559,6 +572,37 @@ def test_the_best_control_is_the_one_to_beat(sound, tmp_path):
     found = verdict.features_gain(edited(sound, tmp_path / "run", rows))
     assert found.level == WARNING and "random encoder: 80.0%" in found.evidence
     assert found.title.endswith("the control, random encoder")
+
+
+def test_chance_is_a_control_too(sound, tmp_path):
+    rows = {"SimCLR": 0.5, "random encoder": 0.1, "raw pixels": 0.1}
+    facts = edited(sound, tmp_path / "run", rows)
+    facts.files["probe"]["controls"]["chance"] = 0.45
+    assert verdict.features_gain(facts).title.endswith("the control, chance")
+
+
+def test_a_run_whose_pictures_are_gone_ended_with_its_last_epoch(sound, config, tmp_path):
+    path = shutil.copytree(sound, tmp_path / "run")
+    settings = json.loads((path / "config.json").read_text())
+    settings["data"]["value"] = "/nowhere"
+    for epochs in (config.epochs, config.epochs + 1):
+        settings["epochs"]["value"] = epochs
+        (path / "config.json").write_text(json.dumps(settings))
+        found = {f.title for f in judge(read(path))}
+        assert ("The run stopped before its end" in found) == (epochs > config.epochs)
+        assert "More training would help" not in found or epochs == config.epochs
+
+
+def test_a_probe_of_an_earlier_step_is_left_out_without_the_pictures_too(sound, tmp_path):
+    path = shutil.copytree(sound, tmp_path / "run")
+    settings = json.loads((path / "config.json").read_text())
+    settings["data"]["value"] = "/nowhere"
+    (path / "config.json").write_text(json.dumps(settings))
+    assert read(path).files["probe"]
+    probe = json.loads((path / "probe.json").read_text())
+    (path / "probe.json").write_text(json.dumps(probe | {"step": 3}))
+    facts = read(path)
+    assert not facts.files["probe"] and any("of another step" in words for words in facts.missing)
 
 
 def test_more_training_is_asked_for_after_one_epoch_and_few(sound):

@@ -651,6 +651,7 @@ def test_no_threads_means_all_cores(config, tmp_path):
     assert environment["threads"] == cores.threads() and environment["cores"] == os.cpu_count()
     assert environment["device"] == "{} ({})".format(*choose_device("auto"))
     assert environment["blas_kernels"] == cores.blas_kernels()
+    assert environment["kernels"] == "fast"
 
 
 @pytest.mark.parametrize(
@@ -658,8 +659,8 @@ def test_no_threads_means_all_cores(config, tmp_path):
     [
         ({}, None),
         (
-            {"numpy": "1.0", "python": "3.1", "started": "long ago"},
-            f"numpy 1.0, now {np.__version__}",
+            {"numpy": "1.0", "python": "3.1", "started": "long ago", "kernels": "reference"},
+            f"kernels reference, now fast; numpy 1.0, now {np.__version__}",
         ),
         ({"threads": 7, "device": "cuda:0 (a card)"}, "threads 7, now 1; device cuda:0, now cpu"),
     ],

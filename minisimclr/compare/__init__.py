@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class Comparison:
             data.update(part.tobytes())
         self.data = f"{PROTOCOL} {data.hexdigest()}"
         self.depends = [self.data, file_sha256(self.run.saved_at), self.view]
-        self.took = pretraining_seconds(self.run.path / "timings.jsonl")
+        self.took = pretraining_seconds(self.run)
 
     def make(self, out: Path) -> dict[str, Any]:
         """Make what is not in out/results.json yet, write it there, return all of it.
@@ -281,10 +282,13 @@ def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(rows[place < count])
 
 
-def pretraining_seconds(path: Path) -> dict[str, float]:
-    """How long the steps in a run's timings.jsonl took; empty if that cannot be read."""
-    try:
-        steps = [json.loads(line) for line in path.read_text().splitlines()]
-        return {"pretraining_seconds": sum({s["step"]: s["seconds"] for s in steps}.values())}
-    except (OSError, ValueError, KeyError, TypeError):
+def pretraining_seconds(run: Run) -> dict[str, float]:
+    """How long a run's steps took, by its timings.jsonl; empty if that does not tell of each."""
+    took = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a killed run may leave half a line
+        for line in (run.path / "timings.jsonl").read_text().splitlines():
+            step = json.loads(line)
+            took[step["step"]] = step["seconds"]
+    if not all(step in took for step in range(1, run.step + 1)):
         return {}
+    return {"pretraining_seconds": sum(took[step] for step in range(1, run.step + 1))}

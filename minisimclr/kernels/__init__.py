@@ -9,11 +9,11 @@ import os
 import sys
 from importlib import import_module
 
-_choice = os.environ.get("MINISIMCLR_KERNELS", "fast")
-if _choice not in ("fast", "reference"):  # no command is running yet that could report it
-    print(f"error: MINISIMCLR_KERNELS is {_choice!r}: use fast or reference", file=sys.stderr)
+chosen = os.environ.get("MINISIMCLR_KERNELS", "fast")
+if chosen not in ("fast", "reference"):  # no command is running yet that could report it
+    print(f"error: MINISIMCLR_KERNELS is {chosen!r}: use fast or reference", file=sys.stderr)
     raise SystemExit(2)
-if _choice == "fast":
+if chosen == "fast":
     from ..backend import on_cupy
     from ..cores import reuse_memory
     from . import augment, conv, norm, optim, pool  # noqa: F401

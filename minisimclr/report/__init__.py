@@ -57,7 +57,8 @@ def tiles(facts: Facts) -> str:
         values[f"loss (chance {last['chance']:.2f})"] = f"{last['loss']:.2f}"
         values["contrastive accuracy"] = f"{last['accuracy']:.0%}"
         values["effective rank"] = f"{last['effective_rank']:.1f}"
-        values["views per second"] = f"{last['views/s'] or 0:,.0f}"
+        if last["views/s"]:
+            values["views per second"] = f"{last['views/s']:,.0f}"
     if probe := facts.files["probe"]:
         values[f"probe top-1 (chance {probe['controls']['chance']:.1%})"] = f"{probe['top1']:.1%}"
     inner = "".join(f"<div><b>{v}</b><span>{escape(k)}</span></div>" for k, v in values.items())

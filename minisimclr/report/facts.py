@@ -82,6 +82,13 @@ class Facts:
         """Steps taken."""
         return self.files["metrics"][-1]["step"] if self.files["metrics"] else 0
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last step has been taken or, without a data set, its last epoch has ended."""
+        if self.total:
+            return self.done >= self.total
+        return bool(self.epochs) and self.epochs[-1]["epoch"] >= self.config.epochs
+
     def need(self, what: str) -> Any:
         """A file's content, the data set or the run. Raises Missing if it is not there."""
         if not (value := self.files.get(what) or getattr(self, what, None)):
@@ -216,21 +223,27 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
     facts.missing += [f"This run has no complete {name}." for name, v in files.items() if not v]
+    run = None
     try:
         dataset = open_training_data(facts.config, notify)
         facts.total = Plan.of(facts.config, len(dataset.split("pretrain"))).total
         facts.dataset = dataset
+    except (DataError, ConfigError, OSError) as error:
+        facts.missing.append(f"{error}.")
+    try:
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             run, _ = open_run(path)
-            run.config = replace(run.config, device="cpu")
     except (DataError, ConfigError, OSError) as error:
         facts.missing.append(f"{error}.")
         return facts
+    run.config = replace(run.config, device="cpu")
     facts.missing += [str(note.message) for note in notes]
     if (files["probe"] or {}).get("step", run.step) != run.step:
         files["probe"] = None
         facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
+    if not facts.dataset:
+        return facts
     if not run.step:
         facts.missing.append("There is no checkpoint yet.")
     elif not facts.dataset.identity.startswith(run.trained_on):

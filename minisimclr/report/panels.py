@@ -184,7 +184,7 @@ def feature_map(facts: Facts) -> str:
     for k in np.unique(labels)[:12]:
         name = data.class_names[k] if k >= 0 else "no label"
         groups[name] = flat[labels == k, 0].tolist(), flat[labels == k, 1].tolist()
-    title = f"{(s[:2] ** 2).sum() / (s**2).sum():.0%} of the variance"
+    title = f"{(s[:2] ** 2).sum() / ((s**2).sum() or 1):.0%} of the variance"
     return scatter(title, "first axis", "second axis", groups, height=5)
 
 
@@ -286,7 +286,7 @@ def repeat(facts: Facts) -> str:
     for f in fields(TrainConfig):
         if (value := getattr(facts.config, f.name)) != f.default:
             words += [f"--{f.name.replace('_', '-')}", str(value)]
-    settings = [(n, str(e["value"]), e["origin"]) for n, e in facts.files["config"].items()]
+    settings = [(n, str(e["value"]), e["origin"]) for n, e in (facts.files["config"] or {}).items()]
     return (
         code(typed(*words), "command")
         + table("Settings", ("setting", "value", "origin"), settings)

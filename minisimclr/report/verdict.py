@@ -3,7 +3,7 @@
 Most mistakes leave a mark in the logs. Those in the loss are found by doing step 1 again: its
 weights, batch and views follow from the settings, and the loss is written out here anew, once as
 Algorithm 1 has it and once with each usual mistake; one of them gives the logged number. Wrong
-gradients leave no such mark: they are checked against finite differences. On the page, each rule's
+gradients leave no such mark: those of the installed code are checked. On the page, each rule's
 docstring says what is wrong and what to do.
 """
 
@@ -18,7 +18,8 @@ from .page import Missing, told
 
 FAULT, WARNING, GOOD = LEVELS = ("fault", "warning", "good")
 HEADLINES = {FAULT: "Broken", WARNING: "Look here", GOOD: "Healthy"}
-ENOUGH = 200  # test pictures that tell a probe without any skill from a weak one
+# Test pictures, labels, and labels per class that tell a probe without any skill from a weak one.
+ENOUGH = 200, 100, 10
 SAME = 2e-3  # relative difference between two losses that rounding on another machine may cause
 CLEARLY = 50  # times nearer to a mistake than to the right loss: not rounding
 
@@ -42,7 +43,7 @@ def judge(facts: Facts) -> list[Finding]:
             continue
         if finding:
             title, advice = told(rule)
-            shown = "" if finding.level == GOOD else advice
+            shown = "" if finding.level == GOOD else finding.advice or advice
             found.append(finding._replace(title=finding.title or title, advice=shown))
     found.sort(key=lambda finding: LEVELS.index(finding.level))
     if found and found[0].level == FAULT:  # what would help a sound run does not help this one
@@ -203,7 +204,9 @@ def labels(facts: Facts) -> Finding | None:
         return None
     scores = ", ".join(f"{name} {row['top1']:.1%}" for name, row in probe["rows"].items())
     said = f"Every system is at chance, {chance:.1%}, on {probe['test']} pictures: {scores}."
-    if probe["test"] < ENOUGH or chance > 1.5 / probe["classes"]:  # or of very unequal classes
+    few = probe["test"], probe["labels"], probe["labels"] / probe["classes"]
+    unequal = chance > 1.5 / probe["classes"]
+    if unequal or any(n < enough for n, enough in zip(few, ENOUGH, strict=True)):
         return Finding(WARNING, said, "Hard pictures, few labels, or labels of other pictures")
     return Finding(FAULT, said)
 
@@ -221,26 +224,31 @@ def unfinished(facts: Facts) -> Finding | None:
 
     Go on with minisimclr train --resume RUN.
     """
-    if not facts.going and (facts.done >= facts.total or "diverged" in facts.files):
+    if not facts.going and (facts.ended or "diverged" in facts.files):
         return None
     said = f"It is at step {facts.done:,}" + (f" of {facts.total:,}." if facts.total else ".")
-    return Finding(WARNING, said, "Still training" if facts.going else "")
+    if facts.going:
+        return Finding(WARNING, said, "Still training", "Look again later.")
+    return Finding(WARNING, said)
 
 
 def chance_line(facts: Facts) -> Finding | None:
     """The loss stays on the chance line.
 
     During the warm-up and in the first two epochs that is normal. Later, try a lower --temperature,
-    or a lower --lr, which small batches need.
+    or another --lr: small batches need a lower one.
     """
     last, guess = facts.need("epochs")[-1], 1 / (2 * facts.config.batch_size - 1)
     said = f"The loss is {last['loss']:.3f}; by chance it would be ln(2N-1) = {last['chance']:.3f}."
-    if last["loss"] <= last["chance"] - 0.1:
+    first = facts.need("metrics")[0]["loss"]  # with random weights, and perhaps below chance
+    if last["loss"] <= min(last["chance"], first) - 0.1:
         return Finding(GOOD, said, "The model tells pictures apart")
     said += f" {last['accuracy']:.1%} of the views found their partner: {guess:.1%} by chance."
     early = last["epoch"] <= max(2, facts.config.warmup_epochs + 1)
     blind = not early and last["accuracy"] < 2 * guess
     title = "The loss is not yet clearly below its chance line" if early else ""
+    if last["loss"] <= last["chance"] - 0.1:
+        title, said = "The loss has hardly fallen", f"{said} Step 1 had a loss of {first:.3f}."
     if last["loss"] > last["chance"] + 0.1:
         title = "The loss is above its chance line"
     return Finding(FAULT if blind else WARNING, said, title)
@@ -249,11 +257,13 @@ def chance_line(facts: Facts) -> Finding | None:
 def features_gain(facts: Facts) -> Finding | None:
     """Its features beat every control."""
     probe = facts.need("probe")
-    own, *controls = probe["rows"].items()
-    name, best = max(controls, key=lambda control: control[1]["top1"])
-    times = own[1]["top1"] / probe["controls"]["chance"]
-    said = f"Top-1 is {own[1]['top1']:.1%}, {times:.1f} times chance; {name}: {best['top1']:.1%}."
-    if own[1]["ci95"][0] > best["top1"]:
+    own, *others = probe["rows"].items()
+    chance = probe["controls"]["chance"]
+    controls = {"chance": chance} | {name: row["top1"] for name, row in others}
+    name = max(controls, key=lambda control: controls[control])
+    times = own[1]["top1"] / chance
+    said = f"Top-1 is {own[1]['top1']:.1%}, {times:.1f} times chance; {name}: {controls[name]:.1%}."
+    if own[1]["ci95"][0] > controls[name]:
         return Finding(GOOD, said)
     return Finding(WARNING, said, f"Its features do not clearly beat the control, {name}")
 
@@ -267,7 +277,7 @@ def too_short(facts: Facts) -> Finding | None:
     fall = epochs[(len(epochs) - 1) // 2]["loss"] - epochs[-1]["loss"]
     enough = len(epochs) >= 10 or epochs[-1]["accuracy"] > 0.99  # little is left to learn
     little = len(epochs) > 1 and fall < (0.05 if len(epochs) > 5 else 0.01)
-    if facts.done < facts.total or enough or little:
+    if not facts.ended or enough or little:
         return None
     said = f"In the last half of {len(epochs)} epochs the loss fell {fall:.2f}."
     return Finding(WARNING, said if len(epochs) > 1 else "This was one epoch.")
