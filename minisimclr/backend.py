@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .cores import peak_resident
 from .errors import ConfigError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -290,11 +291,4 @@ def peak_memory(device: str) -> int:
     """Most bytes held so far: resident set of the process, or the GPU's memory pool."""
     if device != "cpu":
         return max(_pool_peak, cupy().get_default_memory_pool().total_bytes())
-    if sys.platform == "win32":
-        counters = (ctypes.c_size_t * 9)()  # 72 bytes: two numbers of 32 bits, then the peak
-        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
-        return counters[1]
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident()

@@ -8,13 +8,17 @@ a step took twice as long), so once `parallel` is in use they do only large prod
 
 import ctypes
 import os
+import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import cache, partial
+from operator import length_hint
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -40,7 +44,7 @@ def available_cores() -> int:
 _threads = available_cores()
 _workers: list[Thread] = []
 _tasks: SimpleQueue = SimpleQueue()  # (work, outcomes, place, done); None ends a worker
-_busy = Lock()  # held while the workers work
+_free = [None]  # empty while the workers work; unlike a lock's, its taking no Ctrl-C can divide
 
 
 def threads() -> int:
@@ -53,12 +57,20 @@ def set_threads(n: int) -> None:
     global _threads
     if n not in range(1025):
         raise ConfigError(f"threads must be a whole number from 0 to 1024, not {n}")
-    with _busy:
+    while True:
+        try:
+            del _free[0]
+            break
+        except IndexError:
+            time.sleep(0.001)
+    try:
         _threads = n = int(n) or available_cores()
         while len(_workers) >= n:
             _tasks.put(None)
             _workers.pop()
         _set_blas_threads(n)
+    finally:
+        _free.append(None)
 
 
 def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[Any]:
@@ -71,12 +83,16 @@ def parallel(work: Callable[[int, int], Any], n: int, block: int = 1) -> list[An
     """
     size = max(block, block * -(-n // (block * _threads)))
     parts = [(start, min(n, start + size)) for start in range(0, n, size)] or [(0, 0)]
-    if len(parts) == 1 or not _busy.acquire(blocking=False):
+    if len(parts) == 1:
+        return [work(*parts[0])]
+    try:
+        del _free[0]
+    except IndexError:
         return [work(*part) for part in parts]
     try:
         return _side_by_side(work, parts)
     finally:
-        _busy.release()
+        _free.append(None)
 
 
 def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]]) -> list[Any]:
@@ -87,14 +103,23 @@ def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]])
     _set_blas_threads(1)
     outcomes: list[Any] = [None] * (len(parts) - 1)  # (result, error) of each
     done: SimpleQueue = SimpleQueue()
-    sent = 0
+    jobs = [partial(copy_context().run, work, *part) for part in parts[1:]]
+    unsent = iter([(job, outcomes, place, done) for place, job in enumerate(jobs)])
+    interrupt = None
     try:
-        for part in parts[1:]:
-            _tasks.put((partial(copy_context().run, work, *part), outcomes, sent, done))
-            sent += 1
+        deque(map(_tasks.put, unsent), maxlen=0)  # one call, so that Ctrl-C leaves none half sent
         first = work(*parts[0])
     finally:  # after an error too: no worker may write into arrays reused later
-        _wait_for(outcomes, sent, done)
+        while True:
+            try:  # Ctrl-C has to wait, too, and may swallow a `done`
+                sent = len(outcomes) - length_hint(unsent)
+                while any(outcome is None for outcome in outcomes[:sent]):
+                    done.get()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
     errors = [error for _, error in outcomes if error is not None]
     if errors:
         try:
@@ -102,20 +127,6 @@ def _side_by_side(work: Callable[[int, int], Any], parts: list[tuple[int, int]])
         finally:
             del errors, outcomes  # else the error holds this frame, and this frame the error
     return [first, *(result for result, _ in outcomes)]
-
-
-def _wait_for(outcomes: list, count: int, done: SimpleQueue) -> None:
-    """Wait for the first `count` outcomes; Ctrl-C has to wait too, and may swallow a `done`."""
-    interrupt = None
-    while True:
-        try:
-            while any(outcome is None for outcome in outcomes[:count]):
-                done.get()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 def _serve(tasks: SimpleQueue) -> None:
@@ -134,8 +145,8 @@ def _serve(tasks: SimpleQueue) -> None:
 
 def _forget_workers() -> None:
     """For the child of a fork, which has none of these threads."""
-    global _tasks, _busy
-    _tasks, _busy = SimpleQueue(), Lock()
+    global _tasks, _free
+    _tasks, _free = SimpleQueue(), [None]
     _workers.clear()
 
 
@@ -206,3 +217,18 @@ def reuse_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # of <malloc.h>
     if mallopt is not None and mallopt(mmap_max, 0):
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held so far."""
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 9)()  # 72 bytes: two numbers of 32 bits, then the peak
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
+        return counters[1]
+    with suppress(OSError, IndexError):  # on Linux `getrusage` counts what its parent held, too
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -68,7 +68,8 @@ def blas() -> tuple[bool, str]:
     found = config["Build Dependencies"]["blas"]
     kernels = f", products for {blas_kernels()}" if blas_kernels() else ""
     used = threads() if sets_blas_threads() else "as many as it likes, --threads does not reach it"
-    return True, f"{found['name']} {found['version']}{kernels}, threads: {used}"
+    name = " ".join(found[k] for k in ("name", "version") if k in found) or "none"
+    return True, f"{name}{kernels}, threads: {used}"
 
 
 def device() -> tuple[bool, str]:

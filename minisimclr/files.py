@@ -111,10 +111,12 @@ def nothing_unfinished() -> Iterator[None]:
 
 @contextmanager
 def handling(numbers: Iterable[int], act: Callable[[int, dict], None]) -> Iterator[None]:
-    """Within the block, each of these signals calls act(its number, the handlers before). Another
-    thread than the main one may not handle signals: there, nothing changes.
+    """Within the block, each of these signals calls act(its number, the handlers before), but for
+    those that are ignored, as by nohup and in jobs behind `&`, or handled by a program around this
+    Python. Another thread than the main one may not handle signals: there, nothing changes.
     """
     before = {n: signal.getsignal(n) for n in numbers if current_thread() is main_thread()}
+    before = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, lambda number, frame: act(number, before))
     try:

@@ -1,9 +1,9 @@
 """A run is a folder: configuration, logs and checkpoints of one pre-training.
 
-On one machine, with one number of threads, what training writes depends only on the configuration
-and the data, except in `timings.jsonl` and `env.json`, which hold what depends on the clock and the
-machine. So a run that was stopped and resumed ends with the same log and the same last checkpoint,
-byte for byte, as one that was not.
+On one machine, with one number of threads and one choice of kernels, what training writes depends
+only on the configuration and the data, except in `timings.jsonl` and `env.json`, which hold what
+depends on the clock and the machine. So a run that was stopped and resumed ends with the same log
+and the same last checkpoint, byte for byte, as one that was not.
 """
 
 import json
@@ -105,6 +105,14 @@ class Run:
             times = clock.read_bytes()
             later = times.find(b'{"step": %d,' % (self.step + 1))
             os.truncate(clock, later if later >= 0 else times.rfind(b"\n") + 1)
+
+    def begun(self, plan: "Plan") -> list[tuple[float, float]]:
+        """Logged loss and accuracy of each step so far of the epoch that it is in."""
+        steps = self.step % plan.steps_per_epoch
+        lines = (self.path / "metrics.jsonl").read_bytes().splitlines()[self.step - steps :]
+        with suppress(ValueError, TypeError, KeyError):  # somebody may have changed them
+            return [(row["loss"], row["accuracy"]) for row in map(json.loads, lines)]
+        return []
 
     def differences(self) -> str:
         """What its last digits depend on, where that is no longer as when it began."""
@@ -251,8 +259,10 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
                 if not (beside and out.exists()):  # else another run began in the same second
                     raise
                 out = out.with_name(f"{out.name}-{secrets.token_hex(2)}")
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(making, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
 
 
@@ -278,11 +288,9 @@ def stop_signals() -> Iterator[dict[str, str]]:
         note["signal"] = signal.Signals(number).name
         with suppress(OSError):  # there may be no one to read it
             os.write(2, STOPPING)  # print could interrupt itself in a handler
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in before.keys() & {signal.SIGINT, signal.SIGTERM}:
             signal.signal(s, before[s])
 
-    ours = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
-        ours.append(signal.SIGHUP)
+    ours = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     with handling(ours, stop):
         yield note

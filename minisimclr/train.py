@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -97,29 +97,30 @@ def resume(
     set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = dataset or open_training_data(config, notify)
-    try:
-        with locked(path / "run", wait=False):
-            run, state = open_run(path, device)
-            run.config = config
-            run.check_data(dataset, "restore them, or prepare it as it was")
-            run.trained_on = dataset.identity
-            run.rewind_logs(state)
-            plan = Plan.of(config, len(dataset.split("pretrain")))
-            about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
-            notify("start", about | {"steps": plan.total})
-            if other := run.differences():
-                said = f"changed since the run began: {other}"
-                notify("warning", {"text": f"{said}; figures will not be those of an unbroken run"})
-            if plan.warmup > plan.total:
-                notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
-            with backend.precision(config.precision, device, reason):
-                train(run, dataset, plan, device, time_limit, notify)
-            run.model.eval()
-            if run.stopped.startswith("SIG"):
-                raise Interrupted(run)
-            return run
-    except BlockingIOError as error:
-        raise OutputError(f"{path} is being trained by another process") from error
+    with ExitStack() as held:
+        held.enter_context(backend.precision(config.precision, device, reason))
+        try:
+            held.enter_context(locked(path / "run", wait=False))
+        except BlockingIOError as error:
+            raise OutputError(f"{path} is being trained by another process") from error
+        run, state = open_run(path, device)
+        run.config = config
+        run.check_data(dataset, "restore them, or prepare it as it was")
+        run.trained_on = dataset.identity
+        plan = Plan.of(config, len(dataset.split("pretrain")))
+        run.rewind_logs(state)
+        about = {"run": run, "device": device, "reason": reason, "dataset": dataset}
+        notify("start", about | {"steps": plan.total})
+        if other := run.differences():
+            said = f"changed since the run began: {other}"
+            notify("warning", {"text": f"{said}; figures will not be those of an unbroken run"})
+        if plan.warmup > plan.total:
+            notify("warning", {"text": LONG_WARMUP.format(config.warmup_epochs, config.epochs)})
+        train(run, dataset, plan, device, time_limit, notify)
+        run.model.eval()
+        if run.stopped.startswith("SIG"):
+            raise Interrupted(run)
+        return run
 
 
 def draw(config: TrainConfig, step: int, images: Array, stream: int = VIEWS) -> augment.Views:
@@ -155,7 +156,7 @@ def train(
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
-    seen: list[tuple[float, ...]] = []  # figures of each step of this epoch
+    learned, took = run.begun(plan), []  # what each step of this epoch gave, and its time
     # A GPU is asked for the next step before the last one's figures are read, so it never waits.
     open_steps: deque[tuple[Step, dict, dict]] = deque()
     first, warned, mark = run.step, False, 0.0  # mark: when the previous step was read
@@ -188,7 +189,8 @@ def train(
                 line |= step.figures
                 timing["seconds"] = seconds = time.perf_counter() - mark
                 mark += seconds
-                seen.append((line["loss"], line["accuracy"], seconds, timing["data_wait"]))
+                learned.append((line["loss"], line["accuracy"]))
+                took.append((seconds, timing["data_wait"]))
                 timing["views_per_second"] = 2 * n / seconds
                 if closing := last and not open_steps:
                     calibrate_run(run, dataset, device)
@@ -200,8 +202,8 @@ def train(
                     run.save()
                 notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
-                means = epoch_means(seen, n)
-                seen.clear()
+                means = epoch_means(learned, took, n)
+                learned, took = [], []
                 notify("epoch", line | means | {"epochs": config.epochs})
                 mean, chance = means["mean_loss"], chance_loss(n)
                 wanted = line["epoch"] > 2 and run.step > plan.warmup and not warned
@@ -212,9 +214,12 @@ def train(
         run.stopped = stop.get("signal", run.stopped)  # perhaps while the last step was saved
 
 
-def epoch_means(seen: list[tuple[float, ...]], n: int) -> dict[str, float]:
-    """Mean loss, accuracy, seconds and data wait of an epoch's steps of `n` images each."""
-    loss, accuracy, seconds, waited = np.mean(seen, axis=0).tolist()
+def epoch_means(learned: list, took: list, n: int) -> dict[str, float]:
+    """Mean loss and accuracy of an epoch's steps of `n` images each; mean seconds and data wait of
+    those steps since it went on.
+    """
+    loss, accuracy = np.mean(learned, axis=0).tolist()
+    seconds, waited = np.mean(took, axis=0).tolist()
     means = {"mean_loss": loss, "mean_accuracy": accuracy, "data_wait": waited}
     return means | {"seconds": seconds, "views_per_second": 2 * n / seconds}
 

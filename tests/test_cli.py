@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 import minisimclr
-from minisimclr import cli
+import minisimclr as ms
+from minisimclr import cli, profile
 from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display
 from minisimclr.cli.options import Duration
@@ -509,7 +510,7 @@ class Terminal(io.StringIO):
 def test_a_bar_fits_its_terminal(columns, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
-    clock = itertools.count(0, 3600)
+    clock = itertools.count(0, 1800)
     monkeypatch.setattr("time.time", lambda: next(clock))  # weeks to go, which the bar says
     display = Display()
     for step in range(1, 4):
@@ -524,6 +525,19 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     before = sys.stderr.getvalue()
     display.on_epoch(step=3, **figures)  # whose figures the bar has shown
     assert sys.stderr.getvalue() == before
+
+
+@pytest.mark.parametrize("first, left", [(0, "02:"), (500, "01:1")])
+def test_the_time_left_is_that_of_what_is_done_now(first, left, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
+    now = 0.0
+    monkeypatch.setattr("time.time", lambda: now)
+    display = Display()
+    for done in range(1, 41):  # in ten seconds each
+        now += 10
+        display.on_progress(first + done, 1000, "trials")
+    assert re.findall(r"\d\d:\d\d:\d\d", sys.stderr.getvalue())[-1].startswith(left)
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
@@ -845,6 +859,23 @@ def test_profile(tmp_path):
     assert sum(e["dur"] for e in events) == pytest.approx(spent)
     for before, after in pairwise(events):
         assert before["ts"] + before["dur"] <= after["ts"]
+
+
+def test_a_view_moves_no_memory_in_the_profile():
+    recorder = profile.Recorder("cpu")
+    x = ms.Tensor(np.zeros((8, 4), np.float32), requires_grad=True)
+    recorder.record(lambda: (x[:4].reshape(2, 8).relu() * 1.0).sum().backward())
+    bytes_of = {(row["name"], row["direction"]): row["bytes"] for row in recorder.rows()}
+    assert bytes_of["GetItem", "forward"] == bytes_of["Reshape", "forward"] == 0
+    assert bytes_of["Sum", "backward"] == 0  # one number, seen many times
+    assert bytes_of["ReLU", "forward"] == 2 * 16 * 4
+
+
+def test_memory_is_added_on_all_threads_for_the_roofline(monkeypatch):
+    asked = []
+    monkeypatch.setattr(profile, "parallel", lambda work, n: asked.append(n) or work(0, n))
+    assert min(profile.roofline("cpu", 8, 1000).values()) > 0
+    assert asked == [1000] * 5
 
 
 def test_the_table_of_the_profile_has_the_units_it_names():

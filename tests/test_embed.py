@@ -513,6 +513,14 @@ def test_the_doctor_s_rates_are_in_their_units(monkeypatch):
     assert "12 GFLOP/s in matrix products" in said and "3.4 GB/s" in said
 
 
+@pytest.mark.parametrize("found, said", [({}, "none"), ({"name": "mkl"}, "mkl")])
+def test_the_doctor_takes_any_blas(found, said, monkeypatch):
+    config = {"Build Dependencies": {"blas": found}}  # NumPy leaves out what it does not know
+    monkeypatch.setattr(np, "show_config", lambda mode: config)
+    ok, words = doctor.blas()
+    assert ok and words.startswith((f"{said}, products for", f"{said}, threads: "))
+
+
 def test_the_doctor_finds_a_cache_that_is_no_folder(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(doctor, "cache_folder", lambda: tmp_path / "file" / "minisimclr")

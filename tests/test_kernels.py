@@ -398,7 +398,7 @@ def test_one_pixel_that_is_not_a_number_is_the_maximum(place):
     assert np.isnan(y) and argmax < 4
 
 
-def test_pooling_takes_a_pixel_rather_than_padding_even_if_it_is_infinitely_small():
+def test_pooling_of_what_is_infinitely_small_is_the_reference_s():
     args = np.full((1, 2, 2, 1), -np.inf, np.float32), TWO, ONE, (ONE, ONE)
     ours, reference = max_pool_output(*args), max_pool_output.dispatch(object)(*args)
     np.testing.assert_array_equal(ours[1], reference[1])
@@ -555,6 +555,73 @@ def test_an_interrupt_waits_for_the_others():
     finally:
         signal.signal(signal.SIGINT, before)
         cores.set_threads(cores.available_cores())
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timer of signals")
+def test_whenever_an_interrupt_comes_all_work_has_ended_and_the_workers_are_free():
+    working = set()
+
+    def work(start, stop):
+        if start:
+            working.add(start)
+            np.add(numbers[start:stop], 1, out=numbers[start:stop])
+            working.discard(start)
+
+    def interrupted():
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-3))
+            while True:
+                cores.parallel(work, len(numbers))
+        except KeyboardInterrupt:
+            return not working and cores._tasks.empty() and cores._free == [None]
+
+    numbers, rng = np.zeros(300_000, np.float32), np.random.default_rng(0)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    cores.set_threads(2)
+    try:
+        assert all(interrupted() for _ in range(1_000))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        cores._free[:] = [None]  # else nobody could set threads after a failure
+        signal.signal(signal.SIGALRM, before)
+        cores.set_threads(cores.available_cores())
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timer of signals")
+def test_no_interrupt_is_lost_in_a_convolution():
+    """NumPy drops what is raised in a Python function that it calls itself, as for some types."""
+    fired, caught = [], 0
+
+    def interrupt(*_):
+        fired.append(1)
+        raise KeyboardInterrupt
+
+    x, w = randn(4, 32, 32, 8).astype(np.float32), randn(3, 3, 8, 4).astype(np.float32)
+    rng = np.random.default_rng(0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    cores.set_threads(1)
+    try:
+        for _ in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-3))
+                while len(fired) == caught:
+                    conv_output(x, w, ONE, ONE)
+            except KeyboardInterrupt:
+                caught += 1
+            assert caught == len(fired)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        cores.set_threads(cores.available_cores())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_peak_memory_is_not_that_of_the_process_before():
+    much = np.ones(100_000_000, np.float32)
+    assert cores.peak_resident() > much.nbytes
+    script = "from minisimclr import cores; print(cores.peak_resident())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert 1e7 < int(done.stdout) < much.nbytes
 
 
 def test_blas_has_no_more_threads_than_there_are_cores(monkeypatch):

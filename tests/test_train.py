@@ -18,7 +18,7 @@ from io import FileIO
 from itertools import accumulate, chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import hypothesis
 import numpy as np
@@ -338,6 +338,25 @@ def test_a_run_under_nohup_outlives_its_terminal():
     with stop_signals() as note:
         signal.raise_signal(signal.SIGHUP)
     assert note == {} and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_a_job_in_the_background_goes_on_after_an_interrupt():
+    """Shells without job control let those ignore it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_signals() as note:
+        signal.raise_signal(signal.SIGINT)
+        assert note == {}
+        signal.raise_signal(signal.SIGTERM)
+        assert note == {"signal": "SIGTERM"}
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+def test_signals_that_another_program_handles_are_left_to_it(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)  # not by a handler of Python's
+    monkeypatch.setattr(signal, "signal", Mock())
+    with stop_signals() as note:
+        assert note == {} and not signal.signal.called
 
 
 def test_training_in_another_thread_leaves_signals_alone():
@@ -711,6 +730,33 @@ def test_a_run_in_use_is_refused(finished):
         resume(finished.path)
 
 
+def test_what_a_callback_raises_is_not_taken_for_another_process(finished, config, tmp_path):
+    def full(event, values):
+        raise BlockingIOError(11, "a pipe is full")
+
+    run = pretrain(config, tmp_path / "run", time_limit=0, notify=quiet)
+    with pytest.raises(BlockingIOError, match="a pipe is full"):
+        resume(run.path, notify=full)
+
+
+def test_a_resumption_that_is_refused_leaves_the_logs(config, tmp_path, monkeypatch):
+    run = pretrain(config, tmp_path / "run", time_limit=0, notify=quiet)
+    with (run.path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 2, "lo')  # killed
+    before = content(run.path)
+    monkeypatch.setattr(train, "read_config", lambda _: replace(run.config, precision="tf32"))
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        resume(run.path)
+    assert content(run.path) == before
+
+
+def test_an_interrupt_leaves_no_half_made_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("minisimclr.run.environment", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_data_is_refused(finished, config, tmp_path, pictures):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     fake = ms.data.open_dataset(str(pictures), 20)
@@ -786,7 +832,7 @@ def test_settings_that_cannot_be_leave_no_folder(config, tmp_path):
         replace(config, data="")
 
 
-def test_divergence_keeps_the_last_good_state(finished, config, tmp_path):
+def test_divergence_keeps_the_last_good_state(finished, config, tmp_path, monkeypatch):
     wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(DivergedError, match="step") as raised, np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
@@ -796,11 +842,19 @@ def test_divergence_keeps_the_last_good_state(finished, config, tmp_path):
     assert f"at step {len(lines) + 1}:" in str(raised.value)
     end = json.loads(end)
     assert end["step"] == len(lines) + 1 and f": {end['diverged']};" in str(raised.value)
-    kept = checkpoint.listed(tmp_path / "run" / "checkpoints")
-    assert str(raised.value).count("last good state") == bool(kept)
-    for path in checkpoint.listed(tmp_path / "run" / "checkpoints"):
-        arrays, _ = checkpoint.load(path)
-        assert all(np.isfinite(a).all() for a in arrays.values())
+    assert not checkpoint.listed(tmp_path / "run" / "checkpoints")
+    assert "last good state" not in str(raised.value)
+    rates = chain([0.05] * 4, repeat(1e30))  # wild in the second epoch
+    with monkeypatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(Plan, "rate", lambda *_: next(rates))
+        with pytest.raises(
+            DivergedError, match=r"at step 6: .*; the last good state is "
+        ) as raised:
+            pretrain(config, tmp_path / "late", notify=quiet)
+    (kept,) = checkpoint.listed(tmp_path / "late" / "checkpoints")
+    assert str(raised.value).endswith(str(kept))
+    arrays, state = checkpoint.load(kept)
+    assert state["step"] == 4 and all(np.isfinite(a).all() for a in arrays.values())
     run, _ = open_run(shutil.copytree(finished.path, tmp_path / "copy"))
     newest = checkpoint.listed(run.path / "checkpoints")[-1]
     assert str(run.diverged(13, "it")).endswith(f"; the last good state is {newest}")
@@ -846,8 +900,8 @@ def test_a_loss_that_has_left_the_chance_line_is_no_warning(
 ):
     """Such as that of the second epoch of `minisimclr train`, 5.50 where chance is 5.54."""
 
-    def means(seen, n):
-        return epoch_means(seen, n) | {"mean_loss": chance_loss(n) - below}
+    def means(learned, took, n):
+        return epoch_means(learned, took, n) | {"mean_loss": chance_loss(n) - below}
 
     heard = []
     monkeypatch.setattr("minisimclr.train.epoch_means", means)
@@ -873,6 +927,18 @@ def test_an_epochs_line_is_about_all_its_steps(config, tmp_path):
         views = 2 * config.batch_size * len(of_epoch)
         taken = sum(step["seconds"] for step in of_epoch)
         assert each["views_per_second"] == pytest.approx(views / taken)
+
+
+def test_an_epochs_line_is_about_its_steps_before_a_stop_too(finished, config, tmp_path):
+    whole, heard = [], []
+    run = pretrain(config, tmp_path / "run", time_limit=0, notify=quiet)
+    assert run.step == 1 and Plan.of(config, 72).steps_per_epoch > 1
+    resume(run.path, notify=lambda *given: heard.append(given))
+    pretrain(config, tmp_path / "whole", notify=lambda *given: whole.append(given))
+    ends = ([v for event, v in each if event == "epoch"] for each in (whole, heard))
+    for one, other in zip(*ends, strict=True):
+        for name in ("mean_loss", "mean_accuracy"):
+            assert one[name] == other[name]
 
 
 def test_an_epochs_line_has_the_means_of_its_figures():
@@ -936,7 +1002,7 @@ def test_bad_settings_are_all_named(bad, said):
         ms.TrainConfig(**bad)
 
 
-def test_the_defaults_are_those_of_the_readme_s_table():
+def test_the_defaults_are_those_of_the_figures_in_the_readme():
     config = ms.TrainConfig()
     assert (config.encoder, config.image_size, config.batch_size) == ("resnet_small", 32, 128)
     assert (config.optimizer, config.lr, config.lr_scaling) == ("sgd", 0.3, "none")

@@ -111,6 +111,6 @@ def patches(x: Array, w_shape: tuple, stride: Pair, padding: Pair, size: Pair) -
     x = np.ascontiguousarray(x)
     # Bytes from one to the next; not x.strides, which may be anything for an axis of length 1.
     pixel, row = (np.prod(x.shape[k:]) * x.itemsize for k in (3, 2))
-    piece = np.dtype((np.void, kw * pixel))
+    piece = np.dtype(f"V{kw * pixel}")
     views = np.ndarray((n, oh, ow, kh), piece, x, 0, (x.shape[1] * row, sh * row, sw * pixel, row))
     return np.ascontiguousarray(views).view(x.dtype).reshape(n * oh * ow, kh * kw * c)
