@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -632,6 +633,22 @@ def test_off_a_terminal_long_work_says_a_line_now_and_then(monkeypatch):
     assert sys.stderr.getvalue().splitlines() == said
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPIPE])
+def test_data_are_prepared_though_nobody_can_be_told(code, monkeypatch):
+    monkeypatch.setattr("minisimclr.cli.display.FIRST", 0.0)
+    display = Display()
+    monkeypatch.setattr(display, "say", Mock(side_effect=OSError(code, "cannot be written")))
+    # Where a reader has gone the work ends, by what is no fault of the disk or the network.
+    ends = pytest.raises(click.exceptions.Exit) if code == errno.EPIPE else nullcontext()
+    with ends:
+        display.on_prepare(1, 10)
+
+
+def test_a_warning_that_nobody_can_be_told_is_no_error(monkeypatch):
+    monkeypatch.setattr(click, "echo", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    cli.warn("there are equal pictures")
+
+
 def test_a_terminal_shows_how_many_files_are_listed_and_then_forgets_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
@@ -874,7 +891,10 @@ def test_a_view_moves_no_memory_in_the_profile():
 def test_memory_is_added_on_all_threads_for_the_roofline(monkeypatch):
     asked = []
     monkeypatch.setattr(profile, "parallel", lambda work, n: asked.append(n) or work(0, n))
-    assert min(profile.roofline("cpu", 8, 1000).values()) > 0
+    monkeypatch.setattr(profile, "timed", lambda work, device: (work(), 2.0)[1])
+    assert profile.roofline("cpu", 8, 1000) == {
+        "flops_per_second": 2 * 8**3 / 2, "bytes_per_second": 2 * 4 * 1000 / 2
+    }  # fmt: skip
     assert asked == [1000] * 5
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -292,6 +293,32 @@ def test_full_disk_ends_with_code_4(pictures, home, limit):
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
 
 
+def test_what_has_nothing_to_do_with_space_is_not_said_to(pictures, home, monkeypatch):
+    monkeypatch.setattr(cache, "fill", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OutputError, match=r"16px\.h5: Input/output error$"):
+        open_dataset(pictures, 16)
+
+
+def test_workers_do_without_large_pipes_where_these_are_used_up(monkeypatch):
+    """As on a machine of 32 cores, whose user may have 64 MiB of them."""
+    refuse = Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted"))
+    monkeypatch.setattr(workers, "fcntl", Mock(fcntl=refuse, F_SETPIPE_SZ=1031))
+    assert list(parallel_map(abs, range(-3, 0), 2)) == [3, 2, 1]
+    assert refuse.call_count == 4
+    monkeypatch.setattr(workers, "fcntl", None)  # Windows
+    assert list(parallel_map(abs, range(-3, 0), 2)) == [3, 2, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_worker_s_pipes_are_large(monkeypatch):
+    process = workers.start()
+    try:
+        sizes = [workers.fcntl.fcntl(pipe, 1032) for pipe in (process.stdin, process.stdout)]
+    finally:
+        process.communicate()
+    assert sizes == [workers.ANSWER] * 2
+
+
 def test_too_little_space_is_found_before_the_work(pictures, home, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 8, 1000))
@@ -409,6 +436,18 @@ def test_damaged_cache_is_never_read_and_built_again(made, pictures, home, kind,
         assert capsys.readouterr().err.count("\n") == 1
     with pytest.warns(UserWarning, match="cannot be used; it is made anew"):
         open_dataset(pictures, 16).verify()
+
+
+def test_a_file_that_shrinks_while_it_is_open_ends_no_process(made, tmp_path):
+    path = Path(shutil.copy(made, tmp_path))
+    dataset = cache.load(path)
+    os.truncate(path, path.stat().st_size - 5000)
+    said = r"changed on the disk: delete it, then `minisimclr data prepare NAME --image-size 16`"
+    with pytest.raises(DataError, match=said):
+        dataset.verify()
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        dataset.verify()
 
 
 def test_every_flipped_byte_is_found(made, tmp_path):

@@ -160,6 +160,13 @@ def bomb() -> bytes:
 TRAIN, TEST = layout.files()
 LABELS = layout.numbered(TRAIN)
 NAN = np.where(np.arange(len(LABELS)) == 3, np.nan, LABELS.astype(float))
+
+
+def test_a_list_may_be_shorter_than_its_labels_are_high():
+    found = stanford_dogs.read_list(layout.mat(TRAIN[:2], 0 * LABELS[:2] + 3))
+    assert found == dict.fromkeys(TRAIN[:2], 3)
+
+
 BAD_LISTS = {
     "empty": (b"", "no little-endian MATLAB"),
     "text": (b"n02085620-Chihuahua/n02085620_5927.jpg\n" * 9, "no little-endian MATLAB"),
@@ -175,7 +182,7 @@ BAD_LISTS = {
     "label 0": (layout.mat(TRAIN, LABELS - 1), "no whole numbers from 1"),
     "label 200": (
         layout.mat(TRAIN, np.where(LABELS == 3, 200, LABELS).astype("u1")),
-        "whole numbers",
+        "do not number the breeds",
     ),
     "NaN": (layout.mat(TRAIN, NAN, 9), "no whole numbers from 1"),
     "half": (layout.mat(TRAIN, LABELS * 1.5, 9), "no whole numbers from 1"),
@@ -294,6 +301,7 @@ def test_pictures_must_be_those_on_the_lists(tmp_path):
         stanford_dogs.pictures(layout.tar(tmp_path / "images.tar", contents), files)
     )
     notes = [("Images/README", b"hello"), ("Images/.DS_Store", b"x")]
+    notes += [("Images/n01-Alpha/._n01_0.jpg", b"x"), ("Images/.trash/n01_0.jpg", b"x")]
     assert len(read([*notes, *images])) == 31  # other files do not matter
     with pytest.raises(
         DataError, match=r"missing: 1 of 31; pictures on no list: 0: 'n01-Alpha/n01_0"
@@ -447,6 +455,10 @@ def test_archives_may_be_unpacked(dogs, tmp_path, monkeypatch, packed):
         shutil.rmtree(root / name.capitalize(), ignore_errors=True)
     if not packed:
         (root / "Images" / layout.BREEDS[0] / "._1.jpg").write_bytes(b"from another system")
+        (root / "Images" / ".ipynb_checkpoints").mkdir()
+        (root / "Images" / ".ipynb_checkpoints" / "1.jpg").write_bytes(b"of a notebook")
+    for name in packed:
+        (root / f"{name}.tar.md5").touch()
     boxes = Options(crop="boxes")
     whole = prepare(root, 24, boxes)
     assert whole.fingerprint == prepare(dogs, 24, boxes).fingerprint

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -432,6 +433,47 @@ def test_what_is_left_keeps_its_name_label_and_split(tmp_path):
         assert left.splits[row] == planned[name]
 
 
+def test_a_picture_that_can_be_read_only_once_is_skipped_too(tmp_path, monkeypatch):
+    """As on a network's disk: the second pass may find others."""
+    bad_folder(tmp_path, 250, 1)
+    (tmp_path / "001.jpg").write_bytes(b"junk")
+    read, reads = folder.decode_file, []
+
+    def once(path, size):
+        reads.append(path.name)
+        if path.name == "001.jpg":
+            path = tmp_path / ("100.png" if reads.count("001.jpg") == 1 else path.name)
+        return read(path, size)
+
+    monkeypatch.setattr(folder, "decode_file", once)
+    monkeypatch.setattr("minisimclr.data.cache.available_cores", lambda: 1)
+    left = prepare(tmp_path, 16, Options(skip_bad=True))
+    assert list(left.notes["skipped"]) == ["000.jpg", "001.jpg"] and len(left.images) == 250
+    left.verify()
+    (tmp_path / "000.jpg").rename(tmp_path / "002.jpg")  # now 1 % are bad in the first pass
+    (tmp_path / "003.jpg").write_bytes(b"junk")
+    del left, reads[:]
+    with pytest.raises(DataError, match="with it more than 1 %"):
+        prepare(tmp_path, 16, Options(skip_bad=True))
+
+
+def test_what_to_type_about_a_bad_picture_keeps_size_and_options(tmp_path):
+    bad_folder(tmp_path, 30, 1)
+    said = r"try `minisimclr data prepare NAME --image-size 24 --skip-bad --labels-per-class 3`$"
+    with pytest.raises(DataError, match=said):
+        prepare(tmp_path, 24, Options(labels_per_class=3))
+
+
+def test_no_memory_is_no_bad_picture(tmp_path, monkeypatch):
+    bad_folder(tmp_path, 30, 0)
+    monkeypatch.setattr("minisimclr.data.images.to_rgb", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        prepare(tmp_path, 16, Options(skip_bad=True))
+    monkeypatch.setattr("minisimclr.data.images.to_rgb", Mock(side_effect=KeyError))
+    with pytest.raises(DataError, match=r"cannot be decoded \(KeyError\)"):
+        prepare(tmp_path, 16)
+
+
 def test_too_many_bad_pictures(tmp_path, capsys):
     code, _, err = run(capsys, "data", "prepare", bad_folder(tmp_path, 150, 2), "--skip-bad")
     assert code == 3 and "more than 1 %" in err
@@ -448,6 +490,8 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     for command in ("verify", "info"):
         code, out, err = run(capsys, "data", command, pictures)
         assert (code, out) == (3, "") and "`minisimclr data prepare NAME` makes it" in err
+        code, _, err = run(capsys, "data", command, pictures, "--image-size", 24)
+        assert "`minisimclr data prepare NAME --image-size 24` makes it" in err
     code, out, err = run(capsys, "data", "prepare", pictures)
     assert (code, err) == (0, "")
     assert "images  120" in out and "pretrain  72" in out
@@ -643,6 +687,8 @@ def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_
     assert np.bincount(split.labels[split.split("labelled")]).tolist() == [2, 2]
     assert split.options.labels_per_class == 2
     (tmp_path / ".b.h5.0123abcd.tmp").touch()  # of a process that was killed
+    none = from_arrays(tmp_path / "c.h5", images, labels, testing=np.zeros(40, bool))
+    assert len(none.split("test")) == 0 and len(none.split("labelled")) == 8
     loose = from_arrays(tmp_path / "b.h5", images, labels_per_class=np.int64(2))
     assert not list(tmp_path.glob("*.tmp"))
     assert loose.split("pretrain").tolist() == list(range(40))
@@ -663,6 +709,7 @@ def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_
         ({"labels": [0, 1, 0, 1.0]}, "float64"),
         ({"labels": [0, 1, 2, -2]}, "-2 to 2"),
         ({"labels": [0, 1, 2, 3], "class_names": ["a", "b"]}, "0 to 3, and there are 2"),
+        ({"labels": [0, 1, 2, 2085620]}, r"label 2085620 is no position in class_names: np\.uni"),
         ({"class_names": ["a", "b", "crane", "crane"]}, "several classes are called 'crane'"),
         ({"testing": [2, 3, 1, 0]}, r"\(4,\) bool, not"),
     ],

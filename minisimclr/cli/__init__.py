@@ -72,8 +72,13 @@ REFUSED = {
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the right code."""
     with warnings.catch_warnings():  # a notebook goes on after this, with warnings of its own
-        warnings.showwarning = lambda text, *_: click.echo(f"warning: {shown(str(text))}", err=True)
+        warnings.showwarning = lambda text, *_: warn(str(text))
         sys.exit(run(arguments))
+
+
+def warn(text: str) -> None:
+    with suppress(OSError):  # there may be no one to read it
+        click.echo(f"warning: {shown(text)}", err=True)
 
 
 def run(arguments: list[str] | None) -> int:

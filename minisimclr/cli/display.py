@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from .options import shown
+
 # What is of no interest once it is done.
 PASSING = ("listing files", "preparing data", "features", "choosing the penalty", "profiling")
 FIRST, NEXT = 10.0, 60.0  # seconds of work before its first line off a terminal, and between others
@@ -99,17 +101,21 @@ class Display:
 
     def on_prepare(self, done: int, total: int) -> None:
         label, item = ("preparing data", "") if total else ("listing files", f"{done:,}")
-        self.on_progress(done, total, label, item)
+        try:
+            with unless_gone():
+                self.on_progress(done, total, label, item)
+        except BrokenPipeError as error:  # which might be taken for a fault of disk or network
+            raise click.exceptions.Exit(1) from error
 
     def on_start(self, run: Any, device: str, reason: str, dataset: Any, steps: int) -> None:
         pool, config = len(dataset.split("pretrain")), run.config
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
         ignored = dataset.notes.get("ignored_files", 0)
         others = f" (other files, left out: {ignored:,})" if ignored else ""
-        self.say(
+        self.say(shown(
             f"{config.encoder} with {parameters / 1e6:.2f} M parameters on {device} ({reason}); "
             f"{pool:,} unlabelled images of {dataset.name}{others}; run folder {run.path}"
-        )
+        ))  # fmt: skip
         if run.step == steps:
             self.say(f"already at its last step, {steps}: nothing left to train")
         elif run.step:
@@ -127,4 +133,4 @@ class Display:
             self.say(epoch_line(**values))
 
     def on_warning(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        self.say(shown(f"warning: {text}"))

@@ -34,7 +34,7 @@ def embed(encoder, path, out, block, device) -> None:
         trained = library.open_encoder(encoder, path, block, device, display.notify)
         h = trained.embed()
     library.save(out, h, trained.dataset, trained.about)
-    click.echo(f"{out}: features {h.shape} of {trained.dataset.name}")
+    click.echo(shown(f"{out}: features {h.shape} of {trained.dataset.name}"))
 
 
 @click.command()

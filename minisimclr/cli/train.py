@@ -110,9 +110,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     except DataError as error:  # training without labels is what this is for
         click.echo(f"note: {error}", err=True)
     except KeyboardInterrupt:
-        click.echo(
-            f"training is done and saved; to see its worth: minisimclr probe {path}", err=True
-        )
+        done = "saved" if run.stopped else "done and saved"
+        click.echo(f"training is {done}; to see its worth: minisimclr probe {path}", err=True)
         raise
     install = "" if find_spec("matplotlib") else " (after pip install matplotlib)"
     with unless_gone():

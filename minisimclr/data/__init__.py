@@ -37,6 +37,7 @@ __all__ = [
 BUILT_IN = "toydogs", "stanford-dogs"  # every other name is a path
 DEFAULT_SIZE = 80
 SIZES = range(8, 1025)
+MANY = 50_000  # classes that may have no pictures
 DEFAULTS = Options()
 DECODER = {"filter": FILTER, "pillow": PIL.__version__}  # what turns files into pixels
 
@@ -143,19 +144,22 @@ def from_arrays(
         )
     each = None if labels_per_class is None else index(labels_per_class)
     labels = np.full(n, -1) if labels is None else np.asarray(labels)
-    testing = np.zeros(n, bool) if testing is None else np.asarray(testing)
-    whole = labels.dtype.kind in "iu" and testing.dtype == bool
-    if not (whole and labels.shape == testing.shape == (n,)):
-        given = f"{labels.shape} {labels.dtype} and {testing.shape} {testing.dtype}"
+    chosen = np.zeros(n, bool) if testing is None else np.asarray(testing)
+    whole = labels.dtype.kind in "iu" and chosen.dtype == bool
+    if not (whole and labels.shape == chosen.shape == (n,)):
+        given = f"{labels.shape} {labels.dtype} and {chosen.shape} {chosen.dtype}"
         raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
     labels = labels.astype(np.int64)
+    if class_names is None and labels.max() >= max(n, MANY):
+        way_out = "np.unique(labels, return_inverse=True) makes both from numbers of your own"
+        raise ConfigError(f"label {labels.max()} is no position in class_names: {way_out}")
     names = list(map(str, range(labels.max() + 1) if class_names is None else class_names))
     if len(set(names)) < len(names):
         raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")
     if not -1 <= labels.min() <= labels.max() < len(names):
         said = f"{labels.min()} to {labels.max()}, and there are {len(names)} class names"
         raise ConfigError(f"labels are from -1 to the number of classes less 1, not {said}")
-    splits = folder.split_classes(labels, testing, names, each)
+    splits = folder.split_classes(labels, None if testing is None else chosen, names, each)
     plan = Plan(
         [f"picture {row}" for row in range(n)], labels, names, splits,
         lambda size: ((row, np.asarray, (image,)) for row, image in enumerate(images)),
@@ -179,6 +183,9 @@ def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset
         raise DataError(f"{name_or_path}: no such folder or file")
     if image_size is None and not path.exists() and (sizes := other_sizes(path)):
         path = sizes[-1]
+    if not path.exists():
+        size = f" --image-size {image_size}" if image_size else ""
+        raise DataError(f"{path} is not there: `minisimclr data prepare NAME{size}` makes it")
     return cache.load(path)
 
 

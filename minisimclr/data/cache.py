@@ -89,8 +89,17 @@ class Dataset:
 
     def verify(self) -> None:
         """Compare the pixels with their fingerprint. Raises DataError if a bit has changed."""
-        if sha256(b"".join(hashlib.sha256(x).digest() for x in self.images)) != self.fingerprint:
-            raise DataError(f"{self.path}: pixels changed on the disk: delete it and prepare again")
+        digests = []
+        try:  # by plain reads: a page of a memmap that cannot be read would end the process
+            with self.path.open("rb") as file:
+                file.seek(self.images.offset)
+                for _ in range(len(self.images)):
+                    digests.append(hashlib.sha256(file.read(self.images[0].nbytes)).digest())
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if sha256(b"".join(digests)) != self.fingerprint:
+            said = f"pixels changed on the disk: delete it, then {command(self.recipe)}"
+            raise DataError(f"{self.path}: {said}")
 
 
 def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | None) -> None:
@@ -105,13 +114,15 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
         if needed > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with publish(path) as temporary, temporary.open("w+b", 1 << 20) as file:
-            if bad := fill(file, name, plan, recipe, progress):
-                fill(file, name, plan.without(bad), recipe, progress)
+            while bad := fill(file, name, plan, recipe, progress):
+                plan = plan.without(bad)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        held = "; Windows cannot replace an open file" if os.name == "nt" and path.exists() else ""
-        room = f"the cache needs {needed:,} bytes, {free:,} are free"
-        raise OutputError(f"{path}: {error.strerror} ({room}{held})") from error
+        why = "Windows cannot replace an open file" if os.name == "nt" and path.exists() else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(path.parent).free
+            why = f"the cache needs {needed:,} bytes, {free:,} are free"
+        said = f"{path}: {error.strerror}"
+        raise OutputError(f"{said} ({why})" if why else said) from error
 
 
 def fill(
@@ -124,6 +135,7 @@ def fill(
     start = BLOCK + len(lay_out(name, plan, recipe, np.arange(total)))
     file.truncate(start + total * size * size * 3)
     digests, bad, done = [b""] * total, {}, 0
+    before = len(plan.notes.get("skipped", ()))  # as they may be readable one time only
     work = partial(make, Path(file.name), start)
     workers = min(available_cores(), total // PER_WORKER)
     for made, failed in parallel_map(work, chunks(plan.jobs(size), total), workers):
@@ -133,8 +145,9 @@ def fill(
             bad[row] = reason
             what = f"{name}: {plan.names[row]!r} {reason}"
             if not recipe["options"]["skip_bad"]:
-                raise DataError(f"{what}: repair or remove it, or try `data prepare --skip-bad`")
-            if len(bad) > max(1, total * MAX_SKIPPED):
+                way_out = command(recipe, skip_bad=True)
+                raise DataError(f"{what}: repair or remove it, or try {way_out}")
+            if before + len(bad) > max(1, (before + total) * MAX_SKIPPED):
                 raise DataError(f"{what}, and with it more than 1 % of all pictures are bad")
         done += len(made) + len(failed)
         if progress:
@@ -147,6 +160,12 @@ def fill(
     file.seek(0)
     file.write(first_line(start, header, sha256(b"".join(digests))) + header)
     return {}
+
+
+def command(recipe: dict, **options: Any) -> str:
+    """What to type to prepare a data set by its recipe, with other `options`."""
+    flags = Options(**recipe["options"] | options).flags()
+    return f"`minisimclr data prepare NAME --image-size {recipe['size']}{flags}`"
 
 
 def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:

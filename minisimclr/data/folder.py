@@ -58,7 +58,7 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
             warnings.warn(f"{said}, name {deepest}", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
-        testing = np.array([split_name(parts) in tests for parts in pictures])
+        testing = np.array([split_name(parts) in tests for parts in pictures]) if tests else None
 
         def jobs(size: int) -> Iterator[Job]:
             return ((i, decode_file, (root.joinpath(*p), size)) for i, p in enumerate(pictures))
@@ -145,13 +145,16 @@ def regular(parts: tuple[str, ...], path: str) -> Iterator[tuple[tuple[str, ...]
 
 
 def split_classes(
-    labels: np.ndarray, testing: np.ndarray, class_names: list[str], labels_per_class: int | None
-) -> np.ndarray:
+    labels: np.ndarray, testing: np.ndarray | None, class_names: list[str],
+    labels_per_class: int | None,
+) -> np.ndarray:  # fmt: skip
     """Split codes (N,) uint8 by the rule above; `labels_per_class` replaces the labelled fifth.
 
-    testing (N,): which pictures are already for testing.
+    testing (N,): which pictures are for testing; None: a fifth of each class.
     """
-    splits, presplit = np.where(testing, TEST, PRETRAIN).astype(np.uint8), testing.any()
+    presplit = testing is not None
+    testing = np.zeros(len(labels), bool) if testing is None else testing
+    splits = np.where(testing, TEST, PRETRAIN).astype(np.uint8)
     for number, rows in enumerate(by_label(labels, ~testing, len(class_names))):
         fifth = round(len(rows) / 5) if len(rows) >= 3 and (presplit or len(class_names) > 1) else 0
         test = 0 if presplit else fifth

@@ -54,12 +54,12 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             with suppress(Exception):  # of a damaged header, as Pillow's parsers stumble
                 ImageOps.exif_transpose(small, in_place=True)
             return np.frombuffer(small.tobytes(), np.uint8).reshape(size, size, 3)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"cannot be decoded (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # on junk, Pillow raises whatever its parsers stumble over
-        raise DataError(f"cannot be decoded ({error or type(error).__name__})") from error
+        raise DataError(f"cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def decode_file(path: Path, size: int) -> np.ndarray:

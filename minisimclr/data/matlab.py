@@ -33,7 +33,8 @@ def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
     try:
         return dict(array(data, names) for kind, data in elements(content[128:]) if kind == MATRIX)
     except Exception as error:  # damage can lead anywhere
-        raise DataError(f"is a damaged MATLAB file ({error or type(error).__name__})") from error
+        why = str(error) or type(error).__name__
+        raise DataError(f"is a damaged MATLAB file ({why})") from error
 
 
 def elements(data: bytes) -> Iterator[tuple[int, bytes]]:

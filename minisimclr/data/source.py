@@ -64,7 +64,8 @@ class Plan:
                     yield new_rows[row], function, arguments
 
         names = [self.names[row] for row in kept]
-        notes = {**self.notes, "skipped": {self.names[row]: why for row, why in bad.items()}}
+        skipped = {self.names[row]: why for row, why in bad.items()}
+        notes = {**self.notes, "skipped": self.notes.get("skipped", {}) | skipped}
         return Plan(names, self.labels[kept], self.class_names, self.splits[kept], jobs, notes)
 
 

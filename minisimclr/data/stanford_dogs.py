@@ -100,7 +100,8 @@ def in_folder(root: Path) -> Archives:
     """
     archives = {}
     for name, pattern in UNPACKED.items():
-        paths = sorted(root.glob(f"{name}*.tar*"))
+        found = root.glob(f"{name}*.tar*")
+        paths = sorted(p for p in found if p.suffix in (".tar", ".gz", ".bz2", ".xz"))
         if len(paths) > 1:
             raise DataError(f"{root} has both {paths[0].name} and {paths[1].name}: keep one")
         if paths or any(root.glob(pattern)):
@@ -113,7 +114,12 @@ def in_folder(root: Path) -> Archives:
 
 def unpacked(folder: Path, name: str) -> list[Path]:
     """The files that the archive `name` was unpacked to, except hidden ones."""
-    return sorted(f for f in folder.glob(UNPACKED[name]) if f.name[0] != "." and f.is_file())
+    found = (f for f in folder.glob(UNPACKED[name]) if f.is_file())
+    return sorted(f for f in found if not is_hidden(f.relative_to(folder).as_posix()))
+
+
+def is_hidden(name: str) -> bool:
+    return any(part[0] == "." for part in name.split("/"))
 
 
 def fingerprint(archives: Archives) -> str:
@@ -181,7 +187,7 @@ def read_list(content: bytes) -> dict[str, int]:
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[^/\0]+/[^/\0]+", name):
             raise DataError(f"lists {str(name)[:80]!r}, which is not breed/picture")
-    if not np.all((labels >= 1) & (labels <= len(labels)) & (labels % 1 == 0)):  # nor NaN
+    if not np.all((labels >= 1) & (labels % 1 == 0)):  # nor infinite or NaN
         raise DataError("has labels that are no whole numbers from 1")
     if len(set(names)) < len(names):
         raise DataError("lists a picture twice")
@@ -218,7 +224,7 @@ def pictures(path: Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
         if file in missing:
             missing.remove(file)
             yield file, content
-        elif name.lower().endswith(SUFFIXES):
+        elif name.lower().endswith(SUFFIXES) and not is_hidden(name):
             extra.append(file)
     if missing or extra:
         some = ", ".join(map(repr, [*sorted(missing)[:2], *extra[:2]]))

@@ -23,6 +23,7 @@ from threading import Thread
 from typing import Any
 
 from ..errors import DataError
+from ..files import fcntl
 
 ANSWER = 1 << 20  # bytes of buffer, so that a worker need not wait for its answer to be read
 
@@ -74,10 +75,14 @@ def start() -> Popen:
     code += f"from {__name__} import serve; serve(out)"
     command = [sys.executable, "-P", "-c", code]  # -P: not from the current folder, to begin with
     here = {"OPENBLAS_NUM_THREADS": "1"}
-    return Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
-        command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER, pipesize=ANSWER,
+    process = Popen(  # in a process group of its own, which Ctrl-C in a terminal does not reach
+        command, env=os.environ | here, stdin=PIPE, stdout=PIPE, bufsize=ANSWER,
         process_group=0, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )  # fmt: skip
+    for pipe in (process.stdin, process.stdout):
+        with suppress(AttributeError, OSError):  # only Linux can, and 64 MiB for all of a user's
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, ANSWER)  # type: ignore[arg-type]
+    return process
 
 
 def ask(process: Popen, function: Callable, item: Any) -> Any:
