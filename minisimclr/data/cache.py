@@ -29,7 +29,7 @@ import numpy as np
 from ..cores import available_cores
 from ..errors import ConfigError, DataError, OutputError
 from ..files import publish, sha256
-from .source import SPLITS, Job, Options, Plan, Progress, choose
+from .source import SPLITS, Job, Options, Plan, Progress, choose, command
 from .workers import parallel_map
 
 FORMAT = "minisimclr cache 2"
@@ -160,12 +160,6 @@ def fill(
     file.seek(0)
     file.write(first_line(start, header, sha256(b"".join(digests))) + header)
     return {}
-
-
-def command(recipe: dict, **options: Any) -> str:
-    """What to type to prepare a data set by its recipe, with other `options`."""
-    flags = Options(**recipe["options"] | options).flags()
-    return f"`minisimclr data prepare NAME --image-size {recipe['size']}{flags}`"
 
 
 def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:

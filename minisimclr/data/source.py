@@ -42,6 +42,12 @@ class Options:
         return crop + " --skip-bad" * self.skip_bad + each
 
 
+def command(recipe: dict, **options: Any) -> str:
+    """What to type to prepare a data set by its recipe, with other `options`."""
+    flags = Options(**recipe["options"] | options).flags()
+    return f"`minisimclr data prepare NAME --image-size {recipe['size']}{flags}`"
+
+
 @dataclass(frozen=True)
 class Plan:
     """N pictures in row order; `jobs(S)` yields the work for each row once, in any order."""
