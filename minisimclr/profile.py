@@ -148,12 +148,11 @@ class Recorder:
         made = [r for r in results if r is not None]
         saved = vars(function).values() if direction == "backward" else ()  # it reads these, too
         moved = read + sum(getattr(a, "nbytes", 0) for a in (*made, *saved))
-        if {*map(memory_of, made)} <= {*map(memory_of, arrays)}:  # only another view of its input
-            moved = 0
+        only_seen = {*map(memory_of, made)} <= {*map(memory_of, arrays)}  # its input, as a view
         self.events.append({
             "name": name, "direction": direction, "start": start - self.start, "seconds": seconds,
-            "flops": flops(function, direction, arrays, made),
-            "bytes": moved,
+            "flops": 0 if only_seen else flops(function, direction, arrays, made),
+            "bytes": 0 if only_seen else moved,
         })  # fmt: skip
         return result
 

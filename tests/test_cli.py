@@ -886,6 +886,7 @@ def test_a_view_moves_no_memory_in_the_profile():
     assert bytes_of["GetItem", "forward"] == bytes_of["Reshape", "forward"] == 0
     assert bytes_of["Sum", "backward"] == 0  # one number, seen many times
     assert bytes_of["ReLU", "forward"] == 2 * 16 * 4
+    assert {row["flops"] for row in recorder.rows() if not row["bytes"]} == {0}
 
 
 def test_memory_is_added_on_all_threads_for_the_roofline(monkeypatch):
