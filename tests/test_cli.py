@@ -120,8 +120,10 @@ def lasting(stderr):
     return [line for line in stderr.splitlines() if not line.startswith(passing)]
 
 
-def unlike_nohup():
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def in_the_foreground():
+    """Unlike a job of a script, and behind nohup, which ignore these."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="one process cannot press Ctrl-C in another")
@@ -129,7 +131,9 @@ def unlike_nohup():
 def test_a_signal_saves_and_says_how_to_go_on(sent, code, pictures, tmp_path):
     out = tmp_path / "my run"
     command = command_line("train", "--data", pictures, "--out", out, *SMALL, "--epochs", 5000)
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=unlike_nohup)
+    child = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=in_the_foreground
+    )
     while not (out / "timings.jsonl").exists() or not (out / "timings.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
@@ -147,7 +151,7 @@ def test_a_signal_leaves_no_half_written_file(sent, tmp_path):
     child = subprocess.Popen(
         command_line("data", "prepare", "toydogs", "--image-size", 160),
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
-        stderr=subprocess.PIPE, text=True, preexec_fn=unlike_nohup,
+        stderr=subprocess.PIPE, text=True, preexec_fn=in_the_foreground,
     )  # fmt: skip
     while not list(tmp_path.rglob("*.tmp")):
         assert child.poll() is None
@@ -165,7 +169,7 @@ def test_a_terminal_that_closes_loses_nothing(pictures, tmp_path):
     import termios
 
     def begin():
-        unlike_nohup()
+        in_the_foreground()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     mine, theirs = pty.openpty()
