@@ -19,7 +19,7 @@ from PIL import Image
 from minisimclr.cli import main
 from minisimclr.cli.data import class_counts, samples, show
 from minisimclr.config import TrainConfig
-from minisimclr.data import Dataset, Options, folder, from_arrays, open_dataset, prepare
+from minisimclr.data import Dataset, Options, folder, from_arrays, open_dataset, prepare, prepared
 from minisimclr.embed import probe_run
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.train import pretrain
@@ -590,6 +590,16 @@ def test_toydogs_is_drawn_once(tmp_path, monkeypatch):
     assert dataset.split("test").tolist() == list(range(25, 31))
     np.testing.assert_array_equal(dataset.images[26], toydogs.draw(26, side))
     assert dataset.labels[26] == toydogs.label(26)
+    monkeypatch.delattr(toydogs, "draw")
+    assert open_dataset("toydogs").fingerprint == dataset.fingerprint
+
+
+def test_what_was_prepared_last_is_shown(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for size in (None, 16):  # the usual size, then another
+        side = prepare(pictures, size).images.shape[1]
+        assert prepared(pictures).images.shape[1] == side
+    assert prepared(pictures, 80).images.shape[1] == 80
 
 
 def test_real_photos(test_data):

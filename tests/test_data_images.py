@@ -117,7 +117,7 @@ def test_modes(mode):
     )
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG with alpha", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright(orientation, kind):
     """A picture stored turned or mirrored, with the tag that says so, comes out as it was."""
@@ -137,7 +137,9 @@ def test_upright(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
-    content = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    image = image.convert("RGBA") if "alpha" in kind else image
+    content = encode(image, kind.split()[0], exif=exif, **options)
     for size in (12, 48):  # with and without a JPEG draft
         corner = size // 4
         small = decode(content, size)

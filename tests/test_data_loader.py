@@ -13,7 +13,7 @@ from minisimclr.data import batches
 from minisimclr.data.loader import permutation
 from minisimclr.errors import ConfigError
 
-IMAGES = np.arange(50, dtype=np.uint8).repeat(12).reshape(50, 2, 2, 3)
+IMAGES = np.arange(50, dtype=np.uint8).repeat(12).reshape(50, 2, 2, 3).view(np.memmap)
 INDICES = np.arange(3, 48)  # 45 of the 50
 
 

@@ -312,8 +312,8 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
         resume(namesake)
 
 
-def test_embed_of_another_suffix_is_refused_before_work(run, tmp_path):
-    done = CliRunner().invoke(group, ["embed", str(run.path), "--out", str(tmp_path / "h.csv")])
+def test_embed_of_another_suffix_is_refused_before_work(tmp_path):
+    done = CliRunner().invoke(group, ["embed", "no run", "--out", str(tmp_path / "h.csv")])
     assert done.exit_code == 2
     assert "value for '--out': " in done.output and ".npy" in done.output
     with pytest.raises(ConfigError, match=r"\.h5"):
@@ -459,6 +459,7 @@ def test_a_run_of_a_gpu_is_used_on_a_cpu(run, pictures, tmp_path):
     assert len(np.load(new)) == len(ms.data.open_dataset(pictures, 20).images)
     query = pictures / "check" / "03.png"
     assert "check/03.png" in call("neighbors", moved, query, "--device", "cpu").stdout
+    assert call("probe", moved, "--device", "cpu").exit_code == 0
     assert len(facts.read(moved).test_h[0])
 
 
@@ -616,10 +617,11 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(report, "build_walkthrough", lambda _, *given: asked.append(given) or b"")
+    build = lambda data, *given: asked.append((data.name, *given)) or b""  # noqa: E731
+    monkeypatch.setattr(report, "build_walkthrough", build)
     options = "--images", 3, "--seed", 5, "--out", tmp_path / "w.html"
     assert call("walkthrough", "--data", pictures, *options).exit_code == 0
-    assert asked == [(3, 5)]
+    assert asked == [(pictures.name, 3, 5)]
 
 
 def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp_path):

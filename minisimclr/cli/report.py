@@ -22,6 +22,8 @@ def report(runs, out, json_file) -> None:
     """
     from .. import report as pages
 
+    if out:
+        require_writable(out)
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     with Display() as display:
         facts = [pages.read(path, display.notify) for path in runs]

@@ -181,7 +181,7 @@ def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset
         raise ConfigError(f"{path} is a finished cache and has a size of its own")
     if str(name_or_path) not in BUILT_IN and not Path(name_or_path).exists():
         raise DataError(f"{name_or_path}: no such folder or file")
-    if image_size is None and not path.exists() and (sizes := other_sizes(path)):
+    if image_size is None and (sizes := other_sizes(path)):
         path = sizes[-1]
     if not path.exists():
         size = f" --image-size {image_size}" if image_size else ""

@@ -89,15 +89,7 @@ class Dataset:
 
     def verify(self) -> None:
         """Compare the pixels with their fingerprint. Raises DataError if a bit has changed."""
-        digests = []
-        try:  # by plain reads: a page of a memmap that cannot be read would end the process
-            with self.path.open("rb") as file:
-                file.seek(self.images.offset)
-                for _ in range(len(self.images)):
-                    digests.append(hashlib.sha256(file.read(self.images[0].nbytes)).digest())
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
-        if sha256(b"".join(digests)) != self.fingerprint:
+        if sha256(b"".join(hashlib.sha256(x).digest() for x in self.images)) != self.fingerprint:
             said = f"pixels changed on the disk: delete it, then {command(self.recipe)}"
             raise DataError(f"{self.path}: {said}")
 
@@ -278,6 +270,9 @@ def consistent(dataset: Dataset) -> bool:
         and all(len(row) == n for row in rows)
         and -1 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.class_names)
         and dataset.splits.max() < len(SPLITS)
+        and 0 <= dataset.duplicate_of.min() <= dataset.duplicate_of.max() < n
+        and all(isinstance(name, str) for name in (*dataset.class_names, *dataset.file_names))
+        and isinstance(dataset.notes, dict)
         and isinstance(dataset.options, Options)  # else a TypeError: one that is not known here
     )
 

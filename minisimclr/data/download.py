@@ -88,6 +88,9 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
             etag = response.headers["ETag"] or "W/"  # a weak one does not vouch for every byte
             if version := response.headers["Last-Modified"] if etag[:2] == "W/" else etag:
                 mark.write_text(version)
+            if response.status == 206:
+                mark.unlink(missing_ok=True)
+                raise ConnectionError("sent another part than was asked for")
         length = response.headers["Content-Length"]
         total = have + int(length) if length else size
         if total > size:
