@@ -325,6 +325,15 @@ def drawn(monkeypatch):
     return asked
 
 
+def test_a_point_of_a_long_training_is_the_mean_of_its_steps(run, drawn):
+    facts = report.read(run)
+    row = facts.files["metrics"][0]
+    facts.files["metrics"] = [row | {"step": k + 1, "loss": 0.5 + k} for k in range(450)]
+    panels.training(facts)
+    x, y = drawn[0][0][-1]["loss"]
+    assert x == [*range(3, 451, 3)] and y == [k - 1.5 for k in x]
+
+
 def test_axes_are_what_they_are_called(run, drawn):
     facts = report.read(run)
     panels.training(facts)
