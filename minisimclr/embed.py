@@ -109,9 +109,12 @@ def probe_run(
     notify: Notify = quiet,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run's encoder has learned, compared with its controls (see extractor, probe.probe)."""
-    models = run.model, control(run, dataset)
-    trained, fresh = (extractor(run, model, dataset, view, notify) for model in models)
-    return probe(dataset, "SimCLR", trained, fresh, labels, notify=notify) | {"step": run.step}
+
+    def by(model: Model) -> Extract:
+        return extractor(run, model, dataset, view, notify)
+
+    systems = by(run.model), lambda: by(control(run, dataset))
+    return probe(dataset, "SimCLR", *systems, labels, notify=notify) | {"step": run.step}
 
 
 def sight(net: Module, preprocessing: Preprocessing, block: str | None, device: str) -> See:
@@ -206,9 +209,12 @@ def probe_weights(
 ) -> dict[str, Any]:  # fmt: skip
     """How well published weights do on a data set, beside random ones of the same network."""
     net, preprocessing = open_weights(path, block)
-    nets = net, calibrated(network(read(path)), preprocessing, dataset)
-    trained, fresh = (published(net, preprocessing, dataset, block, device, notify) for net in nets)
-    return probe(dataset, path.name, trained, fresh, labels, notify=notify)
+
+    def by(net: Module) -> Extract:
+        return published(net, preprocessing, dataset, block, device, notify)
+
+    systems = by(net), lambda: by(calibrated(network(read(path)), preprocessing, dataset))
+    return probe(dataset, path.name, *systems, labels, notify=notify)
 
 
 class Encoder(NamedTuple):

@@ -159,6 +159,7 @@ def bomb() -> bytes:
 
 TRAIN, TEST = layout.files()
 LABELS = layout.numbered(TRAIN)
+SHAPE = struct.pack("<ii", len(TRAIN), 1)
 NAN = np.where(np.arange(len(LABELS)) == 3, np.nan, LABELS.astype(float))
 
 
@@ -175,6 +176,10 @@ BAD_LISTS = {
     "text longer than its file": (
         layout.mat(["x" * 99], LABELS[:1], deflate=False)[:300],
         "ends behind the file",
+    ),
+    "another shape": (
+        layout.mat(TRAIN, LABELS, deflate=False).replace(SHAPE, struct.pack("<ii", 13, 1), 1),
+        "file_list has 12 values, but",
     ),
     "no labels": (layout.mat(TRAIN, LABELS, deflate=False).replace(b"labels", b"lapels"), "lacks"),
     "fewer files": (layout.mat(TRAIN[1:], LABELS), "11 files, but 12 labels"),

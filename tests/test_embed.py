@@ -209,6 +209,16 @@ def test_options_of_a_probe_of_weights_arrive(run, pictures, tmp_path, monkeypat
     assert asked[1:] == [(file, 18, None, None, "auto")]  # 16 in the centre view
 
 
+def test_one_picture_is_too_few_to_probe_before_it_is_for_statistics(run, tmp_path):
+    file = tmp_path / "w.safetensors"
+    ms.weights.save(run.model.encoder, file, Preprocessing(16))
+    (one := tmp_path / "pictures" / "one").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(one / "picture.png")
+    for path in run.path, file:
+        with pytest.raises(DataError, match="two classes and test images are needed; labelled: 0"):
+            call("probe", path, "--data", one.parent)
+
+
 PREPARING, FEATURES, PENALTY = "preparing data", "features", "choosing the penalty"
 TUNING = "SimCLR, fine-tuned, rate x 1"
 

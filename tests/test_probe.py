@@ -535,7 +535,7 @@ def probed(dataset, encode=mean_colour, **options):
     def extract(rows):
         return features(encode, dataset.images, rows, 16)
 
-    return probe(dataset, "SimCLR", extract, no_idea, **options)
+    return probe(dataset, "SimCLR", extract, lambda: no_idea, **options)
 
 
 def test_probe_has_the_form_of_probe_json():

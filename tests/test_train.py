@@ -133,7 +133,7 @@ def test_lars_logs_a_trust_ratio_for_every_weight(config, tmp_path):
     ({"lr": 0.01, "lr_scaling": "sqrt"}, 0.01 * 512**0.5),
 ])  # fmt: skip
 def test_the_plan_follows_the_settings(settings, peak):
-    config = ms.TrainConfig(batch_size=512, epochs=10, warmup_epochs=2, **settings)
+    config = ms.TrainConfig(batch_size=512, epochs=10, warmup_epochs=1.94, **settings)
     plan = Plan.of(config, 5 * 512 + 100)
     assert (plan.steps_per_epoch, plan.total, plan.warmup) == (5, 50, 10)
     assert [plan.rate(step) for step in (0, 5, 10, 30)] == pytest.approx(

@@ -211,15 +211,15 @@ def majority_share(y: np.ndarray) -> float:
 
 
 def probe(
-    dataset: Any, name: str, extract: Extract, fresh: Extract, labels: int | None = None,
-    seed: int = 0, notify: Notify | None = None,
+    dataset: Any, name: str, extract: Extract, fresh: Callable[[], Extract],
+    labels: int | None = None, seed: int = 0, notify: Notify | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of an encoder beside its controls, in the form of probe.json.
 
-    name: what the encoder's row is called. fresh: the control, the same network with random weights
-    but batch norm statistics of the data: with the initial ones, 0 and 1, the features of a deep
-    network blow up or fade, too weak a control. labels: how many labelled images to use (None:
-    all). Raises as labelled_and_test does.
+    name: what the encoder's row is called. fresh: makes the control, the same network with random
+    weights but batch norm statistics of the data: with the initial ones, 0 and 1, the features of a
+    deep network blow up or fade, too weak a control. labels: how many labelled images to use (None:
+    all). Raises as labelled_and_test does, before anything else.
     """
     y = dataset.labels
     train, test = labelled_and_test(dataset, labels, seed)
@@ -227,7 +227,7 @@ def probe(
     def pixels(rows: Array) -> Array:
         return features(lambda views: views.reshape(len(views), -1), dataset.images, rows, 16)
 
-    systems = {name: extract, "random encoder": fresh, "raw pixels": pixels}
+    systems = {name: extract, "random encoder": fresh(), "raw pixels": pixels}
 
     def named(system: str) -> Notify | None:
         return notify and (lambda event, values: notify(event, values | {"item": system}))
