@@ -44,10 +44,12 @@ ON_DEVICE = "NumPy array given to CuPy: copy it with asarray first"
 
 
 class Counter:
-    """What a run did: `syncs` and `uploads` by the host, the `order` of streams, in words."""
+    """What a run did: `syncs` and `uploads` by the host, the `order` of streams, in words, and the
+    `devices` that `with` chose.
+    """
 
     def __init__(self):
-        self.syncs, self.uploads, self.waits, self.order = [], [], 0, []
+        self.syncs, self.uploads, self.devices, self.waits, self.order = [], [], [], 0, []
 
     def clear(self):
         self.__init__()
@@ -285,6 +287,7 @@ def build(launcher=None):
             self.id, self.compute_capability = index, "90"
 
         def __enter__(self):
+            counter.devices.append(self.id)
             return self
 
         def __exit__(self, *exception):
@@ -305,13 +308,13 @@ def build(launcher=None):
         return any(array is p for p in pinned)
 
     class Idle:
-        """A module whose kernels do nothing."""
+        """A module whose kernels do nothing, but for the one with which a GPU is tried."""
 
         def __init__(self, code):
             pass
 
         def get_function(self, name):
-            return lambda grid, block, args: None
+            return lambda grid, block, args: args[0].__imul__(2) if name == "twice" else None
 
     current.append(Stream())
     properties = {"name": b"Fake", "totalGlobalMem": 1 << 30}

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_cupy
 import host_cuda
@@ -342,6 +343,30 @@ def test_images_are_tiled_a_few_at_a_time(cupy, monkeypatch):
             compare(on_device(f, args, cupy), at_once)
 
 
+def test_tiles_take_no_more_memory_than_they_may(cupy, monkeypatch):
+    made, take = [], cuda_conv.take
+
+    def spy(x, side, *rest):
+        made.append((side, len(x)))
+        return take(x, side, *rest)
+
+    monkeypatch.setattr(cuda_conv, "take", spy)
+    x, w, gy, *geometry = next(each for each in convolved() if each[0].shape == TILED[0][0])
+    x, gy = (np.concatenate([each] * 3) for each in (x, gy))  # 6 images of 2 x 2 tiles
+    monkeypatch.setattr(conv, "GPU_WORKSPACE", 2 * cuda_conv.FF * 2 * 2 * (5 + 6))
+    on_device(conv.conv_output, (x, w, *geometry), cupy)
+    assert made == [(3, 1), (6, 2), (6, 2), (6, 2)]
+    made.clear()
+    on_device(conv.conv_weight_gradient, (gy, x, w.shape, *geometry), cupy)
+    assert made == [(6, 2), (4, 2)] * 3
+
+
+def test_a_launch_has_no_more_blocks_than_run_at_once():
+    for rows, c in ((1, 3), (1 << 28, 64), (100_000_000, 512)):
+        (wide, high), (_, _, tile) = cuda.tiles(SimpleNamespace(size=rows * c, shape=(rows, c)))
+        assert wide * high <= cuda.BLOCKS and high * tile >= rows and wide * 32 >= c
+
+
 def test_winograds_tiles_round_a_little_more_than_plain_sums(cupy):
     rng = np.random.default_rng(0)
     shapes = (1, 8, 8, 64), (3, 3, 64, 64), (1, 8, 8, 64)
@@ -353,7 +378,7 @@ def test_winograds_tiles_round_a_little_more_than_plain_sums(cupy):
     ):
         args = *args, (1, 1), (1, 1)
         (ours,), (exactly,) = on_device(f, args, cupy), reference(f, args)
-        assert 2e-7 < distance(ours, exactly) < 2e-6
+        assert 2e-7 < distance(ours, exactly) < 6e-7  # with the points 1 and 2: 8e-7
 
 
 def test_what_is_not_a_number_or_infinite_stays_so(cupy):
@@ -366,6 +391,25 @@ def test_what_is_not_a_number_or_infinite_stays_so(cupy):
         np.testing.assert_array_equal(y[0, :, :, 1], [[-np.inf, -np.inf], [-np.inf, 5]])
         np.testing.assert_array_equal(np.isnan(y[0, :, :, 0]), [[False, False], [False, True]])
         assert argmax[0, 1, 1, 0] == 0
+    args = np.full((1, 2, 2, 1), -np.inf, np.float32), (2, 2), (1, 1), ((1, 1), (1, 1))
+    ours, exactly = (
+        on_device(pool.max_pool_output, args, cupy),
+        reference(pool.max_pool_output, args),
+    )
+    np.testing.assert_array_equal(ours[1], exactly[1])
+
+
+def test_relu_keeps_what_is_not_a_number(cupy):
+    x, one = np.full((3, 2), np.nan, np.float32), np.ones(2, np.float32)
+    (y,) = on_device(norm.scale_shift, (x, one, one, 1e-5, one, one, None, True), cupy)
+    assert np.isnan(y).all()
+
+
+def test_grey_pixels_have_no_hue(cupy):
+    images = np.full((3, 20, 20, 3), [[[[128]]], [[[255]]], [[[0]]]], np.uint8)
+    args = images, augment.draw_views(0, 0, 3, 20, 20, 1.0), 12
+    assert (args[1].factors[..., 3] != 0).any()
+    compare(on_device(augment.apply_views, args, cupy), reference(augment.apply_views, args))
 
 
 def test_bfloat16_costs_two_digits(cupy):
@@ -385,6 +429,12 @@ def test_bfloat16_costs_two_digits(cupy):
         (ours,) = on_device(f, given, cupy)
         assert ours.dtype == kind and not cupy.counter.syncs
         assert 1e-3 < distance(ours, f.dispatch(object)(*map(exact, args))) < 1e-2
+
+
+def test_products_in_bfloat16_take_parts_of_matrices_and_float32(cupy):
+    a, b = cupy.asarray(rand(5, 14).astype(BFLOAT16))[:, ::2], cupy.asarray(rand(7, 3).astype("f4"))
+    exactly = exact(host(a)) @ exact(host(b).astype(BFLOAT16))
+    assert distance(host(matmul(a, b)), exactly) < 1e-6
 
 
 @pytest.mark.parametrize("kinds", [(BFLOAT16, "f4"), ("f4", BFLOAT16)])
@@ -421,9 +471,10 @@ def test_images_at_odd_addresses_are_copied_number_by_number(kind, cupy):
         np.testing.assert_array_equal(host(patches), expected)
 
 
-def test_large_views_are_blurred(cupy):
-    for args in larger_views(blurred=True):
-        assert (args[1].sigmas > 0).any()
+def test_large_views_are_blurred_and_small_ones_are_not(cupy):
+    (images, views, _), *_ = large = larger_views(blurred=True)
+    assert (views.sigmas > 0).any()
+    for args in [*large, (images, views, augment.SMALL)]:
         ours = on_device(augment.apply_views, args, cupy)
         compare(ours, reference(augment.apply_views, args))
 
@@ -623,6 +674,14 @@ def test_a_training_step_in_bfloat16(cupy):
     assert ours[0].figures["loss"] == pytest.approx(theirs[0].figures["loss"], rel=0.01)
 
 
+def test_a_weight_without_a_gradient_has_no_trust_ratio(cupy):
+    p = Parameter(cupy.ones((2, 3), np.float32), WEIGHT)
+    optimizer = optim.LARS([("w", p)], 0.1, weight_decay=0.0)
+    p.grad = cupy.zeros((2, 3), np.float32)
+    optimizer.step()
+    assert (host(p.data) == 1).all() and host(optimizer.trust["w"]) == 1
+
+
 def test_parameters_that_a_kernel_would_misread_are_refused(cupy):
     good, gap = (Parameter(cupy.asarray(np.ones((4, 3), np.float32))) for _ in range(2))
     double = Parameter(gap.data.astype(np.float64))
@@ -633,6 +692,9 @@ def test_parameters_that_a_kernel_would_misread_are_refused(cupy):
             p.grad = cupy.ones_like(p.data)
         with pytest.raises(ValueError, match="wrong: not in one piece of float32"):
             optimizer.step()
+    good.grad = good.grad.astype(np.float64)
+    with pytest.raises(ValueError, match="good: not in one piece of float32"):
+        optim.SGD([("good", good)], 0.1).step()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -893,3 +955,5 @@ def test_nvcc_compiles_without_spills(file, architecture, real, tmp_path):
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stdout + run.stderr)
     assert spills and set(spills) == {"0"}
+    used = re.findall(r"Used (\d+) registers", run.stdout + run.stderr)
+    assert used and max(map(int, used)) * 1024 <= 65536  # merge_tiles has 1024 threads in a block

@@ -11,8 +11,10 @@ import operator
 import pkgutil
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import fake_cupy
 import numpy as np
@@ -72,7 +74,7 @@ LEAKS = {
     "a NumPy value": lambda cupy, x: x.__setitem__(slice(2), np.ones(2, np.float32)),
     "a NumPy argument": lambda cupy, x: cupy.maximum(x, np.ones(3, np.float32)),
     "a list of both": lambda cupy, x: cupy.concatenate([x, np.ones(3, np.float32)]),
-    "a function that CuPy lacks": lambda cupy, x: cupy.nan_to_num_(x),
+    "a function that CuPy lacks": lambda cupy, x: cupy.spacing(x),
     "a flag that CuPy lacks": lambda cupy, x: x.flags.writeable,
 }
 
@@ -122,11 +124,14 @@ def test_the_stand_in_offers_what_cupy_offers():
     assert all(hasattr(real.ndarray, name) for name in fake_cupy.METHODS.split())
     assert all(hasattr(real.linalg, name) for name in fake_cupy.LINALG.split())
     assert importlib.import_module("cupyx").empty_pinned
+    lacking = []
     for path in fake_cupy.PLACES.split():
         try:
             operator.attrgetter(path)(real)
         except ImportError as error:  # CuPy without the toolkit
-            pytest.skip(f"{path}: {error}")
+            lacking.append(f"{path}: {error}"[:60])
+    if lacking:
+        pytest.skip("; ".join(lacking))
 
 
 # Operations.
@@ -342,6 +347,9 @@ def test_a_buffer_that_nobody_reads_is_kept_while_the_copy_may_be_on_its_way(cup
     before = list(backend._landing)
     backend.later(cupy.asarray(np.arange(3.0)))  # and what it returns is dropped
     assert [each.shape for each in backend._landing] == [*(b.shape for b in before), (3,)][-64:]
+    for _ in range(100):
+        backend.later(cupy.asarray(np.arange(2.0)))
+    assert [each.shape for each in backend._landing] == [(2,)] * 64
 
 
 def test_figures_are_read_only_after_the_copy_has_ended(cupy):
@@ -376,7 +384,7 @@ def drawn(monkeypatch):
     return seen
 
 
-def test_a_first_step_says_how_much_memory_is_kept(config, cupy, tmp_path):
+def test_a_first_step_says_how_much_memory_is_kept(config, cupy, monkeypatch, tmp_path):
     pool = cupy.get_default_memory_pool()
     run = pretrain(replace(config, epochs=1), tmp_path / "run", notify=quiet)
     assert all(p.grad is None for _, p in run.model.named_parameters())  # none holds on to a piece
@@ -385,6 +393,14 @@ def test_a_first_step_says_how_much_memory_is_kept(config, cupy, tmp_path):
     # Then the most that was in use, without what still is.
     assert pool.taken == [1 << 10, "free", 1 << 19, "free", 1 << 19]
     assert pool.total_bytes() == 1 << 20 and backend.peak_memory("cuda:0") == 1 << 20
+    pool.taken.clear()
+    pool.total = 1 << 10  # what was given back was held all the same
+    cupy.allocator = pool.malloc = MagicMock(side_effect=[None, MemoryError])  # nor is the last met
+    small = lambda malloc: nullcontext(malloc(1 << 8))  # noqa: E731
+    monkeypatch.setattr(cupy.cuda, "using_allocator", small)
+    with backend.sized_by_first("cuda:0"):
+        pass
+    assert pool.malloc.call_count == 2 and backend.peak_memory("cuda:0") == 1 << 20
     pool.taken.clear()
     cupy.allocator = print  # somebody's own: left alone
     with backend.sized_by_first("cuda:0"):
@@ -510,7 +526,7 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
     class Old(cupy.cuda.Device):
         def __init__(self, index=0):
             super().__init__(index)
-            self.compute_capability = "90" if index else "75"
+            self.compute_capability = "80" if index else "75"
 
     bf16 = replace(config, precision="bf16")
     with pytest.raises(ConfigError, match="bf16 needs the CUDA kernels: unset MINISIMCLR_KERNELS"):
@@ -528,13 +544,17 @@ def test_precision_that_a_device_lacks_is_refused(config, cupy, monkeypatch, tmp
     with pytest.raises(ConfigError, match="compute capability 8"):
         pretrain(tf32, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with backend.precision("tf32", "cuda:1"):  # a newer one
+    with backend.precision("tf32", "cuda:1"):  # Ampere
         pass
 
 
 def test_what_else_runs_on_the_device(config, cupy, tmp_path):
     """The profiler, the dry run, fine-tuning, the doctor's training, features of other weights."""
+    backend.choose_device("cuda:0")
+    cupy.counter.clear()
     small = profile.profile("resnet_small", "small", 4, 16, 4, steps=1, device="cuda:0")
+    timings = 1 + len(small["events"]) + 2 * 5  # of a step, its operations, and the peaks
+    assert cupy.counter.syncs.count("stream") == 2 * timings  # before and after each
     assert small["device"] == "cuda:0" and small["peak_bytes"] == 1 << 20
     profile.table(small)
     cupy.counter.clear()
@@ -582,11 +602,22 @@ def test_a_gpu_that_works_is_named(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", names)
     assert backend.choose_device("cuda:1") == ("cuda:1", said.replace("Fake", "Fake 1", 1))
     assert cupy.device_in_use == 1
+    assert cupy.counter.devices == [0, 1]  # those on which something was tried
+    backend.to_device(np.ones(3), "cuda:2")
+    assert cupy.counter.devices == [0, 1, 2]
     with pytest.raises(ConfigError, match="no device cuda:7: number of CUDA devices here: 2"):
         backend.choose_device("cuda:7")
 
 
+def unmoved(cupy):
+    cupy.RawModule = lambda code: SimpleNamespace(get_function=lambda name: lambda *_: None)
+
+
 BROKEN = {
+    "4.0 where 16 is right": unmoved,
+    "eigenvalues (cuSOLVER): 0.0 where": lambda cupy: setattr(
+        cupy.linalg, "eigvalsh", lambda x: cupy.zeros(2)
+    ),
     "kernel (NVRTC": lambda cupy: setattr(cupy, "RawModule", None),
     "matrix product (cuBLAS)": lambda cupy: setattr(cupy.ndarray, "__matmul__", None),
     "eigenvalues (cuSOLVER)": lambda cupy: delattr(cupy.linalg, "eigvalsh"),

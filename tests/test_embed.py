@@ -26,7 +26,7 @@ from minisimclr.cli import group
 from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
-from minisimclr.kernels import winograd
+from minisimclr.kernels import pool, winograd
 from minisimclr.report import facts
 from minisimclr.run import moved
 from minisimclr.train import pretrain, quiet, resume
@@ -566,14 +566,14 @@ def test_the_doctor_finds_a_wrong_gradient_of_weights(monkeypatch):
         doctor.gradients()
 
 
-def test_the_doctor_finds_a_wrong_gradient_of_a_faster_pass(monkeypatch):
-    right = winograd.gradients
-    monkeypatch.setattr(
-        winograd, "gradients", lambda *given: (right(*given)[0], right(*given)[1] * 1.02)
-    )
-    with pytest.raises(
-        AssertionError, match=r"conv\d.weight: the gradient in float32 is 2\.0% off"
-    ):
+@pytest.mark.parametrize("place, name, wrong, said", [
+    (winograd, "gradients", lambda gx, gw: (gx, gw * 1.02), r"conv\d\.weight: .* is 2\.0% off"),
+    (pool, "sum_windows", lambda *gx: np.stack(gx) * 1.5, r"conv1\.weight: .* is 50\.0% off"),
+])  # fmt: skip
+def test_the_doctor_finds_a_wrong_gradient_of_a_faster_pass(place, name, wrong, said, monkeypatch):
+    right = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *given: wrong(*right(*given)))
+    with pytest.raises(AssertionError, match=said):
         doctor.gradients()
 
 

@@ -5,6 +5,7 @@ benchmark that shows that it wins.
 """
 
 import _thread
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -72,6 +75,7 @@ CONVOLUTIONS = [
     ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (1, 0)),
     ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (0, 3)),
     ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (3, 0)),
+    ((3, 11, 9, 40), (3, 3, 40, 48), ONE, (3, 3)),
     ((3, 11, 9, 40), (3, 3, 40, 48), (2, 1), SAME),
     ((3, 11, 9, 40), (3, 3, 40, 48), (1, 2), SAME),
     ((3, 11, 9, 40), (3, 5, 40, 48), ONE, SAME),
@@ -448,6 +452,56 @@ def test_parallel_covers_the_range_once_in_order(threads):
         assert [i for part in parts for i in range(*part)] == list(range(n))
         assert all(start % block == 0 for start, _ in parts)
         assert len(parts) <= cores.threads()
+
+
+def test_parallel_works_in_the_caller_s_context_and_keeps_nothing():
+    class Held:
+        pass
+
+    chosen: ContextVar[int] = ContextVar("chosen", default=0)
+    token, held = chosen.set(7), Held()
+    seen, enabled = weakref.ref(held), gc.isenabled()
+
+    def work(start, stop, held=held):
+        return chosen.get()
+
+    def failing(start, stop, held=held):
+        if start:
+            raise ConfigError("the second part")
+
+    cores.set_threads(2)
+    gc.disable()  # a cycle would keep arrays until it runs
+    try:
+        assert cores.parallel(work, 4) == [7, 7]
+        try:
+            cores.parallel(failing, 4)
+        except ConfigError as error:
+            assert str(error) == "the second part"
+        del work, failing, held
+        end = time.monotonic() + 10
+        while seen() is not None and time.monotonic() < end:
+            time.sleep(0.01)  # a worker lets go after it has told that it is done
+        assert seen() is None
+    finally:
+        if enabled:
+            gc.enable()
+        chosen.reset(token)
+        cores.set_threads(cores.available_cores())
+
+
+def test_threads_that_are_no_longer_wanted_end():
+    def ours():
+        return sum(thread.name == "minisimclr" for thread in threading.enumerate())
+
+    cores.set_threads(3)
+    cores.parallel(lambda i, k: None, 6)
+    assert ours() >= 2
+    cores.set_threads(1)
+    end = time.monotonic() + 10
+    while ours() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert ours() == 0
+    cores.set_threads(cores.available_cores())
 
 
 def test_parallel_waits_for_all_before_it_raises():
