@@ -132,7 +132,7 @@ def test_fewer_attempts_take_more_whole_images(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [{"crop_scale": (0, 1)}, {"crop_scale": (0.5, 0.2)},
-                                 {"crop_scale": (0.5, 1.5)}, {"strength": -1}])  # fmt: skip
+                                 {"crop_scale": (0.5, 1.001)}, {"strength": -1}])  # fmt: skip
 def test_bad_parameters(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         draw_views(0, 0, 2, 40, 40, **bad)
@@ -323,7 +323,7 @@ def test_views_above_32_px_are_blurred(version, side):
 
 
 @pytest.mark.parametrize(
-    "height, width, size", [(40, 40, 32), (50, 70, 48), (20, 30, 40), (9, 7, 8)]
+    "height, width, size", [(40, 40, 32), (50, 70, 48), (20, 30, 40), (20, 30, 38), (9, 7, 8)]
 )
 @pytest.mark.parametrize("n", [1, 37])
 def test_version_in_use_equals_reference(n, height, width, size):
@@ -387,6 +387,13 @@ def test_views_of_other_images_are_refused(version, drawn):
         apply_views.dispatch(version)(photos(), views, 16)
     with pytest.raises(ValueError, match="drawn for other images"):
         crop_resize.dispatch(version)(photos(), views.boxes[1], views.flips[1], 16)
+
+
+@pytest.mark.parametrize("left, width", [(-1, 9), (32, 9), (0, 41)])
+def test_a_crop_a_pixel_beyond_the_picture_is_refused(version, left, width):
+    boxes = boxes_of([left, 0, width, 9])
+    with pytest.raises(ValueError, match="drawn for other images"):
+        crop_resize.dispatch(version)(photos(1, 40, 40), boxes, np.zeros(1, bool), 16)
 
 
 def test_a_batch_may_be_empty(version):

@@ -57,6 +57,36 @@ def test_classifier_equals_torch(monkeypatch):
     assert widths == [64, 128]  # after both layers
 
 
+def test_every_draw_is_of_the_seed(monkeypatch):
+    X, y = clouds(90)
+    trial, rates = Trial(0.1, 64, 64, 0.0), []
+    one, other = (DenseClassifier(8, 3, trial, seed) for seed in (0, 1))
+    assert (one.dense1.weight.data != other.dense1.weight.data).all()
+    assert one.output.weight.data.std() == pytest.approx(0.01, rel=0.2)
+    losses = [next(epochs_of(DenseClassifier(8, 3, trial), X, y, 0.1, seed)) for seed in (0, 1)]
+    assert losses[0] != losses[1]  # of the order
+
+    def build(d, classes, trial, seed=0):
+        seeds.append(seed)
+        return DenseClassifier(d, classes, trial, seed)
+
+    def optimizer(named, lr, weight_decay):
+        rates.append((lr, weight_decay))
+        return sgd(named, lr, weight_decay=weight_decay)
+
+    def fold(y, seed=0):
+        seeds.append(seed)
+        return holdout(y, seed)
+
+    few, seeds, holdout, sgd = Few(), [], dense.holdout, dense.SGD
+    for name, spy in ("DenseClassifier", build), ("SGD", optimizer), ("holdout", fold):
+        monkeypatch.setattr(dense, name, spy)
+    dense.baseline(few, lambda rows: few.X[rows], 2, 1, 7, quiet)
+    assert seeds == [7] * 4  # the fold, two trials, the last training
+    assert {decay for _, decay in rates} == {1e-4} and len({lr for lr, _ in rates}) == 2
+    assert (holdout(y, 0)[1] != holdout(y, 1)[1]).any()
+
+
 def test_training_learns_and_repeats():
     X, y = clouds(90)
     losses = []
@@ -157,7 +187,7 @@ def test_baseline_tests_once_on_what_it_has_not_seen(monkeypatch):
     dense_standardize = dense.standardize
     monkeypatch.setattr(dense, "standardize", standardize)
     result = dense.baseline(few, features_of, 3, 40, 0, quiet)
-    assert standardized[-1] == 88 and max(standardized) == 88  # never by the test images
+    assert standardized == [70, 88]  # by what is fitted to, never by the test images
     assert result["top1"] > 0.85 and result["top5"] == 1
     assert result["ci95"][0] < result["top1"] < result["ci95"][1]
     assert (result["labels"], result["test"], result["classes"]) == (88, 235, 3)

@@ -18,7 +18,7 @@ from minisimclr.nn import evaluating
 from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
 from minisimclr.simclr import Model, calibrate, training_step
-from minisimclr.tensor import NORM, Parameter, Tensor
+from minisimclr.tensor import BIAS, NORM, Parameter, Tensor
 
 NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
 
@@ -158,6 +158,8 @@ def test_float32_networks_are_as_exact_as_torch(encoder, stem):
         off[i] = distance(flat[0], flat[2]), distance(flat[1], flat[2])
     ours, torchs = np.median(off, axis=0)
     assert ours <= 5 * max(torchs, FLIP), off
+    if stem == "imagenet" and encoder != "resnet50":  # with few pixels few flip: not in all three
+        assert off[:, 0].min() < 3e-4, off
 
 
 def test_the_rival_carries_the_same_names():
@@ -233,6 +235,7 @@ def test_initial_convolutions_have_he_variance():
     assert wide.weight.data.std() == pytest.approx(np.sqrt(2 / (7 * 256)), rel=0.01)
     dense = ms.nn.Linear(256, 1024, rng=np.random.default_rng(0))
     assert dense.weight.data.std() == pytest.approx(np.sqrt(2 / 256), rel=0.01)
+    assert dense.bias.kind == BIAS and not dense.bias.data.any()
 
 
 @pytest.mark.parametrize(
@@ -276,6 +279,8 @@ def test_projection_head_is_the_authors():
     assert first.min() == 0 < first.max() and last.min() < 0  # ReLU between, not at the end
     three = ms.nn.ProjectionHead(6, 5, 4, layers=3)
     assert len(list(three.named_parameters())) == 8
+    second = three.layer(2, Tensor(first))
+    assert second.data.min() == 0 > three.layer(3, second).data.min()
 
 
 def test_train_and_eval_reach_every_layer():
@@ -436,12 +441,46 @@ def test_a_step_trains_whatever_was_done_before():
     model, images = Model.build("resnet_small", "small", 4, seed=0), np.zeros((4, 20, 20, 3), "u1")
     optimizer = ms.optim.SGD(model.named_parameters(), 0.1)
     model.encode(rand(2, 16, 16, 3, dtype=np.float32))
+    model.eval()
     training_step(model, optimizer, images, ms.augment.draw_views(0, 0, 4, 20, 20), 16, 0.5)
     assert model.encoder.training and model.encoder.bn1.num_batches_tracked == 1
 
 
-def test_calibrate_in_batches_takes_the_mean_of_whole_ones():
-    x = rand(25, 16, 16, 3, dtype=np.float32)
+def test_a_step_forgets_the_gradients_of_the_one_before():
+    model = Model.build("resnet_small", "small", 4, seed=0)
+    optimizer = ms.optim.SGD(model.named_parameters(), 0.0)
+    images = np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), np.uint8)
+    given = model, optimizer, images, ms.augment.draw_views(0, 0, 4, 20, 20), 16, 0.5
+    first, again = (training_step(*given).figures["gradient_norm"] for _ in range(2))
+    assert first == again > 0
+
+
+def test_a_model_is_of_its_seed_and_width():
+    one, other = (Model.build("resnet_small", "small", 4, seed=s).state_dict() for s in (0, 1))
+    for name in "encoder.conv1.weight", "head.linear1.weight", "head.linear2.weight":
+        assert (one[name] != other[name]).all()
+    assert len(one["encoder.conv1.weight"]) == 4 and len(one["head.linear2.weight"]) == 128
+
+
+def test_new_weights_have_no_gradients_and_counters_stay_whole():
+    net = ms.nn.resnet_small(width=2)
+    net(Tensor(rand(2, 8, 8, 3, dtype=np.float32)))
+    changes = (
+        lambda: net.astype("f8"), lambda: net.to("cpu"),
+        lambda: net.load_state_dict(ms.nn.resnet_small(width=2, seed=1).state_dict()),
+    )  # fmt: skip
+    for change in changes:
+        for _, p in net.named_parameters():
+            p.grad = np.zeros_like(p.data)
+        change()
+        assert not any(p.grad is not None for _, p in net.named_parameters())
+        assert net.bn1.num_batches_tracked.dtype == np.int64
+    assert net.conv1.weight.data.flags.c_contiguous
+
+
+@pytest.mark.parametrize("n", [24, 25])
+def test_calibrate_in_batches_takes_the_mean_of_whole_ones(n):
+    x = rand(n, 16, 16, 3, dtype=np.float32)
     net, parts = ms.nn.resnet10(width=4), [ms.nn.resnet10(width=4) for _ in range(3)]
     calibrate(net, x, 8)
     for i, part in enumerate(parts):

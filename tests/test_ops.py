@@ -1,6 +1,7 @@
 """Every operation: gradients against finite differences, values and gradients against torch."""
 
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -92,8 +93,9 @@ def test_conv2d_blocks_of_the_batch_change_nothing(monkeypatch):
 def test_conv2d_errors_name_the_shapes():
     with pytest.raises(ValueError, match=r"\(3, 3, 2, 5\) does not fit images \(1, 4, 4, 3\)"):
         conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(3, 3, 2, 5)))
-    with pytest.raises(ValueError, match="does not fit"):
-        conv2d(Tensor(randn(1, 2, 2, 3)), Tensor(randn(3, 3, 3, 5)))
+    for image in ((1, 2, 2, 3), (1, 2, 9, 3), (1, 9, 2, 3)):
+        with pytest.raises(ValueError, match="does not fit"):
+            conv2d(Tensor(randn(*image)), Tensor(randn(3, 3, 3, 5)))
     with pytest.raises(ValueError, match=r"stride \(0, 0\)"):
         conv2d(Tensor(randn(1, 4, 4, 3)), Tensor(randn(3, 3, 3, 5)), stride=0)
     for image in ((32, 32, 3), (3, 32), (2, 4, 4, 3, 3)):  # first of all: one without its batch
@@ -180,6 +182,15 @@ def test_a_convolution_of_what_batch_norm_made(relu, training, residual):
 
     shapes = [(3, 5, 6, 4), (4,), (4,), (3, 3, 4, 4), *[(3, 5, 6, 4)] * residual]
     gradcheck(run, *(randn(*shape, seed=i) for i, shape in enumerate(shapes)))
+    if residual:  # x does not tell all of what was made
+        return
+    x, gamma, beta, w = (Tensor(randn(*shape), True) for shape in shapes)
+    y = batch_norm(x, gamma, beta, running(4), training, relu=relu)
+    made = weakref.ref(y.data)
+    z = conv2d(y, w, 1, 1)
+    del y
+    assert z.creator.x is None and z.creator.source
+    assert relu or made() is None  # for ReLU's gradient, batch norm keeps it
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -307,6 +318,9 @@ def test_pooling_that_does_not_fit_is_refused(pool):
     for sizes in ((2, 2, 2), (0, 1, 0), (2, 0, 0)):  # windows of padding alone, of nothing; no step
         with pytest.raises(ValueError, match="kernel must exceed padding, stride must be"):
             pool(Tensor(np.ones((2, 4, 4, 1))), *sizes)
+    for sizes in (((2, 3), 1, (2, 0)), ((3, 2), 1, (0, 2)), (2, 1, ((0, 2), (0, 0)))):
+        with pytest.raises(ValueError, match="kernel must exceed padding, stride must be"):
+            pool(Tensor(np.ones((2, 4, 4, 1))), *sizes)
     with pytest.raises(ValueError, match="256 pixels is too large"):
         max_pool(Tensor(np.ones((2, 16, 16, 1))), 16, 1)
     assert max_pool(Tensor(np.ones((2, 15, 17, 1))), (15, 17), 1).shape == (2, 1, 1, 1)
@@ -348,7 +362,7 @@ def test_nt_xent_is_algorithm_1_and_blind_to_order_and_scale(n, temperature, see
     loss = float(nt_xent(Tensor(z1), Tensor(z2), temperature))
     assert loss == pytest.approx(double_loop(z1, z2, temperature), rel=1e-10)
     order = rng.permutation(n)
-    scale = rng.uniform(0.1, 10, (n, 1))
+    scale = 10.0 ** rng.uniform(-8, 8, (n, 1))
     assert float(nt_xent(Tensor(z1[order]), Tensor(z2[order]), temperature)) == pytest.approx(loss)
     assert float(nt_xent(Tensor(z1 * scale), Tensor(z2), temperature)) == pytest.approx(loss)
     assert float(nt_xent(Tensor(z2), Tensor(z1), temperature)) == pytest.approx(loss)
@@ -400,6 +414,11 @@ def test_nt_xent_refuses_other_shapes(shapes):
         nt_xent(*(Tensor(randn(*shape)) for shape in shapes))
 
 
+def test_the_temperature_of_nt_xent_is_half_unless_given():
+    z1, z2 = map(Tensor, randn(2, 4, 3))
+    assert float(nt_xent(z1, z2)) == float(nt_xent(z1, z2, 0.5)) != float(nt_xent(z1, z2, 0.1))
+
+
 def test_nt_xent_keeps_the_type_of_its_input():
     z = Tensor(randn(2, 3).astype(np.float32), requires_grad=True)
     loss = nt_xent(z, z, np.float64(0.5))
@@ -449,9 +468,11 @@ def test_cross_entropy():
     logits, labels = randn(5, 3), np.array([0, 2, 1, 1, 0])
     for some in (labels, labels * 0 + 2):
         gradcheck(lambda x, y=some: cross_entropy(x, y), logits)
-    with pytest.raises(ValueError, match=r"labels 1 to 3, classes 0 to 2"):
-        cross_entropy(Tensor(logits), labels + 1)
-    for shape, wrong in (((5, 3, 2), labels), ((5, 3), labels[:4]), ((5, 3), labels / 2)):
+    for off, said in (1, "1 to 3"), (-1, "-1 to 1"):  # -1: without a label
+        with pytest.raises(ValueError, match=rf"labels {said}, classes 0 to 2"):
+            cross_entropy(Tensor(logits), labels + off)
+    others = labels[:4], labels / 2, labels > 0
+    for shape, wrong in ((5, 3, 2), labels), *(((5, 3), other) for other in others):
         with pytest.raises(ValueError, match=r"logits \(N, classes\) and integers \(N,\), not"):
             cross_entropy(Tensor(randn(*shape)), wrong)
     with pytest.raises(TypeError, match=r"takes arrays .*, not <class 'list'>"):

@@ -299,6 +299,7 @@ def test_other_bad_input():
         lambda: knn_score(X, y, X, names),
         lambda: measure(X, y, X, names),
         lambda: tight().fit(X, names).score(X, y),
+        lambda: scores(np.tile(np.arange(5), (len(X), 1)), names),
     ):
         with pytest.raises(DataError, match=r"labels are .*, but those learned are"):
             call()
@@ -330,6 +331,8 @@ def test_features_far_from_zero_are_standardized():
     assert (standardize(np.full((9, 1), 0.1, np.float32))[0] == 0).all()
     last_digits = np.float32([[0.1], [np.nextafter(np.float32(0.1), 1)]] * 9)
     assert abs(standardize(last_digits)[0]).max() < 1e-7
+    small = np.random.default_rng(0).normal(1, 1e-4, (100, 1)).astype(np.float32)
+    np.testing.assert_allclose(standardize(small)[0].std(0), 1, rtol=0.01)
     (scaled,) = standardize(np.arange(6).reshape(3, 2))  # whole numbers
     np.testing.assert_allclose(scaled.std(0), 1)
 
@@ -539,8 +542,10 @@ def probed(dataset, encode=mean_colour, **options):
 
 
 def test_probe_has_the_form_of_probe_json():
-    result = json.loads(json.dumps(probed(Colours())))
-    assert (result["labels"], result["test"], result["classes"]) == (50, 70, 3)
+    colours = Colours()
+    colours.class_names += ("without labels",)
+    result = json.loads(json.dumps(probed(colours)))
+    assert (result["labels"], result["test"], result["classes"]) == (50, 70, 4)
     assert result["top1"] == result["top5"] == 1
     assert result["knn"] > 0.9
     assert result["ci95"] == pytest.approx(wilson_interval(1.0, 70))
@@ -556,7 +561,7 @@ def test_probe_has_the_form_of_probe_json():
         "raw pixels",
         "chance",
     ]
-    assert text.splitlines()[5] == "50 labelled images, 70 to test, 3 classes"
+    assert text.splitlines()[5] == "50 labelled images, 70 to test, 4 classes"
     assert "100.0%" in text and "34.3%" in text and " 94.8% - 100.0%  100.0%" in text
     result["rows"]["raw pixels"]["warning"] = "the best C, 1, is at the edge"
     assert table(result).endswith("warning (raw pixels): the best C, 1, is at the edge")
@@ -596,6 +601,8 @@ def test_test_images_that_spoil_the_figure_are_told():
     colours.duplicate_of[rows[:2]] = labelled[5], rows[2]  # a labelled, and a test image
     with pytest.warns(UserWarning, match="1 of 70 test images are in other splits too"):
         labelled_and_test(colours)
+    with pytest.warns(UserWarning, match="1 of 70 test"):  # seen in training without labels
+        assert labelled[5] not in labelled_and_test(colours, 9)[0]
     colours.duplicate_of = np.arange(120)
     colours.labels[labelled] = colours.labels[labelled].clip(0, 1)
     lost = (colours.labels[rows] == 2).sum()
@@ -708,6 +715,8 @@ def test_effective_rank():
         s = np.linalg.svd(h.astype(np.float64), compute_uv=False)
         p = s / s.sum()
         assert effective_rank(h) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    far = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32) + 30
+    assert effective_rank(far) == pytest.approx(effective_rank(far.astype(np.float64)), rel=1e-9)
 
 
 def test_what_is_no_number_is_neither_a_feature_nor_a_label():
@@ -730,5 +739,8 @@ def test_votes_do_not_vanish_at_a_low_temperature():
     X, y = clusters()
     nearest = knn_score(X, y, X + 0.1, y, k=1)
     assert nearest > 0.9 and knn_score(X, y, X + 0.1, y, temperature=1e-4) == nearest
-    with pytest.raises(ConfigError, match="T above 0, not 5 and -1"):
-        knn_score(X, y, X, y, 5, -1)
+    far = np.array([[1.0, 0], [-1, -0.5]])  # the second has no neighbour near by
+    assert knn_score(np.eye(2), np.arange(2), far, np.arange(2), temperature=1e-4) == 1
+    for wrong in -1, 0, np.nan:
+        with pytest.raises(ConfigError, match=f"T above 0, not 5 and {wrong}"):
+            knn_score(X, y, X, y, 5, wrong)

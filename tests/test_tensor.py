@@ -170,7 +170,8 @@ def test_a_graph_is_not_copied(copied):
     with pytest.raises(TypeError, match=r"a graph is not copied: .* \.detach\(\)"):
         copied((x * 2).sum())
     copied(x)
-    copied((x * 2).detach())
+    copied(detached := (x * 2).detach())
+    assert not detached.requires_grad
 
 
 def test_numpy_s_functions_take_no_tensor(tmp_path):
