@@ -198,7 +198,8 @@ def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypat
     monkeypatch.setattr(embed, "probe", lambda *a, **_: probed.append(a) or {})
     weights.save(run.model.encoder, tmp_path / "w", weights.Preprocessing(16))
     embed.probe_weights(tmp_path / "w", dataset, None, None, "cpu", nothing)
-    ((_, _, extract, control, _),) = probed
+    ((_, _, extract, fresh, _),) = probed
+    control = fresh()
     rows = np.arange(5)
     own = embed.extractor(run, run.model, dataset)(rows)
     np.testing.assert_allclose(extract(rows), own, rtol=1e-4, atol=1e-6)
@@ -457,8 +458,9 @@ def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[:5]))
     monkeypatch.setattr(embed, "probe", lambda *given, **_: given)
     found = embed.probe_weights(tmp_path / "w", dataset, "mixed0", 7, "cuda:1", nothing)
+    assert len(asked) == 1 and found[:3] + found[4:] == (dataset, "w", None, 7)
+    found[3]()  # the control is made once the labels are known to do
     assert asked == [(net, "mixed0", dataset, "mixed0", "cuda:1") for net in nets]
-    assert found == (dataset, "w", None, None, 7)
 
 
 def test_the_time_of_pretraining_is_that_of_its_own_steps_once(run, tmp_path):
