@@ -254,11 +254,13 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         while True:
             try:
                 rename(making, out)
-                return out
+                break
             except OSError:
                 if not (beside and out.exists()):  # else another run began in the same second
                     raise
                 out = out.with_name(f"{out.name}-{secrets.token_hex(2)}")
+        sync(out.parent)
+        return out
     except BaseException as error:
         shutil.rmtree(making, ignore_errors=True)
         if not isinstance(error, OSError):

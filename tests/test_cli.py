@@ -28,7 +28,7 @@ import minisimclr
 import minisimclr as ms
 from minisimclr import cli, profile
 from minisimclr.cli import COMMANDS, REFUSED, group, main
-from minisimclr.cli.display import Display
+from minisimclr.cli.display import Display, unless_gone
 from minisimclr.cli.options import Duration
 from minisimclr.config import TrainConfig
 from minisimclr.errors import DataError, typed
@@ -464,7 +464,7 @@ def test_what_the_output_cannot_spell_is_an_escape(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such names")
-def test_no_name_is_obeyed_by_the_terminal_or_takes_two_lines(tmp_path, capsys):
+def test_no_name_is_obeyed_by_the_terminal_or_takes_two_lines(tmp_path, capsys, pictures):
     photos = tmp_path / "photos"
     for odd in ("a\x1b[2Jb", "c\nd", "e\u202ef"):
         (photos / odd).mkdir(parents=True)
@@ -482,6 +482,11 @@ def test_no_name_is_obeyed_by_the_terminal_or_takes_two_lines(tmp_path, capsys):
     assert "  c\\nd  pretrain     3" in said("data", "info", photos)
     (photos / "c\nd" / "c\nd9.png").write_bytes(b"")
     assert "'c\\nd/c\\nd9.png' cannot be decoded" in said("data", "prepare", photos)
+    (photos / "c\nd" / "c\nd9.png").unlink()
+    file = tmp_path / "w\x1b[2Jx.safetensors"
+    ms.weights.save(ms.nn.resnet10(width=2), file, ms.weights.Preprocessing(16))
+    assert "w\\x1b[2Jx.safetensors: safetensors, " in said("weights", "inspect", file)
+    assert "\nw\\x1b[2Jx.safetensors  " in said("probe", file, "--data", pictures)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no full device")
@@ -508,11 +513,28 @@ class Terminal(io.StringIO):
     def fileno(self):
         return 2
 
+    def lines(self, start=0):
+        """What was written since, without control sequences."""
+        text = self.getvalue()[start:]
+        return re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", text))
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that puts a terminal of so many columns in the place of stderr."""
+
+    def wide(columns):
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: size)
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        return sys.stderr
+
+    return wide
+
 
 @pytest.mark.parametrize("columns", [60, *range(80, 141, 4)])
-def test_a_bar_fits_its_terminal(columns, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+def test_a_bar_fits_its_terminal(columns, terminal, monkeypatch):
+    terminal(columns)
     clock = itertools.count(0, 1800)
     monkeypatch.setattr("time.time", lambda: next(clock))  # weeks to go, which the bar says
     display = Display()
@@ -520,8 +542,9 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
         figures = {"loss": 5.0, "chance": 5.541, "accuracy": 0.3, "views_per_second": 1234.0}
         display.on_step(step=step, steps=620, **figures)
     assert re.search(r" \d\dd \d\d:", sys.stderr.getvalue())
-    assert columns < 140 or "accuracy  30%  1,234 views/s" in sys.stderr.getvalue()
-    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", sys.stderr.getvalue()))
+    said = "loss 5.000 (chance 5.541)  contrastive accuracy  30%  1,234 views/s"
+    assert columns < 140 or said in sys.stderr.getvalue()
+    lines = sys.stderr.lines()
     assert max(map(len, lines)) <= columns
     assert ("loss 5.000" in lines[-1]) == (columns >= 80)
     display.terminal = True
@@ -530,11 +553,76 @@ def test_a_bar_fits_its_terminal(columns, monkeypatch):
     assert sys.stderr.getvalue() == before
 
 
+def test_a_bar_leaves_room_for_its_label_and_what_it_is_of(terminal, monkeypatch):
+    clock = itertools.count(1e9, 1800)
+    monkeypatch.setattr("time.time", lambda: next(clock))
+    screen, display = terminal(80), Display()
+    for step in range(1, 4):
+        item = "x" * 24 + "  " + "y" * 5
+        display.on_progress(step, 620, "choosing the penalty", item)
+    assert max(map(len, screen.lines())) <= 80 and "xxx" in screen.getvalue()
+    (bar,) = set(map(len, re.findall(r"\[([#-]+)\]", screen.getvalue())))
+    assert bar == 10
+    for columns, wide in (99, 10), (100, 24):
+        screen = terminal(columns)
+        Display().on_progress(1, 3, "trials")
+        assert {len(each) for each in re.findall(r"\[([#-]+)\]", screen.getvalue())} == {wide}
+
+
+def test_a_bar_fits_a_terminal_that_becomes_narrower(terminal, monkeypatch):
+    clock = itertools.count(1e9, 1800)
+    monkeypatch.setattr("time.time", lambda: next(clock))
+    figures = {"loss": 5.0, "chance": 5.541, "accuracy": 0.3, "views_per_second": 1234.0}
+    screen, display = terminal(110), Display()
+    for step, columns in enumerate((110, 110, 85, 85, 85), 1):
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr(os, "get_terminal_size", lambda _, size=size: size)
+        before = screen.tell()
+        display.on_step(step=step, steps=620, **figures)
+        assert max(map(len, screen.lines(before))) <= columns
+    assert len(screen.lines()[-1]) > 70 and screen.getvalue().count("\n") == 0
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((30, 24)))
+    display.on_step(step=6, steps=620, **figures)
+    assert display.bar is None and screen.getvalue().endswith("\n")
+
+
+def test_one_bar_at_a_time_and_lines_above_it(terminal):
+    screen, display = terminal(80), Display()
+    display.on_progress(1, 3, "trials")
+    display.say("one line")
+    assert screen.getvalue().endswith("\r\033[Kone line\n")
+    before = screen.getvalue().count("\n")
+    display.on_progress(1, 3, "features")
+    assert screen.getvalue().count("\n") == before + 1
+    display.on_progress(2, 3, "features", "of a\x1b[2Jb")
+    assert "of a\\x1b[2Jb" in screen.getvalue()
+    display.on_progress(3, 3, "features")
+    ended = screen.getvalue()
+    display.close_bar()
+    assert screen.getvalue() == ended
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_nobody_has_to_read_what_is_said(code):
+    with unless_gone():
+        raise OSError(code, "of a terminal or log")
+
+
+def test_the_time_left_is_right_from_the_second_step(terminal, monkeypatch):
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
+    screen, display = terminal(100), Display()
+    for done in (1, 2):
+        now += 60
+        display.on_progress(done, 20, "trials")
+    assert re.findall(r"\d\d:\d\d:\d\d", screen.getvalue()) == ["00:18:00"]
+
+
 @pytest.mark.parametrize("first, left", [(0, "02:"), (500, "01:1")])
 def test_the_time_left_is_that_of_what_is_done_now(first, left, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
-    now = 0.0
+    now = 1e9
     monkeypatch.setattr("time.time", lambda: now)
     display = Display()
     for done in range(1, 41):  # in ten seconds each
@@ -599,8 +687,12 @@ def test_the_word_of_windows_for_a_reader_that_left(monkeypatch):
     assert codes == [4, 4, 4, 0, 4, 4]
 
 
+BRIEF = "listing files", "preparing data", "features", "choosing the penalty", "profiling"
+
+
 @pytest.mark.parametrize("label, ends, line", [
-    ("features", "\n\033[A\033[K", ""), ("trials", "\n", "trials: 2 done\n"), ("training", "\n", "")
+    *((label, "\n\033[A\033[K", "") for label in BRIEF),
+    ("trials", "\n", "trials: 2 done\n"), ("training", "\n", ""),
 ])  # fmt: skip
 def test_a_bar_goes_when_it_is_of_no_more_interest(label, ends, line, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())

@@ -29,13 +29,29 @@ def test_a_damaged_exif_header_turns_nothing():
         np.testing.assert_array_equal(decode(damaged, 24), plain)
 
 
-def test_grey_of_12_bits_is_as_bright_as_of_16():
-    def tiff(bits, row):
-        tags = [(256, 24), (257, 24), (258, bits), (259, 1), (262, 1), (273, 122), (277, 1)]
-        tags += [(278, 24), (279, 24 * len(row))]
-        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-        return struct.pack("<2sHIH", b"II", 42, 8, 9) + entries + bytes(4) + 24 * row
+def tiff(bits: int, row: bytes, white: int = 1) -> bytes:
+    """24 x 24 px of grey, each row the same; in some files white is 0."""
+    tags = [(256, 24), (257, 24), (258, bits), (259, 1), (262, white), (273, 122), (277, 1)]
+    tags += [(278, 24), (279, 24 * len(row))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, 9) + entries + bytes(4) + 24 * row
 
+
+@pytest.mark.parametrize("bits, row", [(8, "ff" * 24), (16, "ffff" * 24)])
+def test_white_may_be_0_in_tiff(bits, row):
+    assert decode(tiff(bits, bytes.fromhex(row)), 24).min() == 255
+    assert decode(tiff(bits, bytes.fromhex(row), white=0), 24).max() == 0
+
+
+def test_what_grey_of_16_bits_calls_transparent_is_white():
+    levels = np.full((24, 24), 9 * 256, np.uint16)
+    levels[:, 12:] += 1  # as dark in 8 bits, but not the level that the file names
+    image = Image.fromarray(levels)
+    pixels = decode(encode(image, transparency=9 * 256), 24)
+    assert (pixels[:, :12] == 255).all() and (pixels[:, 12:] == 9).all()
+
+
+def test_grey_of_12_bits_is_as_bright_as_of_16():
     twelve = decode(tiff(12, bytes.fromhex("fff800" * 12)), 24)  # white, then grey
     sixteen = decode(tiff(16, bytes.fromhex("ffff0080" * 12)), 24)
     assert twelve.max() == 255 and 120 < twelve[:, 1].mean() < 140
@@ -161,6 +177,7 @@ def test_centre_square_with_pillows_filter():
     [
         ((10, 8, 20, 14), (10, 6, 20, 16)),  # grown to a square about its centre
         ((0, 0, 6, 16), (0, 0, 16, 16)),  # pushed back inside
+        ((10, 0, 30, 6), (10, 0, 30, 20)),
         ((44, 20, 50, 30), (40, 20, 50, 30)),
         ((0, 0, 50, 30), (10, 0, 40, 30)),  # cut down to what fits
         ((40, 25, 99, 99), (20, 0, 50, 30)),  # beyond the edge
@@ -238,6 +255,20 @@ def test_bad_pictures_are_refused(kind):
 
 def test_a_narrow_picture_is_still_one():
     assert decode(encode(Image.new("RGB", (8, 160))), 24).shape == (24, 24, 3)
+    for speck in (7, 24), (8, 161):
+        with pytest.raises(DataError, match="both sides must have 8"):
+            decode(encode(Image.new("RGB", speck)), 24)
+
+
+@pytest.mark.parametrize("size", [(101, 100), (100, 101)])
+def test_a_jpeg_of_odd_sides_may_be_decoded_smaller(size):
+    assert decode(encode(Image.new("RGB", size), "JPEG"), 32).shape == (32, 32, 3)
+
+
+def test_a_clear_palette_is_white():
+    image = Image.new("PA", (24, 24))
+    image.putpalette([200, 100, 50] * 256)
+    assert (decode(encode(image, "TIFF"), 24) == 255).all()
 
 
 def test_any_damage_is_decoded_or_refused():

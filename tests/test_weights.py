@@ -430,6 +430,14 @@ def test_import_of_a_part_writes_that_part_alone(tmp_path):
         np.testing.assert_array_equal(written.fetch(name), state[name])
 
 
+def test_a_prefix_may_be_any_name(tmp_path):
+    net, other = (nn.resnet10("cifar", width=4, seed=s) for s in (0, 1))
+    named = {f"my_variant.{name}": array for name, array in net.state_dict().items()}
+    weights.safetensors.write(tmp_path / "a", named, {})
+    weights.load(other, tmp_path / "a")
+    assert_state(other, net.state_dict())
+
+
 def test_a_run_is_exported(tmp_path, capsys):
     path = tmp_path / "run"
     config = ms.TrainConfig(image_size=24, width=2)

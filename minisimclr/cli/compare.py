@@ -3,7 +3,7 @@
 import click
 
 from .display import Display
-from .options import DEVICE, FILE, JSON, VIEW, write_json
+from .options import DEVICE, FILE, JSON, VIEW, say, write_json
 
 
 @click.command()
@@ -36,4 +36,4 @@ def compare(run, inception, simclrv2, data, trials, epochs, view, device, out, j
             loaded, dataset, inception, simclrv2, trials, epochs, view, display.notify
         ).make(out)
     if not write_json(json_file, results):
-        click.echo(library.markdown(results))
+        say(*library.markdown(results).splitlines())

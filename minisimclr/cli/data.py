@@ -9,7 +9,7 @@ import click
 from ..errors import ConfigError
 from ..files import write_bytes
 from .display import Display
-from .options import FILE, JSON, SHEET, shown, write_json
+from .options import FILE, JSON, SHEET, say, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
 SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
@@ -137,11 +137,11 @@ def show(values: dict[str, Any], json_file: str | None) -> None:
     for key, value in values.items():
         rows = list(value.items()) if isinstance(value, dict) else value
         many = isinstance(rows, list)
-        click.echo(shown(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}"))
+        say(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}")
         some = rows[:MOST] if isinstance(value, list) else rows if many else []
         for first, second in some:
             if isinstance(second, dict):
                 second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
-            click.echo(shown(f"{'':>24}  {first}  {second}"))
+            say(f"{'':>24}  {first}  {second}")
         if many and len(some) < len(rows):
-            click.echo(f"{'':>24}  and {len(rows) - len(some):,} more, which --json shows")
+            say(f"{'':>24}  and {len(rows) - len(some):,} more, which --json shows")

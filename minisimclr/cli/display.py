@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import shown
+from .options import say, shown
 
 # What is of no interest once it is done.
 PASSING = ("listing files", "preparing data", "features", "choosing the penalty", "profiling")
@@ -57,7 +57,7 @@ class Display:
         """A line of its own, above the bar."""
         if self.bar is not None:
             click.echo("\r\033[K", err=True, nl=False)
-        click.echo(text, err=True)
+        say(text, err=True)
 
     def on_progress(self, done: int, total: int, label: str, item: str = "") -> None:
         """Move the bar to `done`; a new one for a new label. A total of 0 is unknown."""
@@ -74,6 +74,8 @@ class Display:
         except (OSError, ValueError):  # Windows calls NUL a terminal
             columns = 0
         width = 24 if columns >= 100 else 10
+        if self.bar is not None:  # the terminal may be narrower than it was
+            width, self.bar.max_width = self.bar.width, min(self.bar.max_width or 0, columns - 1)
         room = columns - len(label) - width - 26
         if room < 0:  # too narrow for a bar: print lines
             self.close_bar()
@@ -84,7 +86,8 @@ class Display:
             unknown = iter(int, 1)  # which has no length, and from which nothing is taken
             look: Any = {"item_show_func": lambda x: x, "file": sys.stderr, "width": width}
             self.bar = click.progressbar(unknown, total or None, label, **look)
-            self.began, self.first = time.time(), done - 1
+            self.began, self.first = time.time(), done
+        item = shown(item)
         while len(item) > room:  # a bar wider than the terminal takes a new line at each step
             item = item.rpartition("  ")[0]
         # Its time left is reckoned from `start` as if all had been done since then, but what was
@@ -112,10 +115,10 @@ class Display:
         parameters = sum(p.data.size for _, p in run.model.named_parameters())
         ignored = dataset.notes.get("ignored_files", 0)
         others = f" (other files, left out: {ignored:,})" if ignored else ""
-        self.say(shown(
+        self.say(
             f"{config.encoder} with {parameters / 1e6:.2f} M parameters on {device} ({reason}); "
             f"{pool:,} unlabelled images of {dataset.name}{others}; run folder {run.path}"
-        ))  # fmt: skip
+        )
         if run.step == steps:
             self.say(f"already at its last step, {steps}: nothing left to train")
         elif run.step:
@@ -133,4 +136,4 @@ class Display:
             self.say(epoch_line(**values))
 
     def on_warning(self, text: str) -> None:
-        self.say(shown(f"warning: {text}"))
+        self.say(f"warning: {text}")

@@ -2,7 +2,7 @@
 
 import click
 
-from .options import JSON, write_json
+from .options import JSON, say, write_json
 
 
 @click.command()
@@ -21,6 +21,6 @@ def doctor(json_file) -> int:
     values = {"verdict": verdict, "checks": [check._asdict() for check in checks]}
     if not write_json(json_file, values):
         for check in checks:
-            click.echo(f"{'ok' if check.ok else 'WRONG':>5}  {check.name:<10} {check.found}")
-        click.echo(verdict)
+            say(f"{'ok' if check.ok else 'WRONG':>5}  {check.name:<10} {check.found}")
+        say(verdict)
     return 3 if wrong else 0

@@ -7,7 +7,7 @@ import click
 from ..errors import DataError
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import BLOCK, DEVICE, FILE, JSON, SHEET, shown, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, SHEET, say, write_json
 
 ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 
@@ -34,7 +34,7 @@ def embed(encoder, path, out, block, device) -> None:
         trained = library.open_encoder(encoder, path, block, device, display.notify)
         h = trained.embed()
     library.save(out, h, trained.dataset, trained.about)
-    click.echo(shown(f"{out}: features {h.shape} of {trained.dataset.name}"))
+    say(f"{out}: features {h.shape} of {trained.dataset.name}")
 
 
 @click.command()
@@ -81,6 +81,6 @@ def neighbors(encoder, images, data, count, sheet, block, device, json_file) -> 
         ]
     if not write_json(json_file, found):
         for name, rows_of in found.items():
-            click.echo(shown(name))
+            say(name)
             for row in rows_of:
-                click.echo(shown(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}"))
+                say(f"{row['cosine']:8.3f}  {row['class']:24}  {row['file']}")

@@ -87,6 +87,11 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines, as `shown`."""
+    click.echo("\n".join(map(shown, lines)), err=err)
+
+
 def write_json(json_file: str | None, values: Any) -> bool:
     """Do what --json asks for; return True if standard output is then for the JSON alone."""
     if json_file is None:

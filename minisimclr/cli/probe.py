@@ -8,7 +8,7 @@ import click
 from ..errors import ConfigError, OutputError
 from ..files import require_writable
 from .display import Display
-from .options import BLOCK, DEVICE, FILE, JSON, VIEW, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, VIEW, say, write_json
 
 
 @click.command()
@@ -52,9 +52,9 @@ def probe(path, data, labels, finetune, epochs, view, image_size, block, device,
         dataset = embed.open_pictures(name, wanted, image_size, display.notify)
         result = embed.probe_weights(path, dataset, block, labels, device or "auto", display.notify)
     if not write_json(json_file, result):
-        click.echo(table(result))
+        say(*table(result).splitlines())
         if dataset.name.startswith("stanford-dogs"):
-            click.echo(embed.SEEN)
+            say(embed.SEEN)
 
 
 def show_probe(
@@ -73,7 +73,7 @@ def show_probe(
         try:
             require_writable(run.path / name)
         except OutputError as error:
-            click.echo(f"note: the figures are not kept: {error}", err=True)
+            say(f"note: the figures are not kept: {error}", err=True)
             ours = False
     with Display() as display:
         dataset = embed.open_data(run, data, display.notify)
@@ -84,4 +84,4 @@ def show_probe(
     if ours:
         write_json(str(run.path / name), result)
     if not write_json(json_file, result):
-        click.echo(table(result))
+        say(*table(result).splitlines())

@@ -6,7 +6,7 @@ import click
 
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import FILE, JSON, write_json
+from .options import FILE, JSON, say, write_json
 
 PAGE = click.Path(dir_okay=False, path_type=Path)
 
@@ -36,11 +36,11 @@ def report(runs, out, json_file) -> None:
         shown = [finding._asdict() for finding in findings]
         values[str(each.path)] = {"verdict": pages.headline(findings)[1], "findings": shown}
         for said in each.missing:
-            click.echo(f"note: {each.path}: {said}", err=True)
+            say(f"note: {each.path}: {said}", err=True)
     if not write_json(json_file, values):
         for path, value in values.items():
-            click.echo(f"{path}: {value['verdict']}")
-        click.echo(f"{out} ({len(page) / 1e6:.1f} MB)")
+            say(f"{path}: {value['verdict']}")
+        say(f"{out} ({len(page) / 1e6:.1f} MB)")
 
 
 @click.command()
@@ -61,4 +61,4 @@ def walkthrough(data, images, seed, out) -> None:
         dataset = open_dataset(data, 40, display.on_prepare)
     page = build_walkthrough(dataset, images, seed)
     write_bytes(out, page)
-    click.echo(f"{out} ({len(page) / 1e6:.1f} MB)")
+    say(f"{out} ({len(page) / 1e6:.1f} MB)")

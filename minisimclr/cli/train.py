@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from ..config import TrainConfig, check_keys
 from ..errors import ConfigError, DataError, Interrupted, typed
-from .options import FILE, Duration, setting_option
+from .options import FILE, Duration, say, setting_option
 from .probe import show_probe
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -102,27 +102,27 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
         with unless_gone():
-            click.echo(f"{said}\n  minisimclr train --resume {path}", err=True)
+            say(said, f"  minisimclr train --resume {path}", err=True)
     if run.stopped.startswith("SIG"):
         return 128 + signal.Signals[run.stopped]
     try:
         show_probe(run)
     except DataError as error:  # training without labels is what this is for
-        click.echo(f"note: {error}", err=True)
+        say(f"note: {error}", err=True)
     except KeyboardInterrupt:
         done = "saved" if run.stopped else "done and saved"
-        click.echo(f"training is {done}; to see its worth: minisimclr probe {path}", err=True)
+        say(f"training is {done}; to see its worth: minisimclr probe {path}", err=True)
         raise
     install = "" if find_spec("matplotlib") else " (after pip install matplotlib)"
     with unless_gone():
-        click.echo(f"to see more: minisimclr report {path}{install}", err=True)
+        say(f"to see more: minisimclr report {path}{install}", err=True)
     return 0
 
 
 def show_plan(plan: dict[str, Any], origins: dict[str, str]) -> int:
     """Print what --dry-run found out."""
     for name, value in plan.pop("settings").items():
-        click.echo(f"{name:>16}  {value!s:<16} {origins[name]}")
+        say(f"{name:>16}  {value!s:<16} {origins[name]}")
     for name, value in plan.items():
-        click.echo(f"{name:>16}  {value}")
+        say(f"{name:>16}  {value}")
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
-from .options import FILE, JSON, write_json
+from .options import FILE, JSON, say, write_json
 
 
 @click.group()
@@ -31,11 +31,11 @@ def inspect(file, json_file) -> None:
     arrays = {n: {"shape": list(s), "dtype": dtype} for n, (s, dtype) in stored.specs.items()}
     values = {"format": stored.format, "metadata": stored.metadata, "arrays": arrays}
     if not write_json(json_file, values):
-        click.echo(f"{stored.path}: {stored.format}, {len(arrays)} arrays")
+        say(f"{stored.path}: {stored.format}, {len(arrays)} arrays")
         for key, text in stored.metadata.items():
-            click.echo(f"{key!a}: {text!a}")
+            say(f"{key}: {text}")
         for name, (shape, dtype) in stored.specs.items():
-            click.echo(f"{dtype:<10} {'x'.join(map(str, shape)) or 'scalar':<18} {name}")
+            say(f"{dtype:<10} {'x'.join(map(str, shape)) or 'scalar':<18} {name}")
 
 
 def check_out(out: Path) -> None:
@@ -59,7 +59,7 @@ def import_(file, out, until) -> None:
     check_out(out)
     module, preprocessing = encoder(file, until)
     save(module, out, preprocessing, until)
-    click.echo(f"{out}: {type(module).__name__}, input {preprocessing}")
+    say(f"{out}: {type(module).__name__}, input {preprocessing}")
 
 
 @weights.command()
@@ -79,4 +79,4 @@ def export(run, out) -> None:
     about = {"step": str(opened.step), "config": json.dumps(config.to_dict())}
     preprocessing = Preprocessing(config.image_size)
     save(opened.model.encoder, out, preprocessing, encoder=config.encoder, **about)
-    click.echo(f"{out}: {config.encoder} at step {opened.step}")
+    say(f"{out}: {config.encoder} at step {opened.step}")

@@ -24,7 +24,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
-BITS = 258  # the TIFF tag BitsPerSample
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF: BitsPerSample, PhotometricInterpretation
 CAPTION, SHOWN = 150, 80  # px of a contact sheet; a picture there has at least so many
 # Of macOS, Linux and Windows, those of most scripts first.
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
@@ -100,9 +100,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode that FORMATS can hold to RGB."""
     if image.format == "TIFF" and image.mode in ("I", "F"):  # whatever is white in them
         raise DataError("has pixels of 32 bits: save it with 8 or 16")
-    if image.mode.startswith("I"):  # grey of 16 bits; in TIFF perhaps of 12
-        bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
-        image = Image.fromarray((np.asarray(image) >> bits - 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # grey of 16 bits; in TIFF perhaps of 12, or with 0 as white
+        tags, levels = getattr(image, "tag_v2", {}), np.asarray(image)
+        grey = (levels >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8)
+        grey = grey if tags.get(PHOTOMETRIC) != 0 else 255 - grey
+        grey[levels == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

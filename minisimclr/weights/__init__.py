@@ -110,7 +110,8 @@ def fetch(stored: Stored, source: str) -> np.ndarray:
     with damage_reported(stored.path), np.errstate(over="ignore"):
         array = stored.fetch(source).transpose(names.axes(stored, source))
         array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype)
-    if not np.isfinite(array).all() or ("_var" in source and (array < 0).any()):
+    variance = source.endswith(("running_var", "moving_variance"))
+    if not np.isfinite(array).all() or (variance and (array < 0).any()):
         raise DataError(f"{stored.path}: {source} holds NaN, infinity or a negative variance")
     return array
 
