@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import minisimclr as ms
 from minisimclr import baseline, compare, embed, finetune, nn, weights
-from minisimclr.augment import center_view, crop_resize
+from minisimclr.augment import center_view, crop_resize, draw_views
 from minisimclr.compare import Comparison, Part, markdown, some_of_each
 from minisimclr.errors import DataError, DivergedError
 from minisimclr.finetune import Classifier, Recipe, fit
 from minisimclr.optim import LARS
-from minisimclr.probe import labelled_and_test, wilson_interval
+from minisimclr.probe import holdout, labelled_and_test, wilson_interval
 from minisimclr.run import new_run
 from minisimclr.schedule import warmup_cosine
 from minisimclr.simclr import Model
@@ -125,6 +125,57 @@ def test_fit_learns_with_the_authors_rate_and_leaves_the_run_alone(model, monkey
         for batch in (64, 25):  # of 60: all, and two with some left over
             monkeypatch.setattr(finetune, "BATCH", batch)
             assert fit(model, colours, train, recipe._replace(factor=1e30), 0, nothing) is None
+
+
+def test_fit_trains_and_returns_a_network_to_be_used_whatever_it_was_given(model):
+    rows, recipe = np.arange(60), Recipe(2, 16, 16, "cpu")
+    made = [fit(mode(), Colours(), rows, recipe, 0, nothing) for mode in (model.train, model.eval)]
+    assert not any(each.encoder.training or each.encoder.bn1.training for each in made)
+    one, other = (each.output.weight.data for each in made)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_fit_gives_up_where_any_step_was_not_sound(model, monkeypatch):
+    asked, square = [], LARS.gradient_square
+
+    def first_is_infinite(self):
+        asked.append(self)
+        return square(self) + np.float64(np.inf if len(asked) == 1 else 0)
+
+    monkeypatch.setattr(finetune, "BATCH", 25)
+    monkeypatch.setattr(LARS, "gradient_square", first_is_infinite)
+    recipe = Recipe(1, 16, 16, "cpu")
+    assert fit(model, Colours(), np.arange(60), recipe, 0, nothing) is None
+    assert len(asked) == 2
+
+
+def test_every_draw_of_fine_tuning_is_of_its_seed_and_stream(model, monkeypatch):
+    crops, asked = [], []
+
+    def crop(images, boxes, *rest):
+        crops.append(boxes)
+        return crop_resize(images, boxes, *rest)
+
+    def fitted(model, dataset, rows, recipe, seed, progress):
+        asked.append((rows, seed))
+        return recipe.factor
+
+    def ranked(classifier, dataset, rows, recipe):
+        first = dataset.labels[rows]
+        return np.stack([first, (first + 1) % 3, (first + 2) % 3], axis=1)
+
+    monkeypatch.setattr(finetune, "crop_resize", crop)
+    fit(model, Colours(), np.arange(60), Recipe(3, 16, 16, "cpu"), 7, nothing)
+    for step in range(3):
+        expected = draw_views(7, step, 60, 20, 20, stream=3).boxes[0]
+        np.testing.assert_array_equal(crops[step], expected)
+    monkeypatch.setattr(finetune, "fit", fitted)
+    monkeypatch.setattr(finetune, "ranked", ranked)
+    colours = Colours()
+    train, test = labelled_and_test(colours)
+    finetune.tuned("name", None, colours, (train, test), Recipe(7, 16, 16, "cpu"), 5, nothing)
+    np.testing.assert_array_equal(asked[0][0], train[holdout(colours.labels[train], 5)[0]])
+    assert {seed for _, seed in asked} == {5}
 
 
 def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypatch):
@@ -299,6 +350,9 @@ def test_compare_makes_each_part_once_and_says_what_was_not_run(
     assert simclr["pretraining"].endswith(" without labels, 2 steps of 32")
     assert simclr["top1"] == probed["top1"] and simclr["pretraining_seconds"] > 0
     assert simclr["C"] == probed["C"]  # what was chosen stays with what it led to
+    took = compare.pretraining_seconds(run)["pretraining_seconds"]
+    for method in "linear", "knn", "finetune":
+        assert rows["SimCLR resnet_small", method]["pretraining_seconds"] == took
     tuned = rows["SimCLR resnet_small", "finetune"]
     assert [trial["factor"] for trial in tuned["trials"]] == [*finetune.FACTORS]
     assert tuned["factor"] in finetune.FACTORS
@@ -441,11 +495,11 @@ def test_simclrv2_has_a_linear_head_on_its_frozen_features(run, dataset, tmp_pat
 
 def test_inception_runs_where_the_run_does_and_is_searched_as_asked(run, dataset, monkeypatch):
     monkeypatch.setattr(baseline, "inception", lambda *given: given)
-    monkeypatch.setattr(baseline, "baseline", lambda *given: {"trials": given[2]})
+    monkeypatch.setattr(baseline, "baseline", lambda *given: {"trials": given[2:5]})
     there = replace(run, config=replace(run.config, device="cuda:1"))
     made = Comparison(there, dataset, trials=3)
     assert made.features(None)[2:4] == ("mixed8", "cuda:1")
-    assert made.dense(None)["trials"] == 3
+    assert made.dense(None)["trials"] == (3, 100, 0)  # trials, epochs, seed
 
 
 def test_published_weights_are_probed_as_asked(dataset, tmp_path, monkeypatch):
@@ -578,7 +632,27 @@ def test_an_interrupted_comparison_keeps_what_it_had(run, dataset, cheap, tmp_pa
     assert len(cheap) == count + 4 and results["rows"][:2] == kept[:2]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "curve": []}'])
+ROW = dict.fromkeys(("system", "method", "pretraining", "pixels", "key"), "A")
+ROW |= {"status": "measured", "top1": 0.5, "ci95": [0, 1], "labels": 1, "seconds": 1.0}
+NO_ROWS = {"top1": None}, {"ci95": [0]}, {"seconds": float("nan")}
+NO_RESULTS = ["{", "[]", '{"rows": [{}], "curve": []}', "[" * 100_000]
+NO_RESULTS += [json.dumps({"rows": [ROW | wrong], "curve": []}) for wrong in NO_ROWS]
+
+
+def test_a_row_s_seconds_are_those_of_its_making(run, dataset, tmp_path, monkeypatch):
+    about = {name: "" for name in ROW if name not in ("key", "status", "seconds")}
+    row = {"top1": 0.5, "ci95": [0, 1], "labels": 1}
+    slow = Part(["x"], [about], lambda: time.sleep(0.2) or [row])
+    for name in "on_simclrv2", "probed", "finetuned", "curve", "on_random_inception":
+        monkeypatch.setattr(Comparison, name, lambda _: Part([], [], list))
+    monkeypatch.setattr(Comparison, "on_inception", lambda _: slow)
+    (made,) = Comparison(run, dataset).make(tmp_path)["rows"]
+    assert 0.2 <= made["seconds"] < 60
+    kept = compare.table.made_before(tmp_path / "results.json")
+    assert kept == {made["key"]: [made]}
+
+
+@pytest.mark.parametrize("content", NO_RESULTS)
 def test_another_results_json_is_not_touched(content, run, dataset, tmp_path):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match=r"results\.json: not results of `minisimclr compare`"):

@@ -209,6 +209,15 @@ def test_a_file_is_flushed_by_one_who_may_write_it(tmp_path, monkeypatch):
     assert modes == [os.O_RDWR]
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="open files cannot be counted")
+def test_no_file_stays_open(tmp_path):
+    counts = []
+    for name in "ab":
+        files.write_bytes(tmp_path / name, b"x")
+        counts.append(len([*Path("/dev/fd").iterdir()]))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="cannot open directories")
 def test_a_directory_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
     """Linux says "invalid argument" for those that VirtualBox shares."""

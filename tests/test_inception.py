@@ -142,6 +142,13 @@ def test_equals_torch(dtype, tolerance):
         assert np.abs(a - b.numpy()).max() < tolerance * np.abs(b.numpy()).max()
 
 
+def test_weights_are_a_function_of_the_seed():
+    one, other, again = (ms.nn.inception_v3(seed=k).state_dict() for k in (0, 1, 1))
+    for name in one:
+        np.testing.assert_array_equal(other[name], again[name])
+        assert one[name].ndim != 4 or (one[name] != other[name]).any()
+
+
 def test_a_bad_block_is_named():
     with pytest.raises(ConfigError, match=r"'mixed11'.*mixed0 to mixed10"):
         ms.nn.inception_v3().features(Tensor(np.zeros((1, 75, 75, 3))), "mixed11")

@@ -208,6 +208,14 @@ def test_cubic_minimum():
     assert cubic_minimum((0.0, 1.0, -1.0), (1.0, np.inf, np.inf)) == pytest.approx(0.1)
 
 
+def test_a_rounding_error_is_no_step_uphill():
+    def evaluate(w):  # a little higher, though it goes down
+        return 1 + 1e-7, np.float32([-1e-9]), np.ones(1, np.float32)
+
+    w, direction = np.zeros(1, np.float32), np.ones(1, np.float32)
+    assert wolfe_step(evaluate, w, direction, 1.0, -1e-8)[0] == 1
+
+
 def test_no_step_uphill():
     def evaluate(w):  # barely up, though the slope at the start is said to be -1
         return 1 + 1e-9 * float(w[0]), np.array([1e-9]), np.ones_like(w)

@@ -374,6 +374,10 @@ class ForwardVandal(Vandal):
 def test_gradcheck_catches_a_wrong_gradient_and_names_the_input():
     with pytest.raises(AssertionError, match=r"input 1 of shape \(4,\)"):
         gradcheck(lambda a, b: a + WrongSquare()(b), randn(4), randn(4, seed=1))
+    with pytest.raises(AssertionError, match="input 0"):
+        gradcheck(lambda a: WrongSquare()(a) * 1e-10, np.arange(1.0, 5))  # small ones, too
+    gradcheck(lambda a: a * a, mine := np.ones(3))
+    assert mine.flags.writeable
     with pytest.raises(AssertionError, match="input 1 got no gradient"):
         gradcheck(lambda a, b: a * b.data, randn(4), randn(4, seed=1))
 
@@ -455,6 +459,8 @@ def test_backward_needs_a_graph_and_a_scalar():
 def test_no_grad_records_nothing():
     x = Tensor(np.ones(3), requires_grad=True)
     with no_grad():
+        with no_grad():
+            pass
         assert (x * x).creator is None
     assert (x * x).creator is not None
 

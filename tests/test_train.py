@@ -198,6 +198,29 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     assert plan["runs on"] == "{} ({})".format(*choose_device("auto"))
 
 
+def test_the_estimate_is_of_whole_steps_like_those_of_training(config, tmp_path, monkeypatch):
+    steps, sized, start, size = [], [], train.start_step, train.backend.sized_by_first
+
+    def step(run, plan, images):
+        steps.append((run.step, images.shape))
+        return start(run, plan, images)
+
+    def first(device):
+        sized.append((device, len(steps)))
+        return size(device)
+
+    monkeypatch.setattr(train, "start_step", step)
+    monkeypatch.setattr(train.backend, "sized_by_first", first)
+    dry_run(config, quiet, tmp_path / "run")
+    assert steps == [(k, (16, 20, 20, 3)) for k in range(3)] and sized == [("cpu", 0)]
+
+
+def test_gradients_are_freed_before_the_next_step(config):
+    run, images = new_run(None, config), np.zeros((16, 20, 20, 3), np.uint8)
+    train.start_step(run, Plan.of(config, 72), images)
+    assert all(p.grad is None for _, p in run.model.named_parameters())
+
+
 def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
     line = json.loads((finished.path / "metrics.jsonl").read_text().splitlines()[-1])
     images = open_dataset(config.data, 20).sample(256)
@@ -576,6 +599,14 @@ def test_no_change_of_a_checkpoint_goes_unseen(finished, data):
             path.unlink()
 
 
+def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path):
+    checkpoint.save(tmp_path / "a.h5", {"a": np.ones(3)}, {})
+    old = (tmp_path / "a.h5").read_bytes().replace(b"checkpoint 2,", b"checkpoint 1,")
+    (tmp_path / "a.h5").write_bytes(old)
+    with pytest.raises(DataError, match="not a checkpoint of this version"):
+        checkpoint.load(tmp_path / "a.h5")
+
+
 def test_a_log_that_lost_lines_is_not_filled_with_zeros(config, tmp_path):
     run = pretrain(replace(config, epochs=1), tmp_path / "run")
     log = run.path / "metrics.jsonl"
@@ -604,6 +635,14 @@ def test_a_full_disk_names_the_log():
     assert error.value.filename == "/dev/full"
 
 
+def test_an_epoch_s_line_does_without_lines_that_were_changed(config, tmp_path):
+    run = pretrain(config, tmp_path / "run", time_limit=0)
+    log = resume(run.path, time_limit=0).path / "metrics.jsonl"  # within an epoch of 4 steps
+    for step, old, new in (3, b'"loss"', b'"lost"'), (4, b'{"step": 1,', b'["step": 1,'):
+        log.write_bytes(log.read_bytes().replace(old, new, 1))
+        assert resume(run.path, time_limit=0).step == step
+
+
 def test_a_line_of_the_log_may_be_taken_in_parts(tmp_path):
     class Disk(FileIO):
         def write(self, line):
@@ -627,12 +666,31 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_run_folder(name, config, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_folder_s_name_is_safe_on_the_disk_or_there_is_none(config, tmp_path, monkeypatch):
+    order = []
+
+    def renamed(path, to):
+        if not order:
+            order.append("full")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        order.append("renamed")
+        path.rename(to)
+
+    monkeypatch.setattr("minisimclr.run.rename", renamed)
+    monkeypatch.setattr("minisimclr.run.sync", order.append)
+    with pytest.raises(OutputError, match="No space left"):
+        make_run_folder(tmp_path / "run", config, {}, beside=True)  # asked for no other name
+    assert order == ["full"] and not list(tmp_path.iterdir())
+    make_run_folder(tmp_path / "run", config, {})
+    assert order == ["full", "renamed", tmp_path]
+
+
 def test_a_checkpoint_comes_after_its_log(config, tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr("minisimclr.run.sync", lambda path: order.append(path.name))
     monkeypatch.setattr(checkpoint, "save", lambda path, *_: order.append(path.suffix))
     pretrain(replace(config, epochs=1), tmp_path / "run")
-    assert order == ["metrics.jsonl", ".h5"]
+    assert order == [tmp_path.name, "metrics.jsonl", ".h5"]
 
 
 def test_another_device_can_go_on_with_other_threads(config, tmp_path):
@@ -834,7 +892,7 @@ def test_settings_that_cannot_be_leave_no_folder(config, tmp_path):
 
 def test_divergence_keeps_the_last_good_state(finished, config, tmp_path, monkeypatch):
     wild = ms.TrainConfig(**config.to_dict() | {"lr": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(DivergedError, match="step") as raised, np.errstate(all="ignore"):
+    with pytest.raises(DivergedError, match="step") as raised:  # without a word from NumPy
         pretrain(wild, tmp_path / "run")
     *lines, end = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     for line in lines:
@@ -977,6 +1035,9 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(conf
     assert pretrain(replace(config, batch_size=72), tmp_path / "run").step == config.epochs
 
 
+CHOSEN = "encoder", "stem", "lr_scaling", "optimizer", "precision"
+
+
 @pytest.mark.parametrize(
     "bad, said",
     [
@@ -988,7 +1049,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(conf
         ({"seed": 2**63}, r"seed must be less than 2\*\*63"),
         ({"lr": float("nan")}, "lr must be a finite number"),
         ({"warmup_epochs": 1e308}, "warmup_epochs must be a finite number below 1e100"),
-        ({"encoder": "resnet19"}, "encoder must be one of"),
+        *(({name: "other"}, f"{name} must be one of") for name in CHOSEN),
         ({"batch_size": 1}, "batch_size must be at least 2"),
         ({"epochs": 2.5}, "epochs must be of type int"),
         ({"crop_min": 1.5}, "crop_min must be at most 1"),
@@ -1072,9 +1133,27 @@ def test_crops_are_of_all_sizes_from_the_least_to_the_whole():
 
 def test_embeddings_that_are_not_finite_are_divergence_too(finished, config, tmp_path):
     run, _ = open_run(shutil.copytree(finished.path, tmp_path / "copy"))
+    dataset, project, asked = open_dataset(config.data, 20), run.model.project, []
+
+    def second_is_nan(h):
+        asked.append(h)
+        return project(h) * np.float32(np.nan if len(asked) == 2 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.model, "project", second_is_nan)
+        with pytest.raises(DivergedError, match="outputs are not finite"):
+            train.monitor(run, dataset, "cpu")
     run.model.head.linear2.weight.data[:] = np.nan  # the encoder is whole
     with np.errstate(all="ignore"), pytest.raises(DivergedError, match="outputs are not finite"):
-        train.monitor(run, open_dataset(config.data, 20), "cpu")
+        train.monitor(run, dataset, "cpu")
+
+
+def test_a_cosine_a_rounding_error_above_1_is_counted(config, monkeypatch):
+    run, dataset = new_run(None, config), open_dataset(config.data, 20)
+    same = lambda h: np.random.default_rng(0).standard_normal((len(h), 5), np.float32)  # noqa: E731
+    monkeypatch.setattr(run.model, "project", same)
+    line = train.monitor(run, dataset, "cpu")
+    assert sum(line["positives"]) == line["positives"][-1] == len(dataset.sample(256))
 
 
 def test_a_run_keeps_the_whole_path_of_its_pictures(config, pictures, tmp_path, monkeypatch):

@@ -317,6 +317,7 @@ def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):
         r"conv1.weight: shape \(3, 4": good | {"conv1.weight": np.zeros((3, 4, 3, 3), "f4")},
         "bn1.bias is of type int64": good | {"bn1.bias": np.zeros(4, np.int64)},
         "num_batches_tracked is of type float32": good | {"bn1.num_batches_tracked": np.float32(1)},
+        "num_batches_tracked is of type int32": good | {"bn1.num_batches_tracked": np.int32(1)},
         "layer4.0.bn2.bias holds NaN": good | {"layer4.0.bn2.bias": np.full(32, np.nan)},
         "bn2.weight holds NaN": good | {"layer4.0.bn2.weight": np.full(32, np.inf)},
         "conv1.weight holds NaN": good | {"conv1.weight": np.full((4, 3, 3, 3), 1e300)},

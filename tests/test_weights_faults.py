@@ -16,6 +16,7 @@ from minisimclr import checkpoint, nn, weights
 from minisimclr.errors import DataError
 from minisimclr.weights import safetensors
 from minisimclr.weights.tf_bundle import MAGIC, masked_crc32c
+from minisimclr.weights.torch_zip import unpickle
 
 FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "pickle.find_class", "socket.",
              "ctypes.", "shutil.", "marshal.")  # fmt: skip
@@ -570,6 +571,21 @@ def test_tensorflow_files(tmp_path, expected):
     attempt(path, refused=False)
     bundle(path, **BUNDLE_FAULTS[expected])
     assert re.search(expected, attempt(path).removeprefix(str(path)))
+
+
+def test_averages_that_an_optimizer_keeps_are_passed_over(tmp_path):
+    def averaged(entries):
+        kernel = b"base_model/conv2d/kernel"
+        entries[kernel + b"/ExponentialMovingAverage"] = entries[kernel]
+
+    bundle(tmp_path / "a.index", averaged)
+    assert attempt(tmp_path / "a.index", refused=False) is None
+
+
+def test_a_text_may_be_remembered_after_many_others():
+    tree = {f"k{i}": f"v{i}" for i in range(300)}
+    tree |= {"a": tree["k299"], "b": tree["k299"]}
+    assert unpickle(pickle.dumps(tree, 2)) == tree
 
 
 @pytest.mark.parametrize("name, code", [("float16", 19), ("float64", 2), ("bfloat16", 14)])
