@@ -272,6 +272,13 @@ def test_members_that_could_escape_are_refused(tmp_path, monkeypatch, fault):
     assert not list((tmp_path / "cache").rglob("*.h5"))
 
 
+@pytest.mark.parametrize("names", [("a//x", "a//x"), ("a/./x", "a/x")])
+def test_a_member_is_no_other_by_another_spelling(tmp_path, names):
+    path = layout.tar(tmp_path / "a.tar", [(name, b"x") for name in names])
+    with pytest.raises(DataError, match="twice"):
+        list(members(path))
+
+
 def test_setuid_and_old_members_are_only_read(tmp_path):
     first, second, *rest = layout.image_members()
     images = [named(*first, mode=0o6777, uid=0), named(*second, type=tarfile.AREGTYPE), *rest]

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -271,6 +272,37 @@ def test_endless_body_is_cut(server, tmp_path):
     with pytest.raises(DataError, match="does not end after 300,000 bytes"):
         fetch(server, tmp_path)
     assert (tmp_path / ".images.tar.part").stat().st_size <= 300_000
+
+
+def test_a_server_that_begins_slowly_is_waited_for(server, tmp_path, monkeypatch):
+    def slow(handler):
+        handler.reply(200, {"Content-Length": len(CONTENT)}, CONTENT[:100])
+        for part in CONTENT[100:200], CONTENT[200:]:
+            time.sleep(0.2)
+            handler.wfile.write(part)
+            handler.wfile.flush()
+
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    server.answers["file"] = slow
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_what_came_before_makes_no_server_faster(server, tmp_path, monkeypatch):
+    def drip(handler):
+        headers = {"Content-Length": 180_000, "Content-Range": "bytes 120000-299999/300000"}
+        handler.reply(206, headers, CONTENT[120_000:120_100])
+        for _ in range(50):
+            time.sleep(0.02)
+            handler.wfile.write(b"x")
+
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    server.answers["file"] = whole(breaks_at=120_000)
+    with pytest.raises(DataError, match="closed after"):
+        fetch(server, tmp_path)
+    monkeypatch.setattr(module, "TIMEOUT", 0.15)
+    server.answers["file"] = drip
+    with pytest.raises(DataError, match=r"timed out|bytes per second"):
+        fetch(server, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["hang before", "hang inside", "drip"])

@@ -729,3 +729,16 @@ def test_what_is_no_set_of_pictures_is_refused(tmp_path, changed, said):
     with pytest.raises(ConfigError, match=said):
         from_arrays(tmp_path / "mine.h5", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_info_tells_the_options_the_size_of_the_file_and_every_class(tmp_path, capsys):
+    for i in range(50):
+        save(tmp_path / "few" / "ab"[i % 2] / f"{i}.png", i)
+        save(tmp_path / "many" / f"class{i % 25:02}" / f"{i}.png", i)
+    options = Options(labels_per_class=1, skip_bad=True)
+    path = prepare(tmp_path / "few", 16, options).path
+    values = json.loads(run(capsys, "data", "info", tmp_path / "few", "--json")[1])
+    assert (values["crop"], values["skip_bad"], values["labels_per_class"]) == ("centre", True, 1)
+    assert values["bytes"] == path.stat().st_size
+    prepare(tmp_path / "many", 16)
+    assert run(capsys, "data", "info", tmp_path / "many")[1].count("  pretrain     ") == 25

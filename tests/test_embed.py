@@ -1,6 +1,7 @@
 """An encoder used on one's own pictures, and the doctor; as commands, where a user meets them."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -512,6 +513,45 @@ def test_the_doctor_finds_a_disk_that_is_almost_full(monkeypatch, tmp_path):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
         ok, said = doctor.disk()
         assert ok == sound and f"data sets: 1, 3 MB; {free / 1e9:.1f} GB free" in said
+
+
+def test_the_doctor_counts_data_sets_alone_and_needs_no_folder(monkeypatch, tmp_path):
+    for name in ("a.h5", "features-0.safetensors", ".a.h5.lock"):
+        (tmp_path / name).write_bytes(bytes(1_000_000))
+    monkeypatch.setattr(doctor, "cache_folder", lambda: tmp_path)
+    assert "data sets: 1, 1 MB;" in doctor.disk()[1]
+    monkeypatch.setattr(doctor, "cache_folder", lambda: tmp_path / "not" / "yet" / "there")
+    assert doctor.disk()[0]
+
+
+def test_a_check_that_fails_in_its_own_way_costs_no_other(monkeypatch):
+    names = (
+        "versions",
+        "optional",
+        "blas",
+        "device",
+        "gpu",
+        "disk",
+        "speed",
+        "gradients",
+        "learning",
+    )
+    for name in names:
+        check = Mock(__name__=name, return_value=(True, ""))
+        monkeypatch.setattr(doctor, name, check)
+    check = Mock(__name__="device", side_effect=OSError("odd"))
+    monkeypatch.setattr(doctor, "device", check)
+    checks = doctor.examine()
+    assert [found.name for found in checks] == [*names]
+    assert checks[3] == ("device", False, "OSError: odd") and sum(c.ok for c in checks) == 8
+
+
+def test_the_doctor_s_views_are_two_of_each_picture(monkeypatch):
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(doctor, "training_step", lambda *_: Mock(figures={"loss": 4.0}))
+    rate = doctor.STEPS * 2 * 64
+    assert doctor.learning()[1].endswith(f" {rate:,} views/s")
 
 
 def test_the_doctor_misses_what_is_needed(monkeypatch):

@@ -465,6 +465,49 @@ def edited(sound, folder, rows=None, **metrics):
     return read(folder)
 
 
+def level_of(finding):
+    return finding and finding.level
+
+
+@pytest.mark.parametrize("steps, level", [(2, None), (3, FAULT)])
+def test_rates_of_two_steps_tell_nothing(steps, level, sound):
+    facts = read(sound)
+    facts.files["metrics"] = [row | {"lr": 0.0} for row in facts.files["metrics"][:steps]]
+    assert level_of(verdict.frozen(facts)) == level
+
+
+@pytest.mark.parametrize("steps, level", [(3, None), (5, FAULT)])
+def test_weights_may_rest_while_the_rate_rises(steps, level, sound, config):
+    facts = replace(read(sound), config=replace(config, warmup_epochs=2.0))  # 4 of 8 steps
+    facts.files["metrics"] = [row | {"lr": 0.01} for row in facts.files["metrics"][:steps]]
+    facts.__dict__["movement"] = 1e-4
+    assert facts.total == 8 and level_of(verdict.frozen(facts)) == level
+
+
+@pytest.mark.parametrize("times, level", [(1.9, FAULT), (2.1, WARNING)])
+def test_twice_as_many_partners_as_by_chance_are_no_luck(times, level, sound, tmp_path):
+    facts = read(sound)
+    chance, guess = facts.files["metrics"][0]["chance"], 1 / (2 * facts.config.batch_size - 1)
+    found = verdict.chance_line(edited(sound, tmp_path / "on", loss=chance, accuracy=times * guess))
+    assert found.level == level and f"{guess:.1%} by chance" in found.evidence
+
+
+@pytest.mark.parametrize("above, title", [(0.05, ""), (0.15, "The loss is above its chance line")])
+def test_a_tenth_above_the_chance_line_is_above_it(above, title, sound, tmp_path):
+    loss = read(sound).files["metrics"][0]["chance"] + above
+    found = verdict.chance_line(edited(sound, tmp_path / "on", loss=loss, accuracy=0.9))
+    assert found.title == title
+
+
+@pytest.mark.parametrize("gap, level", [(0.005, FAULT), (0.05, None)])
+def test_views_that_differ_by_a_hundredth_are_the_same(gap, level, sound):
+    facts, x = read(sound), np.full((4, 8, 8, 3), 0.5, np.float32)
+    facts.__dict__["first_views"] = (None, None, (x, x + gap))
+    for row in facts.files["metrics"]:
+        row["accuracy"] = 0.5
+    assert level_of(verdict.identical_views(facts)) == level
+
+
 def test_more_training_is_asked_for_while_the_loss_falls_and_pairs_are_missed(sound, tmp_path):
     facts = edited(sound, tmp_path / "run")
     for count, fall, asked in ((2, 0.5, True), (2, -0.5, False), (2, 0.005, False),

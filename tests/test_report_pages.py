@@ -334,6 +334,30 @@ def test_a_point_of_a_long_training_is_the_mean_of_its_steps(run, drawn):
     assert x == [*range(3, 451, 3)] and y == [k - 1.5 for k in x]
 
 
+def test_histograms_fit_and_share_a_scale(run, drawn):
+    panels.similarities(report.read(run))
+    most = max(np.max(shares) for (*_, pairs), _ in drawn for _, shares in pairs.values())
+    assert {named["ylim"] for _, named in drawn} == {(0, 1.4 * most)}
+
+
+def test_twenty_mistakes_are_listed_and_six_of_them_drawn(run, monkeypatch):
+    facts, tables, titles = report.read(run), [], []
+    labels, rows = facts.dataset.labels.copy(), facts.dataset.split("labelled")
+    truth = np.arange(len(facts.test_rows)) % 8
+    labels[facts.test_rows], labels[rows] = truth, np.arange(len(rows)) % 8
+    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("abcdefgh"))
+    eye = np.eye(8, dtype=np.float32)
+    facts.__dict__["test_h"] = (eye[(truth + 1) % 8],)  # each is taken for the next
+    for name, spy in {
+        "features": lambda *_: eye[labels[rows]], "card": lambda *_, **__: "",
+        "table": lambda *given: tables.append(given[-1]) or "",
+        "row": lambda *_, title="": titles.append(title) or "",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(panels, name, spy)
+    panels.confusions(facts)
+    assert len(tables[0]) == 8 and len([*filter(None, titles)]) == 6
+
+
 def test_axes_are_what_they_are_called(run, drawn):
     facts = report.read(run)
     panels.training(facts)
@@ -721,6 +745,18 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
         report.build_comparison([report.read(run)] * 2)
 
 
+def test_runs_that_are_equal_or_have_not_begun_are_compared(run):
+    facts = report.read(run)
+    new = replace(facts, files=facts.files | {"metrics": []})
+    with pytest.raises(Missing, match="all settings are equal"):
+        report.compare.differences({"a": facts, "b": new})
+    drawn = report.compare.curves({"old": facts, "new": new})
+    assert "old from" in drawn and "new from" not in drawn
+    assert "<td>–</td>" in report.compare.results({"old": facts, "new": new})
+    with pytest.raises(Missing, match="no run has ended"):
+        report.compare.curves({"new": new})
+
+
 def drawn_by(monkeypatch, module, make):
     """Axes with what the charts of a page's part draw there."""
     from matplotlib.figure import Figure
@@ -740,6 +776,38 @@ def test_a_matrix_outlines_partners(monkeypatch):
     assert "partners 0.00 on average" in show()
     (axes,) = drawn_by(monkeypatch, charts, show)
     assert axes.collections[0].get_offsets().tolist() == [[0, 2], [1, 3], [2, 0], [3, 1]]
+
+
+def test_an_empty_diagonal_leaves_the_colours(monkeypatch):
+    values = np.where(np.eye(4), -np.inf, np.arange(16.0).reshape(4, 4))
+    show = lambda: charts.matrix("t", values, "abcd", np.array([2, 3, 0, 1]))  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, show)
+    assert (axes.images[0].norm.vmin, axes.images[0].norm.vmax) == (1, 14)
+
+
+def test_axes_have_their_names(monkeypatch):
+    def show():
+        charts.lines("t", "x", {"a": ([1, 2], [3, 4])}, y="y")
+        charts.scatter("t", "x", "y", {"a": ([1], [2])})
+
+    for axes in drawn_by(monkeypatch, charts, show):
+        title = axes.get_title("left") or axes.get_title()
+        assert (title, axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
+
+
+def test_the_mean_of_a_histogram_is_of_what_it_counts():
+    assert "means: a 0.25" in charts.lines("t", "x", {"a": ([-0.5, 0.5], [1, 3])}, fill=True)
+
+
+def test_each_of_many_lines_and_marks_has_a_look_of_its_own(monkeypatch):
+    def show():
+        charts.lines("t", "x", {f"n{k}": ([1, 2], [3, 4]) for k in range(12)})
+        charts.scatter("t", "x", "y", {f"n{k}": ([1], [2]) for k in range(12)})
+
+    lines, points = drawn_by(monkeypatch, charts, show)
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.lines}) == 12
+    marks = ((c.get_facecolor()[0], c.get_paths()[0].vertices) for c in points.collections)
+    assert len({(tuple(colour), shape.tobytes()) for colour, shape in marks}) == 12
 
 
 def test_a_large_matrix_names_some_of_its_views(monkeypatch):
@@ -876,6 +944,30 @@ def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     marks = np.array([line.get_xydata()[0] for line in axes.lines[1:]])  # before, after, before
     np.testing.assert_allclose(marks[::2], step.seen["u"])
     np.testing.assert_allclose(marks[1::2], step.u_after)
+
+
+def test_names_stand_by_their_views(step, monkeypatch):
+    (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
+    names = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in names] == [n for n in step.names for _ in range(2)]
+    before, after = ([text.get_position() for text in names[k::2]] for k in (0, 1))
+    np.testing.assert_allclose(before, 0.82 * step.seen["u"])
+    np.testing.assert_allclose(after, 1.2 * step.u_after)
+
+
+def test_the_walkthrough_s_gradients_have_their_lengths(step, monkeypatch):
+    tables = []
+    monkeypatch.setattr(walkthrough, "table", lambda *given: tables.append([*given[-1]]) or "")
+    monkeypatch.setattr(walkthrough, "chart", lambda *_: "")
+    walkthrough.forces(step)
+    lengths = np.linalg.norm(step.seen["dz"] * step.seen["length"], axis=1)
+    np.testing.assert_allclose([row[5] for row in tables[0]], lengths)
+
+
+@pytest.mark.parametrize("change, said", [(1, True), (-1, False)])
+def test_a_step_that_raises_the_loss_is_explained(change, said, step):
+    page = walkthrough.update(replace(step, loss_after=step.loss + change))
+    assert ("may also raise it" in page) == said
 
 
 def test_each_view_is_told_its_strongest_forces(step, monkeypatch):

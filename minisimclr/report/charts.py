@@ -176,7 +176,7 @@ def matrix(title: str, values: np.ndarray, names: Sequence[str], outlined: np.nd
     V = len(values)
 
     def draw(axes: Any) -> None:
-        shown = axes.imshow(np.where(np.isfinite(values), values, np.nan), cmap="cividis")
+        shown = axes.imshow(values, cmap="cividis")
         for colour, lw in (("#111111", 2.2 + 16 / V), ("white", 0.8 + 5 / V)):  # seen on any colour
             axes.scatter(range(V), outlined, (165 / V) ** 2, marker="s", lw=lw,
                          facecolors="none", edgecolors=colour)  # fmt: skip
