@@ -86,6 +86,12 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     assert 0 <= low <= result["top1"] <= high <= 1
 
 
+def test_a_run_whose_name_begins_like_an_option_can_be_typed(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "-x")
+    done = run("train", "--resume", "-x", cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == "to see more: minisimclr report ./-x"
+
+
 def test_probe_of_a_run_repeats_the_table(trained, tmp_path):
     out, done = trained
     again = run("probe", out)

@@ -223,6 +223,18 @@ def test_lists_may_be_in_a_folder_and_breeds_without_a_number(tmp_path):
     assert names == ["Alpha", "flat-coated_beta", "Gamma"]
 
 
+def test_breeds_that_differ_in_their_numbers_alone_keep_them(tmp_path):
+    def renamed(files):
+        return [f.replace("flat-coated_beta", "Alpha") for f in files]
+
+    lists = [
+        (f"{name}_list.mat", layout.mat(renamed(files), layout.numbered(files)))
+        for name, files in (("train", TRAIN), ("test", TEST))
+    ]
+    names = stanford_dogs.read_lists(layout.tar(tmp_path / "lists.tar", lists))[2]
+    assert names == ["n01-Alpha", "n02-Alpha", "n03-Gamma"]
+
+
 @pytest.mark.parametrize("deflate", [False, True])
 def test_mutated_lists_are_read_or_refused(deflate):
     content = layout.mat(TRAIN, LABELS, deflate=deflate)

@@ -220,6 +220,16 @@ def test_one_picture_is_too_few_to_probe_before_it_is_for_statistics(run, tmp_pa
             call("probe", path, "--data", one.parent)
 
 
+def test_a_picture_alone_in_pretrain_is_too_few_for_statistics(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (13, 20, 20, 3), np.uint8)
+    labels, testing = [0] * 4 + [1] * 3 + [0] * 3 + [1] * 3, np.arange(13) >= 7
+    given = tmp_path / "a.h5", images, labels, ["a", "b"], testing
+    dataset = ms.data.from_arrays(*given, labels_per_class=3)
+    assert [len(dataset.split(name)) for name in ("pretrain", "labelled", "test")] == [1, 6, 6]
+    assert len(dataset.sample(256)) == 6
+    assert embed.probe_run(run, dataset)["test"] == 6
+
+
 PREPARING, FEATURES, PENALTY = "preparing data", "features", "choosing the penalty"
 TUNING = "SimCLR, fine-tuned, rate x 1"
 

@@ -612,6 +612,9 @@ def test_test_images_that_spoil_the_figure_are_told():
     with pytest.warns(UserWarning, match="1 of 70 test"):  # seen in training without labels
         assert labelled[5] not in labelled_and_test(colours, 9)[0]
     colours.duplicate_of = np.arange(120)
+    colours.duplicate_of[rows[0]], colours.labels[rows[1]] = rows[1], -1  # both only to test with
+    labelled_and_test(colours)
+    colours.labels[rows[1]] = rows[1] % 3
     colours.labels[labelled] = colours.labels[labelled].clip(0, 1)
     lost = (colours.labels[rows] == 2).sum()
     with pytest.warns(UserWarning, match=f"{lost} of 70 test .* of classes without labels"):

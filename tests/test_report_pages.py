@@ -622,6 +622,18 @@ def test_a_run_that_lacks_parts_gets_a_page_that_says_so(harm, run, page, tmp_pa
     assert "Not shown" in lacking
 
 
+def test_what_comes_after_a_divergence_is_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    end = json.dumps({"step": 2, "diverged": "loss nan"}) + "\n"
+    for rest in lines[1:], [end]:
+        log.write_text("".join([lines[0], end, *rest]))
+        facts = report.read(tmp_path / "run")
+        assert len(facts.files["metrics"]) == 1 and facts.files["diverged"]["step"] == 2
+        assert report.build_report(facts)
+
+
 def test_a_log_damaged_in_the_middle_says_from_where_on_it_is_left_out(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -944,6 +956,10 @@ def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     marks = np.array([line.get_xydata()[0] for line in axes.lines[1:]])  # before, after, before
     np.testing.assert_allclose(marks[::2], step.seen["u"])
     np.testing.assert_allclose(marks[1::2], step.u_after)
+
+
+def test_black_pictures_are_pulled_nowhere():
+    assert walkthrough.forces(walk(np.zeros((4, 20, 20, 3), np.uint8)))  # without a warning
 
 
 def test_names_stand_by_their_views(step, monkeypatch):

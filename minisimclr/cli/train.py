@@ -98,7 +98,8 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
                 run = training.pretrain(settings, out, origins=origins, **how)
         except Interrupted as stop:
             run = stop.run
-    path = typed(str(run.path))
+    name = str(run.path)
+    path = typed(f"./{name}" if name.startswith("-") else name)  # else it would be an option
     if run.stopped:
         said = f"stopped at step {run.step} ({run.stopped}), state saved; go on with:"
         with unless_gone():

@@ -77,9 +77,9 @@ class Dataset:
     def sample(self, count: int) -> np.ndarray:
         """Up to `count` pictures (n, S, S, 3) of pretrain, random but always the same.
 
-        If pretrain is empty, they are of labelled, else of test.
+        If pretrain has fewer than two, too few for statistics, they are of labelled, else of test.
         """
-        rows = next(rows for rows in map(self.split, SPLITS) if len(rows))
+        rows = max(map(self.split, SPLITS), key=lambda rows: min(len(rows), 2))
         return self.images[choose(rows, count, stream=SAMPLE)]
 
     @property

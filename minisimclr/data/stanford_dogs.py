@@ -171,7 +171,9 @@ def read_lists(path: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray
     if sorted(breeds) != list(range(1, len(set(breeds.values())) + 1)):
         raise DataError(f"{path}: the labels do not number the breeds from 1")
     files = sorted(labels)
-    class_names = [breeds[k].partition("-")[2] or breeds[k] for k in sorted(breeds)]
+    whole = [breeds[k] for k in sorted(breeds)]
+    short = [name.partition("-")[2] or name for name in whole]
+    class_names = short if len(set(short)) == len(short) else whole
     is_test = np.array([file in test for file in files])
     return files, np.array([labels[file] - 1 for file in files], np.int64), class_names, is_test
 

@@ -197,7 +197,8 @@ def labelled_and_test(
         )
     train = train if labels is None else train[stratified(y[train], labels, seed)]
     lost = np.isin(y[test], y[train], invert=True)
-    seen = np.isin(dataset.duplicate_of[test], np.delete(dataset.duplicate_of, test))
+    others = np.delete(dataset.duplicate_of, dataset.split("test"))
+    seen = np.isin(dataset.duplicate_of[test], others)
     for which, what in (lost, "of classes without labels"), (seen, "in other splits too"):
         if which.any():
             said = f"{which.sum():,} of {len(test):,} test images are {what}"

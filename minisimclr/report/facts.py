@@ -191,7 +191,8 @@ def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
         with suppress(ValueError, RecursionError):  # a run that is killed may leave half a line
             for line in file:
                 row = json.loads(line)
-                if not fits(row, {"step": float, "diverged": str}) and not fits(row, like):
+                last = fits(row, {"step": float, "diverged": str})
+                if not (last or fits(row, like)) or (rows and "diverged" in rows[-1]):
                     break
                 # All rows share their keys: a long run has 100,000 of them.
                 rows.append({sys.intern(key): value for key, value in row.items()})

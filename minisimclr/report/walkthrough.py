@@ -216,7 +216,7 @@ def forces(w: Walk) -> str:
     """
     u, n, names = w.seen["u"], len(w.images), w.names
     ways = -w.seen["dz"] * w.seen["length"]  # (V, 2): -dL/du along the circle
-    arrows = ways * (0.5 / abs(ways).max())
+    arrows = ways * (0.5 / (abs(ways).max() or 1))
 
     def draw(axes: Any) -> None:
         axes.plot(*np.array([np.cos(turn := np.linspace(0, 2 * np.pi, 181)), np.sin(turn)]),
