@@ -555,6 +555,7 @@ def declared(file):
     h5py.h5d.create(file.id, b"labels", h5py.h5t.STD_U8LE, space, early)
 
 
+HALF = {"size": 8, "options": {"labels_per_class": 1.5}}
 FORGED = {
     "external file": external,
     "external pixels": external_images,
@@ -575,6 +576,11 @@ FORGED = {
     "notes in a list": lambda f: good(f, about=about(notes=[])),
     "a class without a name": lambda f: good(f, about=about(class_names=[None])),
     "a file whose name is a number": lambda f: good(f, about=about(file_names=["x", 1])),
+    "labels in a table": lambda f: good(f, labels=np.zeros((2, 2), np.int64)),
+    "splits in a table": lambda f: good(f, splits=np.zeros((2, 1), np.uint8)),
+    "split below the first": lambda f: good(f, splits=np.array([0, -1], np.int8)),
+    "a name in a list": lambda f: good(f, about=about(name=[1])),
+    "half a label": lambda f: good(f, about=about(recipe=HALF)),
     "split of no name": lambda f: good(f, splits=np.array([0, 3], np.uint8)),
     "other shape": lambda f: good(f, images=np.zeros((2, 8, 3, 8), np.uint8)),
     "16 bit": lambda f: good(f, images=np.zeros((2, 8, 8, 3), np.uint16)),

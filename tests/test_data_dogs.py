@@ -513,6 +513,22 @@ def test_an_unpacked_picture_that_cannot_be_had(dogs, tmp_path, monkeypatch):
         open_dataset(tmp_path, 24)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_a_broken_link_is_no_archive(tmp_path):
+    (tmp_path / "lists.tar").write_bytes(b"x")
+    (tmp_path / "images.tar").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"images\.tar: cannot be read \(No such file"):
+        open_dataset(tmp_path, 16)
+
+
+def test_all_archives_must_be_the_official_ones_to_be_verified(dogs, tmp_path, monkeypatch):
+    archives = stanford_dogs.in_folder(dogs)
+    right = stanford_dogs.OFFICIAL["images"][0], stanford_dogs.file_sha256(archives["images"])
+    monkeypatch.setitem(stanford_dogs.OFFICIAL, "images", right)
+    made = stanford_dogs.official(archives, Options(), tmp_path, allow_unverified=True)
+    assert made.plan().notes == {"verified": False}
+
+
 def test_a_class_may_be_called_images(tmp_path):
     """Without lists, it is a folder of folders; lists alone are no reason to refuse one either."""
     for name in ("Images/deep/1.png", "Others/deep/2.png"):

@@ -8,6 +8,7 @@ import os
 import pstats
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,12 +17,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minisimclr import data
 from minisimclr.cli import main
 from minisimclr.cli.data import class_counts, samples, show
 from minisimclr.config import TrainConfig
-from minisimclr.data import Dataset, Options, folder, from_arrays, open_dataset, prepare, prepared
+from minisimclr.data import (
+    Dataset,
+    Options,
+    Plan,
+    cache,
+    folder,
+    from_arrays,
+    open_dataset,
+    prepare,
+    prepared,
+)
 from minisimclr.embed import probe_run
-from minisimclr.errors import ConfigError, DataError
+from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.train import pretrain
 
 
@@ -273,6 +285,7 @@ def test_what_does_not_count(tmp_path, capsys):
         (["train/a/x.png", "test/x.png"], r"has class folders, but 'test[/\\\\]+x\.png'"),
         (["train/a/x.png", "test/a/x.png", "y.png"], r"has class folders, but 'y\.png'"),
         (["train/x.png", "test/x.png", "y.png"], r"has class folders, but 'y\.png'"),
+        (["train/a/x.png", "test/a/x.png", "set/x.png"], "set and test and train: name one of"),
         (["train/a/x.png", "test/a/x.png", "sunset/x.png"], "sunset and test and train: name one"),
     ],
 )
@@ -742,3 +755,50 @@ def test_info_tells_the_options_the_size_of_the_file_and_every_class(tmp_path, c
     assert values["bytes"] == path.stat().st_size
     prepare(tmp_path / "many", 16)
     assert run(capsys, "data", "info", tmp_path / "many")[1].count("  pretrain     ") == 25
+
+
+def test_numbers_of_arrays_are_what_they_say(tmp_path, monkeypatch):
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(data, "MANY", 3)
+    made = from_arrays(tmp_path / "a.h5", images, np.arange(5, dtype=np.int8))
+    assert len(made.class_names) == 5
+    with pytest.raises(ConfigError, match="label 5 is no position"):
+        from_arrays(tmp_path / "b.h5", images, [0, 1, 2, 3, 5])
+    wrapped = np.array([0, 1, 0, 1, 2**64 - 1], np.uint64)  # -1, by chance, in 64 bits
+    with pytest.raises(ConfigError, match=r"labels are from -1 .* 0 to 18446744073709551615"):
+        from_arrays(tmp_path / "b.h5", images, wrapped, ["a", "b"])
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file cannot be made"):
+        from_arrays(tmp_path / "file" / "b.h5", images)
+    assert asdict(Options(labels_per_class=np.int64(3)))["labels_per_class"].__class__ is int
+
+
+def test_progress_counts_bad_pictures_and_shows_often(tmp_path):
+    for i in range(120):
+        save(tmp_path / "many" / "ab"[i % 2] / f"{i:03}.png", i)
+    for i in range(10):
+        save(tmp_path / "few" / "ab"[i % 2] / f"{i}.png", i)
+    seen = []
+    prepare(tmp_path / "many", 16, progress=lambda *now: seen.append(now))
+    assert len(seen) >= 50
+    seen.clear()
+    (tmp_path / "few" / "a" / "0.png").write_bytes(b"no")
+    prepare(tmp_path / "few", 16, Options(skip_bad=True), lambda *now: seen.append(now))
+    assert (10, 10) in seen and seen[-1] == (9, 9)
+
+
+def test_one_in_a_hundred_may_be_bad_however_often_they_are_read(tmp_path):
+    calls = []
+
+    def picture(row):
+        calls.append(row)
+        if row == 0 or (row == 1 and calls.count(1) > 1):  # good once
+            raise DataError("cannot be read")
+        return np.full((8, 8, 3), row, np.uint8)
+
+    names, zeros = [f"{i}" for i in range(200)], np.zeros(200, np.int64)
+    jobs = lambda size: ((i, picture, (i,)) for i in range(200))  # noqa: E731
+    plan = Plan(names, zeros, ["x"], zeros.astype(np.uint8), jobs)
+    recipe = {"source": "x", "size": 8, "options": asdict(Options(skip_bad=True))}
+    cache.build(tmp_path / "c.h5", "x", plan, recipe, None)
+    assert len(cache.load(tmp_path / "c.h5").images) == 198

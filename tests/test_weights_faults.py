@@ -582,6 +582,14 @@ def test_averages_that_an_optimizer_keeps_are_passed_over(tmp_path):
     assert attempt(tmp_path / "a.index", refused=False) is None
 
 
+def test_small_whole_numbers_of_pth(tmp_path):
+    torch = pytest.importorskip("torch")
+    small = {"a": torch.tensor([-1], dtype=torch.int8), "b": torch.tensor([200], dtype=torch.uint8)}
+    torch.save(small, tmp_path / "a.pth")
+    stored = weights.read(tmp_path / "a.pth")
+    assert [stored.fetch(name).tolist() for name in "ab"] == [[-1], [200]]
+
+
 def test_a_text_may_be_remembered_after_many_others():
     tree = {f"k{i}": f"v{i}" for i in range(300)}
     tree |= {"a": tree["k299"], "b": tree["k299"]}

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from operator import index
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -113,15 +112,18 @@ def prepare(
     recipe = {"source": source.identity, "size": size, **DECODER, "options": asdict(options)}
     if made := load_if_valid(path, recipe):
         return made
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        way_out = f"({error.strerror}): name another folder in XDG_CACHE_HOME"
-        raise OutputError(f"{path.parent} cannot be made {way_out}") from error
+    make_folder(path.parent, ": name another folder in XDG_CACHE_HOME")
     with locked(path):
         if not load_if_valid(path, recipe):  # else another process has just built it
             cache.build(path, source.name, source.plan(), recipe, progress)
         return cache.load(path)
+
+
+def make_folder(path: Path, way_out: str = "") -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made ({error.strerror}){way_out}") from error
 
 
 def from_arrays(
@@ -142,31 +144,32 @@ def from_arrays(
             f"pictures are (N, S, S, 3) uint8 with S from {SIZES[0]} to {SIZES[-1]}, "
             f"not {images.shape} {images.dtype}"
         )
-    each = None if labels_per_class is None else index(labels_per_class)
     labels = np.full(n, -1) if labels is None else np.asarray(labels)
     chosen = np.zeros(n, bool) if testing is None else np.asarray(testing)
     whole = labels.dtype.kind in "iu" and chosen.dtype == bool
     if not (whole and labels.shape == chosen.shape == (n,)):
         given = f"{labels.shape} {labels.dtype} and {chosen.shape} {chosen.dtype}"
         raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
-    labels = labels.astype(np.int64)
-    if class_names is None and labels.max() >= max(n, MANY):
+    low, high = int(labels.min()), int(labels.max())
+    if class_names is None and high >= max(n, MANY):
         way_out = "np.unique(labels, return_inverse=True) makes both from numbers of your own"
-        raise ConfigError(f"label {labels.max()} is no position in class_names: {way_out}")
-    names = list(map(str, range(labels.max() + 1) if class_names is None else class_names))
+        raise ConfigError(f"label {high} is no position in class_names: {way_out}")
+    names = list(map(str, range(high + 1) if class_names is None else class_names))
     if len(set(names)) < len(names):
         raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")
-    if not -1 <= labels.min() <= labels.max() < len(names):
-        said = f"{labels.min()} to {labels.max()}, and there are {len(names)} class names"
+    if not -1 <= low <= high < len(names):
+        said = f"{low} to {high}, and there are {len(names)} class names"
         raise ConfigError(f"labels are from -1 to the number of classes less 1, not {said}")
+    labels = labels.astype(np.int64)
+    options = Options(labels_per_class=labels_per_class)
+    each = options.labels_per_class
     splits = folder.split_classes(labels, None if testing is None else chosen, names, each)
     plan = Plan(
         [f"picture {row}" for row in range(n)], labels, names, splits,
         lambda size: ((row, np.asarray, (image,)) for row, image in enumerate(images)),
     )  # fmt: skip
-    options = asdict(Options(labels_per_class=each))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"source": "arrays", "size": side, "options": options}
+    make_folder(path.parent)
+    recipe = {"source": "arrays", "size": side, "options": asdict(options)}
     with locked(path):
         cache.build(path, path.stem, plan, recipe, None)
         return cache.load(path)

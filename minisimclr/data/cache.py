@@ -264,14 +264,16 @@ def load(path: Path) -> Dataset:
 def consistent(dataset: Dataset) -> bool:
     """Whether the parts of a data set have lengths and values that agree."""
     n, side = len(dataset.images), dataset.recipe["size"]
-    rows = dataset.labels, dataset.splits, dataset.duplicate_of, dataset.file_names
+    rows = dataset.labels, dataset.splits, dataset.duplicate_of
     return (
         dataset.images.shape == (n, side, side, 3)
-        and all(len(row) == n for row in rows)
+        and all(row.shape == (n,) for row in rows)
+        and len(dataset.file_names) == n
         and -1 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.class_names)
-        and dataset.splits.max() < len(SPLITS)
+        and 0 <= dataset.splits.min() <= dataset.splits.max() < len(SPLITS)
         and 0 <= dataset.duplicate_of.min() <= dataset.duplicate_of.max() < n
-        and all(isinstance(name, str) for name in (*dataset.class_names, *dataset.file_names))
+        and all(isinstance(name, str) for name in (dataset.name, *dataset.class_names))
+        and all(isinstance(name, str) for name in dataset.file_names)
         and isinstance(dataset.notes, dict)
         and isinstance(dataset.options, Options)  # else a TypeError: one that is not known here
     )

@@ -7,6 +7,7 @@ numbers of a Philox generator, which NumPy promises never to change.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,10 @@ class Options:
     def __post_init__(self):
         if self.crop not in ("centre", "boxes"):
             raise ConfigError(f"crop is {self.crop!r}: choose centre or boxes")
-        if self.labels_per_class is not None and self.labels_per_class < 1:
-            raise ConfigError(f"labels per class is {self.labels_per_class}: choose 1 or more")
+        if self.labels_per_class is not None:
+            object.__setattr__(self, "labels_per_class", index(self.labels_per_class))
+            if self.labels_per_class < 1:
+                raise ConfigError(f"labels per class is {self.labels_per_class}: choose 1 or more")
 
     def flags(self) -> str:
         """What chooses them, to be typed after `data prepare NAME`, with a space before each."""

@@ -128,7 +128,10 @@ def fingerprint(archives: Archives) -> str:
     for name, path in archives.items():
         for file in unpacked(path, name) if path.is_dir() else [path]:
             place = file.name if file == path else file.relative_to(path).as_posix()
-            stat = file.stat()
+            try:
+                stat = file.stat()
+            except OSError as error:  # a broken link, or gone since it was listed
+                raise DataError(f"{file}: cannot be read ({error.strerror})") from error
             listing.append((place, stat.st_size, stat.st_mtime_ns))
     return sha256(repr(listing).encode())
 
