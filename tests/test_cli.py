@@ -587,6 +587,9 @@ def test_a_bar_fits_a_terminal_that_becomes_narrower(terminal, monkeypatch):
         display.on_step(step=step, steps=620, **figures)
         assert max(map(len, screen.lines(before))) <= columns
     assert len(screen.lines()[-1]) > 70 and screen.getvalue().count("\n") == 0
+    display.on_progress(1, 3, "features")  # a new bar, of the new width
+    assert len(re.findall(r"\[([#-]+)\]", screen.getvalue())[-1]) == 10
+    display.on_step(step=5, steps=620, **figures)
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((30, 24)))
     display.on_step(step=6, steps=620, **figures)
     assert display.bar is None and screen.getvalue().endswith("\n")

@@ -378,7 +378,9 @@ def test_winograds_tiles_round_a_little_more_than_plain_sums(cupy):
     ):
         args = *args, (1, 1), (1, 1)
         (ours,), (exactly,) = on_device(f, args, cupy), reference(f, args)
-        assert 2e-7 < distance(ours, exactly) < 6e-7  # with the points 1 and 2: 8e-7
+        # Here products are exact, and the points 1 and 2 would give 8e-7.
+        most = 6e-7 if cupy.__version__.endswith("fake") else 2e-6
+        assert 2e-7 < distance(ours, exactly) < most
 
 
 def test_what_is_not_a_number_or_infinite_stays_so(cupy):

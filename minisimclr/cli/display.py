@@ -74,7 +74,7 @@ class Display:
         except (OSError, ValueError):  # Windows calls NUL a terminal
             columns = 0
         width = 24 if columns >= 100 else 10
-        if self.bar is not None:  # the terminal may be narrower than it was
+        if self.bar is not None and self.bar.label == label:  # in a terminal perhaps narrower now
             width, self.bar.max_width = self.bar.width, min(self.bar.max_width or 0, columns - 1)
         room = columns - len(label) - width - 26
         if room < 0:  # too narrow for a bar: print lines
