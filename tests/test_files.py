@@ -215,7 +215,7 @@ def test_no_file_stays_open(tmp_path):
     for name in "ab":
         files.write_bytes(tmp_path / name, b"x")
         counts.append(len([*Path("/dev/fd").iterdir()]))
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # a collected one may have been closed meanwhile
 
 
 @pytest.mark.skipif(os.name == "nt", reason="cannot open directories")
