@@ -18,7 +18,7 @@ import click
 
 from ..errors import MinisimclrError
 from ..files import nothing_unfinished
-from .options import shown
+from .options import say
 
 COMMANDS = (
     "train", "probe", "report", "walkthrough", "neighbors", "embed", "data", "profile", "weights",
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def warn(text: str) -> None:
     with suppress(OSError):  # there may be no one to read it
-        click.echo(f"warning: {shown(text)}", err=True)
+        say(f"warning: {text}", err=True)
 
 
 def run(arguments: list[str] | None) -> int:
@@ -149,7 +149,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
                 close_output()
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
     with suppress(OSError):  # there may be no one to read it
-        click.echo(f"error: {shown(' '.join(text.split()))}", err=True)
+        say(f"error: {' '.join(text.split())}", err=True)
     return code
 
 

@@ -120,6 +120,7 @@ def prepare(
 
 
 def make_folder(path: Path, way_out: str = "") -> None:
+    """Make a folder unless it is there. Raises OutputError, whose message ends with a way out."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
