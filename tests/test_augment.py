@@ -132,7 +132,8 @@ def test_fewer_attempts_take_more_whole_images(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [{"crop_scale": (0, 1)}, {"crop_scale": (0.5, 0.2)},
-                                 {"crop_scale": (0.5, 1.001)}, {"strength": -1}])  # fmt: skip
+                                 {"crop_scale": (0.5, 1.001)}, {"strength": -1},
+                                 {"strength": float("nan")}])  # fmt: skip
 def test_bad_parameters(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         draw_views(0, 0, 2, 40, 40, **bad)
@@ -188,6 +189,12 @@ def test_center_view():
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
     theirs = plane.resize((21, 21), Image.Resampling.BILINEAR, (11, 3, 53, 45))
     np.testing.assert_allclose(ours[1, ..., 2], np.asarray(theirs) / 255, atol=2e-5)
+
+
+def test_center_view_of_a_tall_picture():
+    images = photos(2, 64, 48)
+    turned = center_view(images.swapaxes(1, 2), 21)
+    np.testing.assert_allclose(center_view(images, 21), turned.swapaxes(1, 2), atol=1e-6)
 
 
 def test_colours_of_bytes_are_refused():

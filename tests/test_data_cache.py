@@ -109,6 +109,16 @@ def test_reuse_and_reasons_to_build_again(pictures, home, monkeypatch, tmp_path)
     assert len(builds) == 7
 
 
+def test_a_new_version_of_the_cartoons_is_drawn(home, monkeypatch):
+    monkeypatch.setattr(data.toydogs, "SPLIT_SIZES", {"pretrain": 3, "labelled": 2, "test": 1})
+    builds, build = [], cache.build
+    monkeypatch.setattr(cache, "build", lambda *a: (builds.append(a), build(*a)))
+    for version in (2, 2, 3):
+        monkeypatch.setattr(data.toydogs, "VERSION", version)
+        open_dataset("toydogs", 16)
+    assert len(builds) == 2
+
+
 def test_format_of_another_version_is_refused_and_replaced(pictures, home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "FORMAT", "minisimclr cache 0")
@@ -148,6 +158,18 @@ def test_workers_make_the_same_cache(pictures, home, monkeypatch):
     monkeypatch.setattr(workers, "start", lambda: started.append(begin()) or started[-1])
     assert prepare(pictures, 16).path.read_bytes() == content
     assert len(started) == 3
+
+
+@pytest.mark.parametrize("cores, each, expected", [(2, 30, 2), (9, 40, 3), (9, 121, 0)])
+def test_workers_are_as_many_as_cores_and_work_allow(
+    cores, each, expected, pictures, home, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(cache, "available_cores", lambda: cores)
+    monkeypatch.setattr(cache, "PER_WORKER", each)
+    monkeypatch.setattr(cache, "parallel_map", lambda f, x, n: asked.append(n) or map(f, x))
+    prepare(pictures, 16)
+    assert asked == [expected]
 
 
 def test_progress_reaches_the_end(pictures, home):
@@ -294,6 +316,13 @@ def test_full_disk_ends_with_code_4(pictures, home, limit):
     assert result.returncode == 4
     assert result.stderr.count("\n") == 1 and "the cache needs 368,640 bytes" in result.stderr
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_has_to_do_with_space_is_said_to(code, pictures, home, monkeypatch):
+    monkeypatch.setattr(cache, "fill", Mock(side_effect=OSError(code, os.strerror(code))))
+    with pytest.raises(OutputError, match="the cache needs 92,160 bytes"):
+        prepare(pictures, 16)
 
 
 def test_what_has_nothing_to_do_with_space_is_not_said_to(pictures, home, monkeypatch):
@@ -579,6 +608,7 @@ FORGED = {
     "labels in a table": lambda f: good(f, labels=np.zeros((2, 2), np.int64)),
     "splits in a table": lambda f: good(f, splits=np.zeros((2, 1), np.uint8)),
     "split below the first": lambda f: good(f, splits=np.array([0, -1], np.int8)),
+    "a name too few": lambda f: good(f, about=about(file_names=["x"])),
     "a name in a list": lambda f: good(f, about=about(name=[1])),
     "half a label": lambda f: good(f, about=about(recipe=HALF)),
     "split of no name": lambda f: good(f, splits=np.array([0, 3], np.uint8)),
@@ -600,6 +630,16 @@ def test_forged_cache_is_refused(tmp_path, kind):
     reason = "is not stored as one array" if structural else "fit together|should be|no cache, or"
     with pytest.raises(DataError, match=reason):
         cache.load(forge(tmp_path / "cache.h5", FORGED[kind]))
+
+
+def test_a_cache_whose_pixels_are_elsewhere_is_refused(tmp_path):
+    path = forge(tmp_path / "cache.h5", good)
+    content = path.read_bytes()[4096:] + bytes(384)  # as large as its pixels
+    start, header = 4096 + len(content) - 384, content[:-384]
+    line = cache.first_line(start, header, cache.sha256(bytes(384)))
+    path.write_bytes(line + content)
+    with pytest.raises(DataError, match="its pixels are not where they should be"):
+        cache.load(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows replaces no file that is open")
@@ -672,6 +712,12 @@ def make_slowly(path):
 def chatter(x):
     print("to standard output", x)
     return x
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_worker_is_this_process(count, monkeypatch):
+    monkeypatch.setattr(workers, "start", lambda: pytest.fail("a process was started"))
+    assert list(parallel_map(abs, [-1, 2], count)) == [1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -152,6 +152,23 @@ def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
     assert open_dataset("toydogs", 16).options == Options()
 
 
+def test_a_file_may_have_the_name_of_a_split(tmp_path):
+    for i in range(3):
+        save(tmp_path / "a" / f"{i}.png", i)
+    (tmp_path / "train").write_text("a list of names")
+    dataset = open_dataset(tmp_path, 16)
+    assert len(dataset.images) == 3 and dataset.notes == {"ignored_files": 1}
+
+
+def test_a_change_within_a_second_is_seen(tmp_path):
+    save(file := tmp_path / "a" / "0.png")
+    seen = set()
+    for moment in (10**18, 10**18 + 5 * 10**8):
+        os.utime(file, ns=(moment, moment))
+        seen.add(folder.source(tmp_path, Options()).identity)
+    assert len(seen) == 2
+
+
 def test_a_split_has_a_name(pictures):
     with pytest.raises(ConfigError, match="split 'train': there are pretrain, labelled, test"):
         open_dataset(pictures, 16).split("train")
@@ -220,7 +237,7 @@ def test_class_folders_may_be_links_inside_splits_too(pictures, tmp_path):
 
 def test_a_split_may_have_pictures_without_labels(tmp_path):
     for i in range(30):
-        top = "Train_set/a", "Train_set/b", "test-set/a", "unlabeled", "unlabelled/deep/er"
+        top = "Train Set/a", "Train Set/b", "test-set/a", "unlabeled", "unlabelled/deep/er"
         save(tmp_path / top[i % 5] / f"{i}.png", i)
     dataset = open_dataset(tmp_path, 16)
     assert dataset.class_names == ("a", "b")

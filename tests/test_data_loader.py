@@ -63,9 +63,16 @@ def test_ranks_share_what_one_process_sees(world_size):
 
 def test_seeds_differ_and_order_is_fixed_for_ever():
     assert permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert permutation(0, 1, 8).tolist() == [1, 2, 3, 5, 0, 4, 7, 6]
     assert (
         len({tuple(permutation(seed, epoch, 8)) for seed in range(5) for epoch in range(5)}) == 25
     )
+
+
+def test_the_first_epoch_is_number_0():
+    given = islice(batches(IMAGES, np.arange(8), 4, seed=5), 4)
+    rows = np.concatenate([rows for _, _, rows in given])
+    assert rows.tolist() == [*permutation(5, 0, 8), *permutation(5, 1, 8)]
 
 
 def test_epochs_do_not_share_numbers():

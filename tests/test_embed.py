@@ -29,7 +29,7 @@ from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
 from minisimclr.kernels import pool, winograd
 from minisimclr.report import facts
-from minisimclr.run import moved
+from minisimclr.run import moved, new_run
 from minisimclr.train import pretrain, quiet, resume
 from minisimclr.weights import Preprocessing
 
@@ -114,6 +114,15 @@ def test_control_and_trained_network_are_calibrated_alike(run, pictures):
     np.testing.assert_allclose(fresh, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_control_of_a_run_is_of_its_seed(pictures):
+    config = ms.TrainConfig(data=str(pictures), width=4, image_size=16, batch_size=32, seed=1)
+    new = new_run("", config)
+    control = embed.control(new, ms.data.open_dataset(pictures, 20)).encoder
+    weights = dict(control.named_parameters())
+    for name, w in new.model.encoder.named_parameters():
+        np.testing.assert_array_equal(w.data, weights[name].data)
+
+
 def test_kept_features_are_of_this_network_alone(pictures):
     dataset, rows = ms.data.open_dataset(pictures, 20), np.arange(3)
     made = []
@@ -126,6 +135,21 @@ def test_kept_features_are_of_this_network_alone(pictures):
         kept.write_bytes(kept.read_bytes()[:-1])  # damaged, it is made anew
         np.testing.assert_array_equal(extract(rows), made[-1])
     assert len({features.tobytes() for features in made}) == 3
+
+
+def test_kept_features_are_read_and_not_made_again(pictures, monkeypatch):
+    dataset, made = ms.data.open_dataset(pictures, 20), []
+    sight = Mock(return_value=lambda x: made.append(len(x)) or np.ones((len(x), 4), np.float32))
+    monkeypatch.setattr(embed, "sight", sight)
+    for _ in range(2):
+        net = ms.nn.resnet10("imagenet", 4, seed=77)
+        extract = embed.published(net, Preprocessing(32), dataset, None, "cpu", quiet)
+        for count in (3, 2, 3):
+            assert extract(np.arange(count)).shape == (count, 4)
+    assert made == [3, 2]
+    monkeypatch.setattr(embed, "KEPT", embed.KEPT + 1)
+    embed.published(net, Preprocessing(32), dataset, None, "cpu", quiet)(np.arange(3))
+    assert made == [3, 2, 3]
 
 
 def test_kept_features_are_of_these_pictures_rows_pixels_and_block(pictures):
@@ -366,6 +390,15 @@ def test_published_weights_are_used_like_a_run(pictures, tmp_path):
     _, cosines = embed.nearest(expected[[80 + 21]], expected, 5)
     assert found[str(query)][0]["file"] == "stripe/21.png"
     assert [row["cosine"] for row in found[str(query)]] == pytest.approx(cosines[0].tolist())
+
+
+def test_published_weights_are_used_on_the_device_that_is_named(pictures, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(embed, "sight", lambda *given: asked.append(given[3]))
+    ms.weights.save(ms.nn.resnet10(width=4), path := tmp_path / "w.safetensors", Preprocessing(16))
+    for device in ("cuda:1", None):
+        embed.open_encoder(path, str(pictures), device=device)
+    assert asked == ["cuda:1"] * 2 + ["auto"] * 2
 
 
 def test_pictures_for_weights_are_as_large_as_they_see_unless_built_in(pictures, monkeypatch):
@@ -692,6 +725,14 @@ def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such limit")
+def test_a_file_s_name_of_any_bytes_is_saved(tmp_path):
+    parts = {"labels": np.zeros(1), "file_names": ("caf\udce9.png",), "class_names": ()}
+    dataset = SimpleNamespace(images=[0], fingerprint="", **parts)
+    embed.save(tmp_path / "h.h5", np.zeros((1, 2)), dataset, {})
+    with h5py.File(tmp_path / "h.h5") as file:
+        assert file["file_names"][0] == b"caf\xe9.png"
+
+
 def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
     """NumPy writes an array past Python's buffers, and overlooks that the last of it got lost."""
     code = f"""if True:

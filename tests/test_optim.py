@@ -195,6 +195,7 @@ def test_schedule_stays_between_zero_and_peak(step, warmup):
 
 def test_batch_scaling():
     assert scaled_rate(0.3, 512, "linear") == pytest.approx(0.6)
+    assert scaled_rate(0.3, 128, "linear") == pytest.approx(0.15)
     assert scaled_rate(0.075, 4096, "sqrt") == pytest.approx(scaled_rate(0.3, 4096, "linear"))
     assert scaled_rate(0.3, 512, "none") == 0.3
 

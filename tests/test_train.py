@@ -41,7 +41,7 @@ from minisimclr.run import (
     read_config,
     stop_signals,
 )
-from minisimclr.simclr import chance_loss, training_step
+from minisimclr.simclr import Step, chance_loss, training_step
 from minisimclr.train import (
     Plan,
     draw,
@@ -276,6 +276,12 @@ def test_a_step_that_is_not_finite_moves_nothing(config):
     for name, p in run.model.named_parameters():
         np.testing.assert_array_equal(p.data, before[name])
     assert not any(v.any() for v in run.optimizer.velocity.values())
+
+
+def test_a_gradient_alone_may_be_infinite():
+    for figures in ((np.inf, 1, 1), (1, np.nan, 1), (1, 1, np.inf)):
+        step = Step(*map(np.float64, figures))
+        assert not step.ok and not step.finite
 
 
 def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
