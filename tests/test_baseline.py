@@ -206,6 +206,10 @@ def test_baseline_tests_once_on_what_it_has_not_seen(monkeypatch):
         patch.setattr(Trial, "draw", lambda seed, index: Trial(1e8, 64, 64, 0.0))
         with pytest.raises(DivergedError, match=r"even at the best rate tried, 1e\+08"):
             dense.baseline(few, features_of, 1, 40, 0, quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "epochs_of", lambda *_: iter([np.inf] * 9))
+        with pytest.raises(DivergedError):
+            dense.baseline(few, features_of, 1, 3, 0, quiet)
     with pytest.raises(DataError, match="few: labelled images of at least two"):
         dense.baseline(Few(1), features_of, 1, 1, 0, quiet)
 

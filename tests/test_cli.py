@@ -1,6 +1,7 @@
 """The command line as a user meets it: a real process, its output, its exit code."""
 
 import errno
+import inspect
 import io
 import itertools
 import json
@@ -29,7 +30,8 @@ import minisimclr as ms
 from minisimclr import cli, profile
 from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display, unless_gone
-from minisimclr.cli.options import Duration
+from minisimclr.cli.options import Duration, Named
+from minisimclr.compare import Comparison
 from minisimclr.config import TrainConfig
 from minisimclr.errors import DataError, typed
 from minisimclr.profile import table
@@ -262,6 +264,17 @@ def test_ctrl_c_in_the_probe_says_that_training_is_done(trained, monkeypatch, ca
     )
 
 
+def test_ctrl_c_in_the_probe_of_a_stopped_run_does_not_say_done(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("minisimclr.cli.train.show_probe", Mock(side_effect=KeyboardInterrupt))
+    words = "train", "--data", pictures, *SMALL, "--time-limit", 0, "--out", tmp_path / "run"
+    with pytest.raises(SystemExit) as exit:
+        main([str(word) for word in words])
+    assert exit.value.code == 130
+    assert "training is saved; to see its worth: minisimclr probe" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_a_bar(pictures, tmp_path):
     pty = pytest.importorskip("pty")
     out = tmp_path / "run"
@@ -347,7 +360,7 @@ def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "said, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400),
-                      ("1m5s", 65), ("1h1s", 3601)],
+                      ("1m5s", 65), ("1h1s", 3601), ("100m", 6000), ("0", 0)],
 )  # fmt: skip
 def test_durations(said, seconds):
     assert Duration().convert(said, None, None) == seconds
@@ -359,15 +372,34 @@ def test_what_is_no_clear_duration_is_refused(said):
         Duration().convert(said, None, None)
 
 
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    assert Named(".json").convert(str(tmp_path / "A.JSON"), None, None)
+
+
+def test_an_option_is_named_as_it_is_typed():
+    fails(2, "'--batch-size'", "train", "--batch-size", "many")
+
+
+@pytest.mark.parametrize("name, library", [("profile", profile.profile), ("compare", Comparison)])
+def test_commands_and_functions_have_the_same_defaults(name, library):
+    options = {option.name: option.default for option in group.get_command(None, name).params}
+    same = inspect.signature(library).parameters.keys() & options.keys() - {"run", "view", "data"}
+    assert len(same) > 3
+    for each in same - {"inception", "simclrv2"}:
+        assert options[each] == inspect.signature(library).parameters[each].default
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(pictures, tmp_path):
     how = ("--out", tmp_path / "here", "--time-limit", "2m")
     done = run("train", "--data", pictures, *SMALL, "--dry-run", *how, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("batch_size", "flag", "default", "steps", "minutes", "parameters", how[1]):
         assert str(word) in done.stdout
-    assert "time limit, s  120\n" in done.stdout
+    assert "time limit, s  120\n" in done.stdout and str(pictures) in done.stdout
     names = [line.strip().split("  ")[0] for line in done.stdout.splitlines()]
     assert len(set(names)) == len(names)
+    at_once = run("train", "--data", pictures, *SMALL, "--dry-run", "--time-limit", 0)
+    assert "time limit, s  0\n" in at_once.stdout
     assert not list(tmp_path.iterdir())
     fails(2, "exists already", "train", "--dry-run", "--out", tmp_path)
     (tmp_path / "file").touch()

@@ -206,6 +206,8 @@ def test_the_factor_is_chosen_without_a_look_at_the_test_images(model, monkeypat
     assert found["trials"][-1] == {"factor": 64, "validation": 0.0}
     assert all(not np.isin(test, rows).any() for *_, rows in calls)
     assert [len(rows) for *_, rows in calls] == [48] * 6 + [len(train)]
+    monkeypatch.setattr(finetune, "ENOUGH", 13)  # there are 12 to choose by, and 48 others
+    assert choose()["warning"] == "the rate was chosen by few images: 12"
     monkeypatch.setattr(finetune, "ENOUGH", 12)
     assert choose()["warning"] == ""
     diverging.update((1 / 4, 16))
@@ -539,6 +541,8 @@ def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp
     weights.save(run.model.encoder, file, weights.Preprocessing(16))
     few = "--trials", 1, "--epochs", 1
     assert said in call("probe", file) and said in call("baseline", "--weights", file, *few)
+    names["cache.h5"] = dogs
+    assert said in call("probe", file, "--data", "cache.h5")
     assert said not in call("baseline", "--random", *few)
     made = Comparison(run, dogs)
     for row in made.on_simclrv2().rows + made.on_inception().rows:

@@ -274,6 +274,7 @@ TUNING = "SimCLR, fine-tuned, rate x 1"
         ("profile --steps 1 --batch-size 2 --width 4", {"profiling"}),
         ("train --data {data} --out {out}/run --width 4 --image-size 16 --batch-size 16"
          " --time-limit 0", {PREPARING, FEATURES, PENALTY, "training"}),
+        ("train --dry-run --data {data} --image-size 16 --batch-size 16", {PREPARING}),
         ("compare {run} --data {data} --epochs 1 --out {out}",
          {PREPARING, FEATURES, PENALTY, TUNING, "label-efficiency curve"}),
     ],
@@ -683,7 +684,9 @@ def test_a_report_from_the_command_line(run, tmp_path):
     assert out.read_text("utf-8").startswith("<!doctype html>")
     verdict, page = call("report", run.path).stdout.splitlines()
     assert verdict == f"{run.path}: {values['verdict']}"
-    assert page.startswith(f"{run.path / 'report.html'} (")
+    size = (run.path / "report.html").stat().st_size / 1e6
+    assert page == f"{run.path / 'report.html'} ({size:.1f} MB)"
+    assert len(values["findings"]) == len(report.judge(report.read(run.path)))
     bare = tmp_path / "bare"
     shutil.copytree(run.path, bare, ignore=shutil.ignore_patterns("env.json"))
     told = CliRunner().invoke(group, ["report", str(bare)]).stderr
@@ -691,6 +694,15 @@ def test_a_report_from_the_command_line(run, tmp_path):
     assert (run.path / "report.html").exists()
     assert call("walkthrough", "--data", run.config.data, "--out", out).exit_code == 0
     assert "One step of SimCLR" in out.read_text("utf-8")
+
+
+def test_where_a_page_cannot_be_written_none_is_made(run, tmp_path, monkeypatch):
+    there = shutil.copytree(run.path, tmp_path / "run")
+    (there / "report.html").unlink(missing_ok=True)
+    (there / "report.html").mkdir()
+    monkeypatch.setattr(report, "build_report", Mock(side_effect=AssertionError))
+    with pytest.raises(OutputError, match=r"report\.html"):
+        call("report", there)
 
 
 def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
@@ -710,11 +722,12 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):
     asked = []
-    build = lambda data, *given: asked.append((data.name, *given)) or b""  # noqa: E731
+    build = lambda data, *given: asked.append((data.images.shape[1], *given)) or b""  # noqa: E731
     monkeypatch.setattr(report, "build_walkthrough", build)
     options = "--images", 3, "--seed", 5, "--out", tmp_path / "w.html"
     assert call("walkthrough", "--data", pictures, *options).exit_code == 0
-    assert asked == [(pictures.name, 3, 5)]
+    assert call("walkthrough", "--data", pictures, *options[4:]).exit_code == 0
+    assert asked == [(40, 3, 5), (40, 4, 1)]
 
 
 def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp_path):

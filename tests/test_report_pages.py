@@ -755,6 +755,8 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     assert ">chance</text>" not in report.compare.curves(facts)
     with pytest.raises(ConfigError, match="two runs"):
         report.build_comparison([report.read(run)] * 2)
+    with pytest.raises(ConfigError, match="two runs"):
+        report.build_comparison([report.read(run)])
 
 
 def test_runs_that_are_equal_or_have_not_begun_are_compared(run):

@@ -93,7 +93,7 @@ def train(ctx, out, resume, config, preset, time_limit, dry_run, **_) -> int:
                 settings, origins = settle(ctx, preset, config)
                 if dry_run:
                     plan = training.dry_run(settings, display.notify, out)
-                    limit = {"time limit, s": f"{time_limit:g}"} if time_limit else {}
+                    limit = {"time limit, s": f"{time_limit:g}"} if time_limit is not None else {}
                     return show_plan(plan | limit, origins)
                 run = training.pretrain(settings, out, origins=origins, **how)
         except Interrupted as stop:
