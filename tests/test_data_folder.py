@@ -145,7 +145,9 @@ def test_options_go_along_to_other_sizes(tmp_path, capsys):
         assert code == 2 and "is a finished cache: prepare its source with other options" in err
 
 
-def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path):
+def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.toydogs, "SPLIT_SIZES", {"pretrain": 20, "labelled": 5, "test": 6})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     for i in range(12):
         save(tmp_path / "toydogs/a" / f"{i}.png", i)
     prepare(tmp_path / "toydogs", 16, Options(labels_per_class=1))
