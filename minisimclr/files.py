@@ -47,7 +47,7 @@ def publish(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; rename it to `path` on success, remove it on any failure.
 
     Makes the folders above it. Raises OSError if the directory cannot be written, the disk is full
-    or `path` is not a file, and then leaves `path` untouched.
+    or `path` is not a file, and then leaves `path` untouched; or if its folder cannot be flushed.
     """
     place = target(path)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +147,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
+        error.filename = str(path)
         if not (folder and error.errno == errno.EINVAL):  # a file system that flushes files alone
             raise
     finally:

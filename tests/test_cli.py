@@ -14,7 +14,7 @@ import sys
 import time
 import tomllib
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from PIL import Image
 
 import minisimclr
 import minisimclr as ms
-from minisimclr import cli, profile
+from minisimclr import cli, profile, tensor
 from minisimclr.cli import COMMANDS, REFUSED, group, main
 from minisimclr.cli.display import Display, unless_gone
 from minisimclr.cli.options import Duration, Named
@@ -370,6 +370,20 @@ def test_durations(said, seconds):
 def test_what_is_no_clear_duration_is_refused(said):
     with pytest.raises(click.BadParameter, match=f"'{said}' is not a duration"):
         Duration().convert(said, None, None)
+
+
+def test_time_ends_when_the_device_has_done_what_it_was_asked(monkeypatch):
+    order = []
+    monkeypatch.setattr(profile, "synchronize", order.append)
+    profile.timed(lambda: order.append("run"), "cuda:0")
+    assert order == ["cuda:0", "run", "cuda:0"]
+
+
+def test_nobody_observes_after_a_profile():
+    for work in (lambda: None, lambda: 1 / 0):
+        with suppress(ZeroDivisionError):
+            profile.Recorder("cpu").record(work)
+        assert tensor.observer is None
 
 
 def test_a_suffix_may_be_in_capitals(tmp_path):

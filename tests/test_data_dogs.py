@@ -598,3 +598,13 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     assert prepare("stanford-dogs", 20, archives=archives).notes["verified"] is True
     with pytest.raises(DataError, match="cannot be read"):
         prepare("stanford-dogs", 16, archives={"images": tmp_path / "none", "lists": tmp_path})
+
+
+def test_archives_may_be_named_on_the_command_line(dogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(stanford_dogs, "URL", "http://localhost:9/")  # nobody answers
+    named = [w for n, p in stanford_dogs.in_folder(dogs).items() for w in (f"--{n}-tar", str(p))]
+    sizes = "--image-size", "24", "--crop", "boxes", "--allow-unverified"
+    with pytest.raises(SystemExit) as exit:
+        main(["data", "prepare", "stanford-dogs", *sizes, *named])
+    assert exit.value.code == 0 and open_dataset("stanford-dogs", 24).options.crop == "boxes"

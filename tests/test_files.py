@@ -2,12 +2,13 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
 import weakref
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -272,6 +273,25 @@ def test_lock_removes_what_dead_writers_of_this_file_left_and_nothing_else(tmp_p
 def test_folders_above_a_file_are_made(tmp_path):
     files.write_bytes(tmp_path / "a" / "b" / "file", b"all")
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"all"
+    assert not files.unfinished
+
+
+def test_a_handler_of_another_program_stays():
+    before = signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        with files.nothing_unfinished():
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("failing, named", [(1, "file"), (2, "")])
+def test_what_cannot_be_flushed_is_named(failing, named, tmp_path, monkeypatch):
+    outcomes = [OSError(errno.EIO, "Input/output error") if i == failing else 0 for i in (1, 2)]
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=outcomes))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_bytes(tmp_path / "file", b"all")
+    assert Path(caught.value.filename) == tmp_path / named
 
 
 @pytest.mark.parametrize(
@@ -293,6 +313,7 @@ def test_folders_above_a_file_are_made(tmp_path):
         ([0], [0.0], False),
         ([float("nan")], [0.0], False),
         ([float("inf")], [0.0], False),
+        (float("-inf"), float, False),
         (["1"], [0.0], False),
     ],
 )

@@ -307,9 +307,10 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
         assert title not in faults(run.path)
     monkeypatch.setattr(verdict, "ENOUGH", enough)
     unequal = json.loads((run.path / "probe.json").read_text())
-    unequal["controls"]["chance"] = 0.6  # of three classes: to beat the commonest is hard
-    (run.path / "probe.json").write_text(json.dumps(unequal))
-    assert title not in faults(run.path)
+    for chance, named in ((0.49, True), (0.51, False)):  # of three classes
+        unequal["controls"]["chance"] = chance  # to beat the commonest is hard
+        (run.path / "probe.json").write_text(json.dumps(unequal))
+        assert (title in faults(run.path)) == named
 
 
 def test_a_first_step_whose_rate_is_0_is_not_called_frozen(config, tmp_path):

@@ -423,7 +423,8 @@ def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
     (_, _, shares), _ = drawn[0]
     slowest, step = facts.profile["ops"][0], sum(op["seconds"] for op in facts.profile["ops"])
     assert next(iter(shares.values())) == pytest.approx(100 * slowest["seconds"] / step)
-    network = {"encoder": "resnet_small", "image_size": 16, "batch_size": 32}
+    network = {"encoder": "resnet_small", "image_size": 16, "batch_size": 32, "threads": 1}
+    assert any(op["name"].endswith(" 3>8") for op in facts.profile["ops"])
     assert network.items() <= facts.profile.items()
 
 
@@ -641,10 +642,17 @@ def test_a_log_damaged_in_the_middle_says_from_where_on_it_is_left_out(run, tmp_
     for harmed in (b'{"step": ', b"\xff\xfe", b"[1]"):
         log.write_bytes(b"".join([*lines[:2], harmed, b"\n", *lines[3:]]))
         facts = report.read(tmp_path / "run")
-        said = f"metrics.jsonl: line 3 cannot be read: it and the {len(lines) - 3} after it"
-        assert facts.missing[0].startswith(said) and len(facts.files["metrics"]) == 2
+        said = "metrics.jsonl: line 3 cannot be read; lines left out from there on: "
+        assert facts.missing[0] == f"{said}{len(lines) - 2}." and len(facts.files["metrics"]) == 2
+        log.write_bytes(b"".join([*lines[:2], harmed, b"\n"]))  # at the end
+        assert report.read(tmp_path / "run").missing[0] == f"{said}1."
     log.write_bytes(b"".join(lines)[:-20])  # half a line, as a killed run leaves it
     assert not report.read(tmp_path / "run").missing
+
+
+def test_a_card_takes_any_words():
+    said = panels.card(np.zeros((8, 8, 3), np.uint8), '"<', "<b>")
+    assert 'alt="&quot;&lt;"' in said and "<span>&lt;b&gt;</span>" in said
 
 
 def test_trust_ratios_are_shown_for_lars_only(run, page, tmp_path):

@@ -284,6 +284,37 @@ def test_a_gradient_alone_may_be_infinite():
         assert not step.ok and not step.finite
 
 
+@pytest.mark.parametrize(
+    "name", ["minisimclr", "kernels", "numpy", "blas_kernels", "machine", "threads", "device"]
+)
+def test_all_that_the_last_digits_depend_on_is_told(name, tmp_path):
+    config = ms.TrainConfig(width=2, device="cpu")
+    run = new_run(make_run_folder(tmp_path / "run", config, {}), config)
+    began = json.loads((run.path / "env.json").read_text())
+    (run.path / "env.json").write_text(json.dumps(began | {name: "other"}))
+    assert run.differences() == f"{name} other, now {str(began[name]).partition(' (')[0]}"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("strength", 0.1), ("crop_min", 0.5), ("batch_size", 16), ("image_size", 16),
+     ("stem", "cifar"), ("encoder", "resnet10"), ("optimizer", "lars"), ("weight_decay", 0.5),
+     ("warmup_epochs", 3.0), ("lr_scaling", "sqrt"), ("precision", "tf32")],
+)  # fmt: skip
+def test_no_setting_of_a_run_may_change(name, value, tmp_path):
+    config = ms.TrainConfig(width=2)
+    run = new_run(make_run_folder(tmp_path / "run", config, {}), config)
+    run.save()
+    run.config = replace(config, **{name: value})
+    with pytest.raises(ConfigError, match=rf"config\.json has {name} {value!r}, training had"):
+        run.restore(run.saved_at)
+
+
+def test_only_a_run_can_be_gone_on_with(tmp_path):
+    with pytest.raises(ConfigError, match=r"exists already: name another --out$"):
+        Run.path_for(tmp_path, ms.TrainConfig())
+
+
 def test_the_same_seed_twice_is_the_same_run(finished, config, tmp_path):
     assert content(pretrain(config, tmp_path / "again").path) == content(finished.path)
 
@@ -1060,6 +1091,7 @@ CHOSEN = "encoder", "stem", "lr_scaling", "optimizer", "precision"
         ({"epochs": 2.5}, "epochs must be of type int"),
         ({"crop_min": 1.5}, "crop_min must be at most 1"),
         ({"seed": True}, "seed must be of type int"),
+        ({"lr": -(10**400)}, r"lr must be less than 2\*\*63 in size"),
         ({"lr": -1.0, "epochs": 0}, "lr must be .*; epochs|epochs must be .*; lr"),
         ({"crop_min": 1.5, "epochs": 0}, "epochs must be .*; crop_min must be at most 1"),
     ],

@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -16,6 +17,7 @@ from minisimclr.errors import ConfigError, DataError
 from minisimclr.run import make_run_folder, new_run
 from minisimclr.tensor import Tensor, no_grad
 from minisimclr.weights import safetensors
+from minisimclr.weights.stored import Spec, Stored
 from minisimclr.weights.tf_bundle import masked_crc32c
 
 SIMCLR = Path(__file__).parent / "fixtures" / "simclr-r50.ckpt"  # written by TensorFlow
@@ -402,6 +404,7 @@ def cli(arguments, code=0):
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     cli(["weights", "import", SIMCLR, "--out", out])
+    assert capsys.readouterr().out == f"{out}: ResNet, input {weights.Preprocessing(224)}\n"
     cli(["weights", "import", SIMCLR, "--out", out], 2)
     assert "out.safetensors exists" in capsys.readouterr().err
     cli(["weights", "inspect", out])
@@ -439,6 +442,59 @@ def test_a_prefix_may_be_any_name(tmp_path):
     assert_state(other, net.state_dict())
 
 
+@pytest.mark.parametrize("command", [("import", SIMCLR), ("export", "run")])
+def test_where_weights_cannot_be_written_none_are_read(command, tmp_path, capsys, monkeypatch):
+    for place in ("minisimclr.weights.encoder", "minisimclr.embed.open_trained"):
+        monkeypatch.setattr(place, Mock(side_effect=AssertionError))
+    (tmp_path / "file").touch()
+    cli(["weights", *command, "--out", tmp_path / "file" / "a.safetensors"], 4)
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
+    make_run_folder(tmp_path / "run", config := ms.TrainConfig(width=2), {})
+    run = new_run(tmp_path / "run", config)
+    for run.step in (7, 8):
+        run.save()
+    assert weights.read(run.path).path == run.saved_at
+
+
+def test_a_file_is_read_though_an_index_has_its_name_too(tmp_path):
+    safetensors.write(tmp_path / "a", {"x": np.zeros(1, "f4")}, {})
+    (tmp_path / "a.index").touch()
+    assert weights.read(tmp_path / "a").format == "safetensors"
+
+
+@pytest.mark.parametrize("said", [{"size": "big"}, {"size": "0"}, {"pixels": "?"}, {"stem": "?"}])
+def test_metadata_that_make_no_sense_are_a_fault_of_their_file(said, tmp_path):
+    safetensors.write(tmp_path / "a", nn.resnet10(width=4).state_dict(), said)
+    with pytest.raises(DataError, match="a: cannot be read: "):
+        weights.encoder(tmp_path / "a")
+
+
+def test_a_counter_may_be_large(tmp_path):
+    net, many = nn.resnet10(width=4), np.array(2**24 + 1)
+    safetensors.write(tmp_path / "a", random_state(net) | {"bn1.num_batches_tracked": many}, {})
+    weights.load(net, tmp_path / "a")
+    assert net.state_dict()["bn1.num_batches_tracked"] == many
+
+
+@pytest.mark.parametrize("width", [0, 1 << 40])
+def test_no_network_has_so_few_or_many_channels(width, tmp_path):
+    specs = {f"{i}.weight": Spec((width, 3, 3, 3), "float32") for i in range(12)}
+    with pytest.raises(DataError, match="12 convolutions are no network of ours"):
+        weights.network(Stored(tmp_path, "safetensors", specs, None))
+
+
+def test_arrays_of_another_byte_order_are_written_as_all(tmp_path):
+    safetensors.write(tmp_path / "a", {"x": np.arange(3, dtype=">f4")}, {})
+    assert weights.read(tmp_path / "a").fetch("x").tolist() == [0, 1, 2]
+
+
+def test_the_side_of_stored_pictures_is_rounded():
+    assert [weights.Preprocessing(s).stored for s in (28, 32, 224)] == [32, 37, 256]
+
+
 def test_a_run_is_exported(tmp_path, capsys):
     path = tmp_path / "run"
     config = ms.TrainConfig(image_size=24, width=2)
@@ -451,6 +507,7 @@ def test_a_run_is_exported(tmp_path, capsys):
     run.step = 7
     run.save()
     cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"])
+    assert f"a.safetensors: {config.encoder} at step 7\n" in capsys.readouterr().out
     encoder, preprocessing = weights.encoder(tmp_path / "a.safetensors")
     assert_state(encoder, run.model.encoder.state_dict())
     assert preprocessing == weights.Preprocessing(24) and encoder.stem == "small"

@@ -318,6 +318,8 @@ def test_pth_archives(tmp_path):
         r"shape \(3,\) for \(2,\)": {"pickled": program(shape=(3,))},
         "impossible shape": {"pickled": program(shape=(-2,))},
         "impossible shape or": {"pickled": program(stride=(-1,))},
+        "impossible shape or ": {"pickled": program(key="0", offset=-2)},
+        "name that is too long": {"pickled": b"\x80\x02}" + text("k" * 1001) + b"Ns."},
         "strides": {"pickled": program(offset=1)},
         "strides ": {"pickled": program(stride=(1 << 30,))},
         "'Quantized'": {"pickled": program(kind="Quantized")},
@@ -382,6 +384,8 @@ HEADERS = {
     "no shape": header(braces(GOOD.replace('"shape":[2],', ""))),
     "dtype": header(braces(GOOD.replace("F32", "f32"))),
     "NaN": header(braces(GOOD.replace("[2]", "[NaN]"))),
+    "NaN elsewhere": header(braces(GOOD[:-1] + ',"x":NaN}')),
+    "more keys": header(braces(GOOD[:-1] + ',"x":1}')),
     "deep": header('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
     "not UTF-8": header(b'{"\xff":1}'),
     "surrogate": header(braces(GOOD.replace('"a"', '"\\ud800"'))),
@@ -580,6 +584,15 @@ def test_averages_that_an_optimizer_keeps_are_passed_over(tmp_path):
 
     bundle(tmp_path / "a.index", averaged)
     assert attempt(tmp_path / "a.index", refused=False) is None
+
+
+def test_arrays_that_the_network_has_no_place_for_are_told(tmp_path):
+    as_keras(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as f:
+        f["conv2d_1/conv2d_1/bias:0"] = np.zeros(2, "f4")
+    assert "1 unexpected (conv2d_1/bias)" in attempt(tmp_path / "a.h5")
+    bundle(tmp_path / "a.index", lambda e: e.update({b"base_model/x": [*e.values()][-1]}))
+    assert "1 unexpected (base_model/x)" in attempt(tmp_path / "a.index")
 
 
 def test_small_whole_numbers_of_pth(tmp_path):

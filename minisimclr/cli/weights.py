@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
+from ..files import require_writable
 from .options import FILE, JSON, say, write_json
 
 
@@ -43,6 +44,7 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"{out}: name it *.safetensors, as that is what is written")
     if out.exists():
         raise ConfigError(f"{out} exists: choose another --out")
+    require_writable(out)
 
 
 @weights.command("import")

@@ -184,11 +184,12 @@ class Facts:
 
 def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
     """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`; and
-    how many lines come after that one.
+    how many lines are left out: a run that is killed may leave half a line, which does not count.
     """
     rows: Rows = []
     with suppress(OSError), path.open("rb") as file:
-        with suppress(ValueError, RecursionError):  # a run that is killed may leave half a line
+        line = b""
+        with suppress(ValueError, RecursionError):
             for line in file:
                 row = json.loads(line)
                 last = fits(row, {"step": float, "diverged": str})
@@ -196,7 +197,9 @@ def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
                     break
                 # All rows share their keys: a long run has 100,000 of them.
                 rows.append({sys.intern(key): value for key, value in row.items()})
-        return rows, sum(1 for _ in file)
+            else:
+                return rows, 0
+        return rows, line.endswith(b"\n") + sum(1 for _ in file)
     return rows, 0
 
 
@@ -218,7 +221,7 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
         files[name], left = read_lines(path / f"{name}.jsonl", like)
         if left:
             bad = f"line {len(files[name]) + 1} cannot be read"
-            facts.missing.append(f"{name}.jsonl: {bad}: it and the {left:,} after it are left out.")
+            facts.missing.append(f"{name}.jsonl: {bad}; lines left out from there on: {left:,}.")
     if files["probe"] and len(files["probe"]["rows"]) < 2:
         files["probe"] = None  # a figure without its controls
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures

@@ -54,10 +54,10 @@ def read(path: Path) -> Stored:
     def fetch(name: str) -> np.ndarray:
         (dtype, key), offset, shape, strides = tensors[name]
         with zipfile.ZipFile(path) as archive:
-            numbers = decode(archive.read(f"{roots[0]}data/{key}"), Spec((-1,), dtype))[offset:]
-        steps = [numbers.itemsize * n for n in checked(strides)]
+            numbers = decode(archive.read(f"{roots[0]}data/{key}"), Spec((-1,), dtype))
+        start, *steps = (numbers.itemsize * n for n in checked((offset, *strides)))
         # NumPy raises where the view would leave its storage.
-        return np.ndarray(shape, numbers.dtype, numbers, 0, steps).copy()
+        return np.ndarray(shape, numbers.dtype, numbers, start, steps).copy()
 
     specs = {name: Spec(checked(t.shape), t.storage.dtype) for name, t in tensors.items()}
     return Stored(path, "PyTorch zip", specs, fetch)
