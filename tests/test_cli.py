@@ -16,6 +16,7 @@ import tomllib
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import fields
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -384,6 +385,12 @@ def test_nobody_observes_after_a_profile():
         with suppress(ZeroDivisionError):
             profile.Recorder("cpu").record(work)
         assert tensor.observer is None
+
+
+def test_an_error_is_one_line_and_names_its_file(capsys):
+    assert cli.explain(DataError("a\nb")) == 3
+    assert cli.explain(OSError(28, "No space left", "x.npy")) == 4
+    assert capsys.readouterr().err == "error: a b\nerror: x.npy: No space left\n"
 
 
 def test_a_suffix_may_be_in_capitals(tmp_path):
@@ -912,7 +919,8 @@ def test_help_of_every_command():
 
 
 @pytest.mark.parametrize(
-    "flag, said", [("-h", "Usage: minisimclr "), ("--version", "minisimclr, ")]
+    "flag, said",
+    [("-h", "Usage: minisimclr "), ("--version", f"minisimclr, version {version('minisimclr')}")],
 )
 def test_short_questions_are_answered(flag, said, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -6,6 +6,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -548,6 +549,64 @@ def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp
     for row in made.on_simclrv2().rows + made.on_inception().rows:
         assert row["pretraining"] == "ImageNet, which holds Stanford Dogs, test photos too"
     assert made.on_random_inception().rows[0]["pretraining"] == "none"
+
+
+def test_batches_of_fine_tuning_are_of_their_seed(model, monkeypatch):
+    asked, real = [], finetune.batches
+    monkeypatch.setattr(finetune, "batches", lambda *given: asked.append(given[2:]) or real(*given))
+    fit(model, Colours(), np.arange(60), Recipe(1, 16, 16, "cpu"), 7, nothing)
+    assert asked == [(60, 7)]
+
+
+def test_simclrv2_runs_where_the_run_does(run, dataset, tmp_path, monkeypatch):
+    weights.save(run.model.encoder, file := tmp_path / "w", weights.Preprocessing(16))
+    stored, asked = weights.read(file), []
+    monkeypatch.setattr(weights, "read", lambda _: stored._replace(format=compare.TENSORFLOW))
+    monkeypatch.setattr(weights, "encoder", lambda _: (None, None))
+    monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[3:5]))
+    monkeypatch.setattr(Comparison, "linear", lambda self, extract: {})
+    there = replace(run, config=replace(run.config, device="cuda:1"))
+    Comparison(there, dataset, simclrv2=file).on_simclrv2().make()
+    assert asked == [(None, "cuda:1")]
+
+
+def test_commands_have_the_options_of_their_figures(run, dataset, cheap, tmp_path):
+    from minisimclr.cli import group
+
+    made = Comparison(run, dataset, weights_file(tmp_path / "w.h5", 1), trials=3)
+    dense, linear = made.on_inception().rows
+    (random,), (simclrv2,) = made.on_random_inception().rows, made.on_simclrv2().rows
+    for row, wanted in (
+        (dense, {"trials": 3}),
+        (random, {"trials": 3}),
+        (linear, {"block": compare.BLOCK}),
+        (simclrv2, {"block": None}),
+    ):
+        _, name, *words = shlex.split(row["command"])
+        given = group.get_command(None, name).make_context(name, [*words]).params
+        assert wanted.items() <= given.items() and given["image_size"] == 20
+
+
+def test_another_protocol_is_another_part(run, dataset, monkeypatch):
+    key = Comparison(run, dataset).probed().key
+    monkeypatch.setattr(compare, "PROTOCOL", compare.PROTOCOL + 1)
+    assert Comparison(run, dataset).probed().key != key
+
+
+def test_pretraining_is_named_by_the_run_s_own_data(run, dataset):
+    row = Comparison(run, replace(dataset, name="others")).probed().rows[0]
+    assert row["pretraining"].startswith(f"{Path(run.config.data).name} without labels")
+
+
+def test_a_comparison_tells_how_far_it_is(run, dataset, monkeypatch):
+    monkeypatch.setattr(baseline, "inception", lambda *given: given[-1])
+    assert Comparison(run, dataset, notify=nothing).features(None) is nothing
+    told = []
+    monkeypatch.setattr(Comparison, "efficiency", lambda *_: {})
+    made = Comparison(run, dataset, notify=lambda _, values: told.append(values)).curve()
+    made.make()
+    bar = [(v["done"], v["total"]) for v in told if v.get("label") == "label-efficiency curve"]
+    assert bar == [(i, len(made.rows)) for i in range(1, len(made.rows) + 1)]
 
 
 def test_two_comparisons_may_write_to_one_file(run, dataset, cheap, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from minisimclr.probe import (
     effective_rank,
     features,
     folds,
+    holdout,
     knn_score,
     labelled_and_test,
     majority_share,
@@ -755,3 +756,19 @@ def test_votes_do_not_vanish_at_a_low_temperature():
     for wrong in -1, 0, np.nan:
         with pytest.raises(ConfigError, match=f"T above 0, not 5 and {wrong}"):
             knn_score(X, y, X, y, 5, wrong)
+
+
+def test_what_is_held_out_is_of_its_seed():
+    labels = np.repeat([0, 1], 50)
+    fit, _ = holdout(labels, 3)
+    assert set(fit) == set(stratified(labels, 80, 3)) and set(fit) != set(holdout(labels, 4)[0])
+
+
+def test_columns_of_the_table_hold_what_they_name():
+    row = {"top1": 0.25, "ci95": [0.125, 0.5], "top5": 0.75, "knn": 0.375, "warning": ""}
+    counts = {"labels": 1, "test": 2, "classes": 3}
+    name = "a name of weights.safetensors"
+    text = table({"rows": {name: row}, "controls": {"chance": 0.1}, **counts})
+    head, line, *_ = text.splitlines()
+    assert line.removeprefix(name).split() == ["25.0%", "12.5%", "-", "50.0%", "75.0%", "37.5%"]
+    assert len(head) == len(line)

@@ -16,6 +16,7 @@ from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 from PIL import Image
 
 import minisimclr as ms
-from minisimclr import report, simclr
+from minisimclr import report, simclr, tensor
 from minisimclr.augment import draw_views
 from minisimclr.cli.train import train
 from minisimclr.embed import open_data, probe_run
@@ -33,7 +34,7 @@ from minisimclr.ops.loss import NTXent
 from minisimclr.probe import standardize, unit
 from minisimclr.profile import table as profile_table
 from minisimclr.report import charts, panels, verdict, walkthrough
-from minisimclr.report.page import Missing
+from minisimclr.report.page import Missing, document
 from minisimclr.report.page import text as for_people
 from minisimclr.report.panels import described
 from minisimclr.report.verdict import WARNING, Finding
@@ -474,6 +475,8 @@ def test_bars_and_table_show_the_probe_s_figures(run, monkeypatch):
     ((title, head, cells),) = tables
     assert title == f"{probe['labels']} labels, {probe['test']} tests, 3 classes"
     assert head[3:5] == ("top-5", "kNN")
+    said = ["{:.1%} \u2013 {:.1%}".format(*row["ci95"]) for row in rows.values()]
+    assert [interval for _, _, interval, *_ in cells] == said and len(set(said)) > 1
     for (name, top1, _, *more), (system, row) in zip(cells, rows.items(), strict=True):
         assert (name, top1) == (system, f"{row['top1']:.1%}")
         assert more == [f"{row['top5']:.1%}", f"{row['knn']:.1%}", row["C"], row["warning"]]
@@ -653,6 +656,109 @@ def test_a_log_damaged_in_the_middle_says_from_where_on_it_is_left_out(run, tmp_
 def test_a_card_takes_any_words():
     said = panels.card(np.zeros((8, 8, 3), np.uint8), '"<', "<b>")
     assert 'alt="&quot;&lt;"' in said and "<span>&lt;b&gt;</span>" in said
+
+
+def test_confusions_are_of_labelled_pictures_seen_as_in_training(run, monkeypatch):
+    facts, asked, scaled, see = report.read(run), [], [], panels.features
+    labels = facts.dataset.labels.copy()
+    labels[facts.dataset.split("labelled")[0]] = -1
+    facts.dataset = replace(facts.dataset, labels=labels)
+    monkeypatch.setattr(panels, "features", lambda *given: asked.append(given) or see(*given))
+    monkeypatch.setattr(panels, "standardize", lambda *h: scaled.append(h) or standardize(*h))
+    panels.confusions(facts)
+    ((_, _, rows, size),), ((own, test),) = asked, scaled
+    assert size == facts.config.image_size != facts.dataset.images.shape[1]
+    assert (labels[rows] >= 0).all() and len(own) == len(rows) and test is facts.test_h[0]
+
+
+def test_three_mistakes_and_two_of_the_other_class_are_shown(run, monkeypatch):
+    facts, alts = report.read(run), []
+    labels, rows = facts.dataset.labels[facts.test_rows], facts.dataset.split("labelled")
+    classes = np.eye(3, dtype=np.float32)
+    facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
+    monkeypatch.setattr(panels, "features", lambda *_: classes[facts.dataset.labels[rows]])
+    monkeypatch.setattr(panels, "card", lambda pixels, alt, *_, **__: alts.append(alt) or "")
+    panels.confusions(facts)
+    assert sum("taken for" in alt for alt in alts) == 3 * 3 and len(alts) == 3 * (3 + 2)
+
+
+def test_the_views_after_the_step_have_the_loss_after_it(step):
+    after = [Tensor(u) for u in np.split(step.u_after, 2)]
+    assert float(ms.nt_xent(*after, TEMPERATURE)) == pytest.approx(step.loss_after, rel=1e-6)
+
+
+def test_nobody_observes_after_a_walk_that_failed(monkeypatch):
+    monkeypatch.setattr(walkthrough, "training_step", Mock(side_effect=ValueError("of a test")))
+    with pytest.raises(ValueError, match="of a test"):
+        walk(np.zeros((2, 20, 20, 3), np.uint8))
+    assert tensor.observer is None
+
+
+def test_a_walkthrough_names_its_seed(dataset):
+    assert b"LARS, seed 3;" in report.build_walkthrough(dataset, 2, seed=3)
+
+
+def test_titles_and_captions_are_escaped():
+    assert "<h3>&lt;b&gt;</h3>" in panels.row(title="<b>")
+    assert b"&lt;b&gt;" in document("kind", "t", "<b>", "", [])
+    page = charts.table("<", ("a",), []) + panels.code("a", "<")
+    assert "<<" not in page and '"<"' not in page and "<figcaption>&lt;" in page
+    assert '<div class="card yes">' in panels.card(np.zeros((8, 8, 3), np.uint8), "a", mark="yes")
+
+
+def test_settings_have_origins_and_the_machine_is_told(run):
+    facts = report.read(run)
+    facts.files["config"]["lr"]["origin"] = "flag"
+    page = panels.repeat(facts)
+    assert re.search('row">lr</th><td[^>]*>0.5</td><td[^>]*>flag</td>', page)
+    assert facts.files["env"] and all(f'row">{name}</th>' in page for name in facts.files["env"])
+
+
+def test_marks_of_both_directions_are_their_own(run, drawn):
+    facts = report.read(run)
+    assert "A step of 32 pictures" in panels.hot_spots(facts)
+    ops, (given, named) = facts.profile["ops"], drawn[-1]
+    step = sum(op["seconds"] for op in ops)
+    for way, (_, rates) in given[3].items():
+        some = [op for op in ops if op["direction"] == way and op["flops"]]
+        assert rates == pytest.approx([op["flops"] / op["seconds"] / 1e9 for op in some])
+        sizes = [8 + 250 * op["seconds"] / step for op in some]
+        assert named["sizes"][way] == pytest.approx(sizes)
+
+
+def test_axes_are_as_asked(monkeypatch):
+    lines = lambda: charts.lines("t", "x", {"a": ([1, 2], [3, 4])}, yscale="log", ylim=(1, 9))  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, lines)
+    assert (axes.get_yscale(), axes.get_ylim()) == ("log", (1, 9))
+    scatter = lambda: charts.scatter("t", "x", "y", {"a": ([1, 2], [3, 5])})  # noqa: E731
+    (axes,) = drawn_by(monkeypatch, charts, scatter)
+    assert axes.collections[0].get_offsets().tolist() == [[1, 3], [2, 5]]
+
+
+def test_a_chart_is_as_high_as_its_figure_has_become():
+    page = charts.chart("a", "", lambda axes: axes.figure.set_figheight(5), 4, 2)
+    assert 'viewBox="0 0 288 360"' in page
+
+
+def test_words_behind_charts_have_their_figures():
+    page = charts.matrix("t", np.arange(4.0).reshape(2, 2), "ab", np.array([1, 0]))
+    assert re.findall("<td>([^<]*)", page) == ["0.00", "1.00", "2.00", "3.00"]
+    assert "a from 1 to 2" in charts.lines("t", "x", {"a": ([0, 1, 2], [1, 3, 2])})
+    assert "; l 3.5" in charts.lines("t", "x", {"a": ([1, 2], [3, 4])}, level=("l", 3.5))
+    assert "t, %: a 1.5, b 2" in charts.bars("t", "%", {"a": 1.5, "b": 2.0})
+
+
+def test_three_epochs_are_the_ends_and_the_middle():
+    rows = [{"epoch": k, "x": [k]} for k in range(1, 8)]
+    assert [row["epoch"] for row in panels.three(rows, "x")] == [1, 4, 7]
+    with pytest.raises(Missing, match="its log has no trust"):
+        panels.three([{"epoch": 1}], "trust")
+
+
+def test_each_epoch_has_its_own_trust_ratios(run, drawn):
+    panels.trust(facts := report.read(run))
+    shown = [values for _, values in drawn[0][0][2].values()]
+    assert shown == [[*end["trust"].values()] for end in facts.epochs]
 
 
 def test_trust_ratios_are_shown_for_lars_only(run, page, tmp_path):
