@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -135,6 +136,10 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
         "one": np.array([[7]], np.uint8),  # with its name in a small element
         "doubles": np.array([[1.5, np.nan, -2.0]]),
         "int32": np.arange(300, dtype=np.int32)[:, None],
+        "int8": np.array([[-3], [120]], np.int8),
+        "int16": np.array([[-3], [300]], np.int16),
+        "uint16": np.array([[3], [40_000]], np.uint16),
+        "float32": np.array([[0.1], [-7]], np.float32),
         "words": np.array(["a", "bc", "é", "long " * 9], object)[:, None],
     }
     for packed in (False, True):
@@ -142,7 +147,7 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
         scipy_io.savemat(buffer, values, do_compression=packed)
         ours = matlab.load(buffer.getvalue(), tuple(values))
         assert ours["words"] == list(values["words"][:, 0])
-        for name in ("one", "doubles", "int32"):
+        for name in values.keys() - {"words"}:
             np.testing.assert_array_equal(ours[name], values[name].ravel())
 
 
@@ -204,8 +209,18 @@ BAD_LISTS = {
 def test_bad_lists_are_refused(tmp_path, fault):
     content, reason = BAD_LISTS[fault]
     lists = [("train_list.mat", content), layout.list_members()[1]]
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match=reason) as told:
         stanford_dogs.read_lists(layout.tar(tmp_path / "lists.tar", lists))
+    of_one = fault not in ("label 200", "gap", "two breeds, one label", "overlap")
+    assert str(told.value).startswith(f"{tmp_path / 'lists.tar'}: {'train_list.mat ' * of_one}")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_archives_may_be_packed_in_any_way(suffix, tmp_path):
+    for name in ("images", "lists"):
+        (tmp_path / f"{name}.{suffix}").touch()
+    found = stanford_dogs.in_folder(tmp_path)
+    assert {p.name for p in found.values()} == {f"images.{suffix}", f"lists.{suffix}"}
 
 
 def test_missing_list_is_named(tmp_path):
@@ -304,7 +319,7 @@ def test_tar_cut_anywhere_is_refused(tmp_path):
     files = sorted(TRAIN + TEST)
     for cut in range(0, end + 513, 512):
         path.write_bytes(content[:cut])
-        with pytest.raises(DataError, match=r"images\.tar: "):
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}: "):
             list(stanford_dogs.pictures(path, files))
 
 

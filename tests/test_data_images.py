@@ -326,6 +326,12 @@ def test_captions_beyond_ascii_take_a_font_of_the_system(monkeypatch):
     assert tried == ["none.ttf", "some.ttf"] * 2
 
 
+def test_a_contact_sheet_blurs_nothing():
+    checks = np.indices((20, 20)).sum(0)[None, ..., None] % 2 * np.full(3, 255, np.uint8)
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet([("a", checks.astype(np.uint8))]))))
+    assert set(np.unique(sheet[:, 150:])) == {0, 255}
+
+
 def test_contact_sheet():
     images = np.full((3, 20, 20, 3), 77, np.uint8)
     sheet = Image.open(io.BytesIO(contact_sheet([("a", images[:2]), ("b", images)])))
