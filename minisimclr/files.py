@@ -147,8 +147,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        error.filename = str(path)
         if not (folder and error.errno == errno.EINVAL):  # a file system that flushes files alone
+            error.filename = str(path)
             raise
     finally:
         os.close(descriptor)

@@ -722,12 +722,16 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):
     asked = []
-    build = lambda data, *given: asked.append((data.images.shape[1], *given)) or b""  # noqa: E731
+
+    def build(data, *given):
+        asked.append((data.name, data.images.shape[1], *given))
+        return b""
+
     monkeypatch.setattr(report, "build_walkthrough", build)
     options = "--images", 3, "--seed", 5, "--out", tmp_path / "w.html"
     assert call("walkthrough", "--data", pictures, *options).exit_code == 0
     assert call("walkthrough", "--data", pictures, *options[4:]).exit_code == 0
-    assert asked == [(40, 3, 5), (40, 4, 1)]
+    assert asked == [(pictures.name, 40, 3, 5), (pictures.name, 40, 4, 1)]
 
 
 def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp_path):
