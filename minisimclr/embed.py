@@ -273,7 +273,7 @@ def nearest(queries: Array, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarr
 
 def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any]) -> None:
     """Publish features as .npy, or as .h5 with the labels and file names that belong to the rows,
-    and what is said `about` their encoder.
+    the names of the classes, and what is said `about` their encoder.
 
     Raises ConfigError for another suffix or number of rows, OSError if it cannot be written.
     """
@@ -283,8 +283,10 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any
         np.save(memory := io.BytesIO(), h)  # writing to a file, it would not notice a full disk
         write_bytes(path, memory.getbuffer())
     elif path.suffix == ".h5":
-        names = [name.encode(errors="surrogateescape") for name in dataset.file_names]
-        arrays = {"features": h, "labels": dataset.labels, "file_names": np.array(names)}
+        arrays = {"features": h, "labels": dataset.labels}
+        for names in ("file_names", "class_names"):
+            encoded = [name.encode(errors="surrogateescape") for name in getattr(dataset, names)]
+            arrays[names] = np.array(encoded, "S")
         about = about | {"data": dataset.fingerprint, "class_names": dataset.class_names}
         checkpoint.save(path, arrays, about)
     else:

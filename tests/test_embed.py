@@ -69,6 +69,7 @@ def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
         np.testing.assert_allclose(file["features"][:], expected, rtol=1e-4, atol=1e-5)
         assert file["labels"][:].tolist() == dataset.labels.tolist()
         assert file["file_names"][7].decode() == dataset.file_names[7]
+        assert file["class_names"][:].tolist() == [b"blob", b"check", b"stripe"]
         about = json.loads(bytes(file["state"][:]))
     assert about["class_names"] == ["blob", "check", "stripe"]
     assert (about["data"], about["run"], about["step"]) == (dataset.fingerprint, "run", run.step)
@@ -743,11 +744,16 @@ def test_without_matplotlib_the_error_has_the_line_to_type(run, monkeypatch, tmp
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such limit")
 def test_a_file_s_name_of_any_bytes_is_saved(tmp_path):
-    parts = {"labels": np.zeros(1), "file_names": ("caf\udce9.png",), "class_names": ()}
+    parts = {"labels": np.zeros(1), "file_names": ("caf\udce9.png",), "class_names": ("\udce9",)}
     dataset = SimpleNamespace(images=[0], fingerprint="", **parts)
     embed.save(tmp_path / "h.h5", np.zeros((1, 2)), dataset, {})
     with h5py.File(tmp_path / "h.h5") as file:
-        assert file["file_names"][0] == b"caf\xe9.png"
+        assert file["file_names"][0] == b"caf\xe9.png" and file["class_names"][0] == b"\xe9"
+    parts["class_names"] = ()  # of pictures without classes
+    dataset = SimpleNamespace(images=[0], fingerprint="", **parts)
+    embed.save(tmp_path / "h.h5", np.zeros((1, 2)), dataset, {})
+    with h5py.File(tmp_path / "h.h5") as file:
+        assert file["class_names"].shape == (0,)
 
 
 def test_features_that_do_not_fit_on_the_disk_are_an_error(tmp_path):

@@ -12,7 +12,7 @@ from .display import Display
 from .options import FILE, JSON, SHEET, say, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
-SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, in pixels.")
+SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, px: 5/4 of a view's.")
 SPLITS = ("pretrain", "labelled", "test")
 MOST = 20  # lines of a list
 

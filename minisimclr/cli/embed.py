@@ -22,8 +22,8 @@ def embed(encoder, path, out, block, device) -> None:
     """Write the features that a RUN or WEIGHTS give to pictures.
 
     PATH, if not the RUN's own data, is a folder or the name of a data set. A .npy file holds the
-    features (n, D) alone, in the order of the data set; an .h5 file also file_names and labels.
-    Features are h, which the probe sees, and not z, which the loss sees.
+    features (n, D) alone, in the order of the data set; an .h5 file also file_names, labels and
+    class_names. Features are h, which the probe sees, and not z, which the loss sees.
     """
     from .. import embed as library
 

@@ -15,7 +15,7 @@ from ..files import require_writable, write_bytes
 FILE = click.Path(path_type=Path, readable=False)
 
 VIEW = click.option(
-    "--view", type=click.IntRange(8), metavar="S", help="Side of views, px; else as in training."
+    "--view", type=click.IntRange(8), metavar="S", help="Side of RUN's views, px; else as trained."
 )
 
 BLOCK = click.option("--block", help="Block of InceptionV3 WEIGHTS to use, such as mixed8.")
