@@ -41,7 +41,7 @@ from minisimclr.tensor import Tensor
 HERE = Path(__file__).parent
 KINDS = ("fp32", "tf32", "bf16")
 TURNS = 3  # inputs of a measurement
-TESTS = 240  # seconds after which tests have hung
+TESTS = 360  # seconds after which tests have hung
 LONG, SLACK = 250, 15  # seconds: of a part except whole steps; extra before its process is killed
 
 

@@ -55,8 +55,8 @@ def draw_views(
 
     A crop shows a share of the image's area drawn from U(crop_scale) at an aspect ratio from
     U(3/4, 4/3); one that does not fit is drawn again, so large ones are rarer. Jitter of strength s
-    multiplies brightness, contrast and saturation by U(1 - 0.8 s, 1 + 0.8 s), not below 0, and
-    turns the hue by U(-0.2 s, 0.2 s).
+    multiplies brightness, contrast and saturation by U(max(0, 1 - 0.8 s), 1 + 0.8 s), and turns the
+    hue by U(-0.2 s, 0.2 s).
 
     The same arguments give the same bits on every machine and NumPy: raw Philox numbers, then
     correctly rounded operations only. Another `stream` gives other draws. Processes that share a

@@ -1,11 +1,11 @@
 """Which array library and device: the only file that imports CuPy.
 
 The array decides: every operation asks `xp_of(x)` for the library its array belongs to, so both
-live in one process and nothing is chosen at import time. CuPy is imported only when a GPU is
-asked for.
+live in one process. Nothing is chosen at import time; CuPy is imported only for a GPU.
 """
 
 import ctypes
+import gc
 import os
 import sys
 from collections import deque
@@ -282,8 +282,12 @@ def sized_by_first(device: str) -> Iterator[None]:
             pool.set_limit(limit)
             _pool_peak = max(_pool_peak, pool.total_bytes())
 
-    with cupy().cuda.using_allocator(malloc):
-        yield
+    gc.freeze()  # or CuPy would look through all that lives whenever the pool is to grow
+    try:
+        with cupy().cuda.using_allocator(malloc):
+            yield
+    finally:
+        gc.unfreeze()
     pool.free_all_blocks()
     with suppress(MemoryError):  # the pool then grows as usual
         pool.malloc(max(0, most - pool.used_bytes()))  # given back to the pool at once

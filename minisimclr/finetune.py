@@ -43,8 +43,7 @@ class Classifier(Module):
     def __init__(self, model: Model, classes: int):
         self.encoder, self.head = model.encoder, model.head
         self.output = Linear(model.encoder.features, classes, std=0, rng=np.random.default_rng(0))
-        # LARS adapts the kind WEIGHT, and would keep one that starts at zero close to zero.
-        self.output.weight.kind = "output"
+        self.output.weight.adapt = False  # LARS would keep what starts at zero close to zero
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.head.layer(1, self.encoder(x)))

@@ -1,7 +1,7 @@
 """SGD with momentum; and LARS, which also scales each layer's rate by its |weight| / |gradient|.
 
 Only weights are decayed, and only their rates are scaled: biases and the parameters of batch norm
-are not. Parameters are told apart by their kind, not by their names. Faster versions of these
+are not. Each parameter knows which it is (`adapt`), whatever its name. Faster versions of these
 passes run unless MINISIMCLR_KERNELS=reference.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Array, to_host, xp_of
-from .tensor import WEIGHT, Parameter
+from .tensor import Parameter
 
 
 @singledispatch
@@ -94,7 +94,7 @@ class SGD:
         return found
 
     def decay_of(self, p: Parameter) -> float:
-        return self.weight_decay if p.kind == WEIGHT else 0.0
+        return self.weight_decay if p.adapt else 0.0
 
     def rate_of(self, name: str, p: Parameter) -> Any:
         return self.lr
@@ -136,11 +136,13 @@ class LARS(SGD):
         weight_decay: float = 1e-6, eeta: float = 0.001,
     ):  # fmt: skip
         super().__init__(named_parameters, lr, momentum, weight_decay)
+        if not eeta > 0:
+            raise ValueError(f"eeta must be positive, not {eeta}")
         self.eeta = eeta
         self.trust: dict[str, Array] = {}  # last ratio of each weight, for inspection
 
     def rate_of(self, name: str, p: Parameter) -> Any:
-        if p.kind != WEIGHT:
+        if not p.adapt:
             return self.lr
         self.trust[name] = trust_ratio(p.data, p.grad, self.decay_of(p), self.eeta)
         return self.lr * self.trust[name]

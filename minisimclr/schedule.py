@@ -12,7 +12,7 @@ def scaled_rate(base: float, batch_size: int, scaling: str) -> float:
 
 
 def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Rate of step 0, 1, ...: a line from 0 up to `peak`, then half a cosine down to 0."""
+    """Rate of step 0, 1, ...: a line from 0, which moves nothing, to `peak`, then half a cosine."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

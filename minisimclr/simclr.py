@@ -84,7 +84,7 @@ class Step:
 def training_step(
     model: Model, optimizer: SGD, images: Array, views: augment.Views, size: int, temperature: float
 ) -> Step:
-    """One step of Algorithm 1 on images (N, H, W, 3) uint8; `views` are its augmentations t and t'.
+    """One step of Algorithm 1 on images (N, H, W, 3) uint8; `views` holds t and t' for each.
 
     If the loss or a gradient is not finite, the weights stay as they were (not so batch norm's
     running statistics). Nothing here waits for a GPU.

@@ -43,11 +43,11 @@ from minisimclr import augment, backend, cores, finetune, optim
 from minisimclr.config import TrainConfig
 from minisimclr.data import open_dataset
 from minisimclr.kernels import cuda, cuda_conv, cuda_launch
-from minisimclr.nn import resnet10, resnet18
+from minisimclr.nn import BatchNorm, resnet10, resnet18
 from minisimclr.ops import conv, norm, pool
-from minisimclr.ops.product import matmul
+from minisimclr.ops.product import linear, matmul
 from minisimclr.run import new_run
-from minisimclr.tensor import BIAS, NORM, WEIGHT, Function, Parameter, Tensor, memory_of
+from minisimclr.tensor import Function, Parameter, Tensor, memory_of
 from minisimclr.train import pretrain
 
 FILES = sorted(Path(cuda.__file__).parent.glob("*.cu"))
@@ -165,17 +165,17 @@ def optimized(like, kind, steps=3, dtype=np.float32, ok=(True, True, True)):
     """All parameters after some steps, then the squared length of the last gradients."""
     rng = np.random.default_rng(0)
     shapes = [
-        ((5,), BIAS),
-        ((3, 3, 4, 29), WEIGHT),
-        ((1031,), NORM),
-        ((2, 2), WEIGHT),
-        ((1,), WEIGHT),
+        ((5,), False),
+        ((3, 3, 4, 29), True),
+        ((1031,), False),
+        ((2, 2), True),
+        ((1,), True),
     ]
     arrays = [rng.standard_normal(shape) for shape, _ in shapes]
     arrays[3] *= 0  # no trust ratio without a norm
     named = {
-        str(i): Parameter(like.asarray(a.astype(dtype)), kind)
-        for i, (a, (_, kind)) in enumerate(zip(arrays, shapes, strict=True))
+        str(i): Parameter(like.asarray(a.astype(dtype)), adapt=adapt)
+        for i, (a, (_, adapt)) in enumerate(zip(arrays, shapes, strict=True))
     }
     optimizer = kind(named.items(), 0.5, weight_decay=0.01)
     for step in range(steps):
@@ -571,7 +571,7 @@ def test_the_readable_passes_stay_where_they_are_asked_for():
 def test_rates_of_a_subclass_count_on_the_device_too(cupy):
     class Slow(optim.SGD):
         def rate_of(self, name, p):
-            return self.lr * (0.1 if p.kind == BIAS else 1.0)
+            return self.lr * (1.0 if p.adapt else 0.1)
 
     class SlowLARS(optim.LARS):
         def rate_of(self, name, p):
@@ -637,6 +637,20 @@ def test_activations_in_bfloat16_take_half_the_memory(cupy):
     assert not any(a.dtype == BFLOAT16 for a in net.state_dict().values())
 
 
+def test_a_gradient_in_float32_of_what_is_bfloat16_is_converted(cupy):
+    """A kernel would take its bytes for twice as many numbers."""
+    x, w = (cupy.asarray(rand(8, n).astype("f4")) for n in (4, 8))
+    with backend.precision("bf16", "cuda:0"):
+        x, w, layer = Tensor(x.astype(BFLOAT16), True), Tensor(w[:, :4], True), BatchNorm(4)
+        y = linear(layer.to("cuda:0")(x), w)
+        assert y.dtype == np.float32
+        (y * y).sum().backward()
+    on_host = Tensor(exact(host(x.data)), True)
+    y = linear(BatchNorm(4).astype(np.float64)(on_host), Tensor(exact(host(w.data))))
+    (y * y).sum().backward()
+    assert distance(host(x.grad), on_host.grad) < 0.05
+
+
 def test_in_bfloat16_a_network_is_as_exact_as_in_torchs_autocast(cupy):
     """Eight images make a rough gradient, and three digits change half of it: there as here."""
     torch = pytest.importorskip("torch")
@@ -677,7 +691,7 @@ def test_a_training_step_in_bfloat16(cupy):
 
 
 def test_a_weight_without_a_gradient_has_no_trust_ratio(cupy):
-    p = Parameter(cupy.ones((2, 3), np.float32), WEIGHT)
+    p = Parameter(cupy.ones((2, 3), np.float32))
     optimizer = optim.LARS([("w", p)], 0.1, weight_decay=0.0)
     p.grad = cupy.zeros((2, 3), np.float32)
     optimizer.step()

@@ -4,6 +4,7 @@ The same call on host arrays says what must come out. A silent way to the host i
 stand-in, a loud one is counted: nothing in a training step may wait for the device.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -395,12 +396,17 @@ def test_a_first_step_says_how_much_memory_is_kept(config, cupy, monkeypatch, tm
     assert pool.total_bytes() == 1 << 20 and backend.peak_memory("cuda:0") == 1 << 20
     pool.taken.clear()
     pool.total = 1 << 10  # what was given back was held all the same
-    cupy.allocator = pool.malloc = MagicMock(side_effect=[None, MemoryError])  # nor is the last met
+    cupy.allocator = pool.malloc = MagicMock(side_effect=[0, 0, MemoryError])  # nor is the last met
     small = lambda malloc: nullcontext(malloc(1 << 8))  # noqa: E731
     monkeypatch.setattr(cupy.cuda, "using_allocator", small)
+    frozen = gc.get_freeze_count()
+    with pytest.raises(KeyError), backend.sized_by_first("cuda:0"):
+        assert gc.get_freeze_count() > 1000  # each growth of the pool would look through these
+        raise KeyError
+    assert gc.get_freeze_count() == frozen
     with backend.sized_by_first("cuda:0"):
         pass
-    assert pool.malloc.call_count == 2 and backend.peak_memory("cuda:0") == 1 << 20
+    assert pool.malloc.call_count == 3 and backend.peak_memory("cuda:0") == 1 << 20
     pool.taken.clear()
     cupy.allocator = print  # somebody's own: left alone
     with backend.sized_by_first("cuda:0"):

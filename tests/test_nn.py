@@ -18,7 +18,7 @@ from minisimclr.nn import evaluating
 from minisimclr.ops.basic import relu
 from minisimclr.ops.loss import nt_xent
 from minisimclr.simclr import Model, calibrate, training_step
-from minisimclr.tensor import BIAS, NORM, Parameter, Tensor
+from minisimclr.tensor import Parameter, Tensor
 
 NETWORKS = [(e, s) for e in ("resnet18", "resnet34", "resnet50") for s in ("cifar", "imagenet")]
 
@@ -235,7 +235,7 @@ def test_initial_convolutions_have_he_variance():
     assert wide.weight.data.std() == pytest.approx(np.sqrt(2 / (7 * 256)), rel=0.01)
     dense = ms.nn.Linear(256, 1024, rng=np.random.default_rng(0))
     assert dense.weight.data.std() == pytest.approx(np.sqrt(2 / 256), rel=0.01)
-    assert dense.bias.kind == BIAS and not dense.bias.data.any()
+    assert dense.weight.adapt and not dense.bias.adapt and not dense.bias.data.any()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_projection_head_is_the_authors():
     head = ms.nn.ProjectionHead(6, 5, 4)
     names = [n for n, _ in head.named_parameters()]
     assert names == ["linear1.weight", "bn1.weight", "bn1.bias", "linear2.weight", "bn2.weight"]
-    assert [p.kind == NORM for _, p in head.named_parameters()] == [False, True, True, False, True]
+    assert [p.adapt for _, p in head.named_parameters()] == [True, False, False, True, False]
     z = head(Tensor(rand(8, 6))).data
     assert z.shape == (8, 4)
     np.testing.assert_allclose(z.mean(0), 0, atol=1e-12)  # normalised last, and not shifted

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from minisimclr.optim import LARS, SGD
 from minisimclr.schedule import scaled_rate, warmup_cosine
-from minisimclr.tensor import BIAS, NORM, WEIGHT, Parameter, Tensor
+from minisimclr.tensor import Parameter, Tensor
 
 W = [0.5, -1.0, 2.0]
-CASES = [  # kind, start, gradients of successive steps
-    (WEIGHT, W, [[0.1, 0.2, -0.3]] * 3),
-    (WEIGHT, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0], [5.0, -5.0, 1.0]]),
-    (WEIGHT, [0.0, 0.0, 0.0], [[0.1, 0.2, -0.3]] * 2),  # norm of the weight 0: trust 1
-    (WEIGHT, W, [[-5e-7 * 1, 1e-6, -2e-6]] * 2),  # the gradient cancels the decay: norm 0, trust 1
-    (NORM, W, [[0.1, 0.2, -0.3]] * 3),  # neither decayed nor adapted
-    (BIAS, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]),
+CASES = [  # adapt, start, gradients of successive steps
+    (True, W, [[0.1, 0.2, -0.3]] * 3),
+    (True, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0], [5.0, -5.0, 1.0]]),
+    (True, [0.0, 0.0, 0.0], [[0.1, 0.2, -0.3]] * 2),  # norm of the weight 0: trust 1
+    (True, W, [[-5e-7 * 1, 1e-6, -2e-6]] * 2),  # the gradient cancels the decay: norm 0, trust 1
+    (False, W, [[0.1, 0.2, -0.3]] * 3),  # neither decayed nor adapted
+    (False, W, [[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]),
 ]
 
 
@@ -37,21 +37,21 @@ def official_lars(w, gradients, rates, adapt, momentum=0.9, decay=1e-6, eeta=0.0
     return w
 
 
-@pytest.mark.parametrize("kind, start, gradients", CASES)
-def test_lars_is_the_official_rule(kind, start, gradients):
-    p = Parameter(np.array(start), kind)
+@pytest.mark.parametrize("adapt, start, gradients", CASES)
+def test_lars_is_the_official_rule(adapt, start, gradients):
+    p = Parameter(np.array(start), adapt=adapt)
     optimizer = LARS([("p", p)], lr=0.0)
     rates = [2.0, 1.0, 0.5][: len(gradients)]
     for g, lr in zip(gradients, rates, strict=True):
         p.grad, optimizer.lr = np.array(g), lr
         optimizer.step()
-    expected = official_lars(start, gradients, rates, adapt=kind == WEIGHT)
+    expected = official_lars(start, gradients, rates, adapt=adapt)
     np.testing.assert_allclose(p.data, expected, rtol=1e-12)
 
 
 def test_sgd_matches_torch_at_a_constant_rate():
     torch = pytest.importorskip("torch")
-    p, bias = Parameter(np.array(W)), Parameter(np.array(W), BIAS)
+    p, bias = Parameter(np.array(W)), Parameter(np.array(W), adapt=False)
     ours = SGD([("p", p), ("b", bias)], 0.1, momentum=0.9, weight_decay=0.01)
     tp, tb = (torch.tensor(W, dtype=torch.float64, requires_grad=True) for _ in range(2))
     groups = [{"params": [tp], "weight_decay": 0.01}, {"params": [tb]}]
@@ -121,7 +121,7 @@ def test_what_is_no_named_parameter_is_refused():
 
 @pytest.mark.parametrize("kind", [SGD, LARS])
 def test_a_number_in_place_of_an_array_is_not_left_behind(kind):
-    p = Parameter(np.array(2.0, np.float32), BIAS)
+    p = Parameter(np.array(2.0, np.float32), adapt=False)
     p.data = 0.5 * p.data  # NumPy makes a number of it
     p.grad = np.ones((), np.float32)
     with pytest.raises(TypeError, match="item assignment"):
@@ -198,6 +198,12 @@ def test_batch_scaling():
     assert scaled_rate(0.3, 128, "linear") == pytest.approx(0.15)
     assert scaled_rate(0.075, 4096, "sqrt") == pytest.approx(scaled_rate(0.3, 4096, "linear"))
     assert scaled_rate(0.3, 512, "none") == 0.3
+
+
+@pytest.mark.parametrize("eeta", [0.0, -1.0, np.nan])
+def test_lars_has_to_move_weights(eeta):
+    with pytest.raises(ValueError, match="eeta must be positive, not"):
+        LARS([("w", Parameter(np.ones(2)))], 0.1, eeta=eeta)
 
 
 def test_a_gradient_of_another_shape_is_refused():

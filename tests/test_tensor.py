@@ -382,6 +382,17 @@ def test_gradcheck_catches_a_wrong_gradient_and_names_the_input():
         gradcheck(lambda a, b: a * b.data, randn(4), randn(4, seed=1))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_gradcheck_allows_for_small_inputs_and_for_the_rounding_of_large_values(seed):
+    z = 0.01 * randn(8, 4)  # a step of 1e-5 each would be 1e-3 of these
+    gradcheck(lambda z: ms.nt_xent(z[:4], z[4:], 0.5), z, seed=seed)
+    with pytest.raises(AssertionError, match="input 0"):
+        gradcheck(lambda z: ms.nt_xent(z[:4], z[4:], 0.5) + 1e-3 * WrongSquare()(z).sum(), z)
+    gradcheck(lambda a: (a + 1e6).sum(), randn(4), seed=seed)
+    with pytest.raises(AssertionError, match="input 0"):
+        gradcheck(lambda a: (WrongSquare()(a) + 1e6).sum(), randn(4), seed=seed)
+
+
 @pytest.mark.parametrize("vandal", [Vandal, ForwardVandal])
 def test_gradcheck_catches_writing_into_what_belongs_to_others(vandal):
     with pytest.raises(ValueError, match="read-only"):
@@ -407,6 +418,22 @@ def test_a_gradient_of_the_wrong_shape_names_the_operation(backward, said):
 
     with pytest.raises(AssertionError, match=f"Flat: {said}"):
         Flat()(Tensor(randn(2, 2), requires_grad=True)).sum().backward()
+
+
+def test_a_gradient_has_the_type_of_what_it_is_the_gradient_of():
+    seen = []
+
+    class Watch(Function):
+        def forward(self, x):
+            return x * 1
+
+        def backward(self, gy):
+            seen.append(gy.dtype)
+            return gy
+
+    x = Tensor(np.ones(3, np.float32), requires_grad=True)
+    (Watch()(x) * Tensor(np.arange(3.0))).sum().backward()
+    assert seen == [np.float32] and x.grad.dtype == np.float32
 
 
 def test_shared_inputs_add_up_without_touching_each_other():
@@ -570,9 +597,9 @@ def test_comparing_is_refused_and_what_it_would_have_been():
     assert x in [x] and {x: 1}[x] == 1
 
 
-def test_a_kind_that_no_parameter_has_is_refused():
-    with pytest.raises(ValueError, match="a weight, bias or norm, not True"):
-        ms.Parameter(np.ones(2), True)  # torch's requires_grad
+def test_a_parameter_takes_no_second_argument():
+    with pytest.raises(TypeError, match="positional argument"):
+        ms.Parameter(np.ones(2), False)  # torch's requires_grad
 
 
 def test_a_forward_that_gives_no_array_is_refused():

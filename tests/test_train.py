@@ -121,7 +121,7 @@ def test_an_epoch_ends_with_the_cosines_of_pairs(finished):
 def test_lars_logs_a_trust_ratio_for_every_weight(config, tmp_path):
     run = pretrain(replace(config, optimizer="lars", epochs=1, lr=1.0), tmp_path / "run")
     trust = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["trust"]
-    weights = {name for name, p in run.model.named_parameters() if p.kind == "weight"}
+    weights = {name for name, p in run.model.named_parameters() if p.adapt}
     assert trust.keys() == weights
     assert all(ratio > 0 for ratio in trust.values())
     assert len(set(trust.values())) > 1

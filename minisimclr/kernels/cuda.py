@@ -26,7 +26,6 @@ from ..ops.norm import gradient_sums, input_gradient, moments, scale_shift, upda
 from ..ops.pool import max_pool_input_gradient, max_pool_output, pooled_size
 from ..ops.product import matmul
 from ..optim import LARS, SGD, square_of_all, update_all
-from ..tensor import WEIGHT
 from . import cuda_conv
 from .cuda_launch import CHANNELS, LANES, THREADS, for_each_row, launch
 from .registry import for_float32
@@ -127,7 +126,7 @@ def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:
         arrays = p.data, g, optimizer.velocity[name]
         if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in arrays):
             raise ValueError(f"{name}: not in one piece of float32, like the first parameter")
-        eeta = getattr(optimizer, "eeta", 0.0) if p.kind == WEIGHT else 0.0
+        eeta = getattr(optimizer, "eeta", 0.0) if p.adapt else 0.0
         rates = (0.0, 0.0) if plain else (optimizer.decay_of(p), eeta)
         rows.append((*(a.data.ptr for a in arrays), g.size, *rates))
         gradients.append(g)
@@ -155,7 +154,7 @@ def cuda_update_all(w, optimizer, ok):
     launch("optim", "update", (SHARES, count), (THREADS,), rows, *given)
     if part is not None:
         of_all = zip(optimizer.moving(), trust, strict=True)
-        optimizer.trust = {name: ratio for (name, p), ratio in of_all if p.kind == WEIGHT}
+        optimizer.trust = {name: ratio for (name, p), ratio in of_all if p.adapt}
 
 
 def cuda_apply_views(images, views, size):

@@ -1,4 +1,4 @@
-"""The projection head g of SimCLR: trained with the encoder, thrown away before the probe."""
+"""The projection head g of SimCLR: trained with the encoder; the linear probe does without it."""
 
 import numpy as np
 

@@ -5,7 +5,7 @@ import numpy as np
 from ..ops.conv import Pair, conv2d, pair
 from ..ops.norm import batch_norm
 from ..ops.product import linear
-from ..tensor import BIAS, NORM, Parameter, Tensor
+from ..tensor import Parameter, Tensor
 from .module import Module
 
 
@@ -42,7 +42,7 @@ class Linear(Module):
     ):  # fmt: skip
         std = np.sqrt(2 / c) if std is None else std
         self.weight = Parameter(rng.standard_normal((o, c), np.float32) * np.float32(std))
-        self.bias = Parameter(np.zeros(o, np.float32), BIAS) if bias else None
+        self.bias = Parameter(np.zeros(o, np.float32), adapt=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -59,8 +59,8 @@ class BatchNorm(Module):
 
     def __init__(self, c: int, eps: float = 1e-5, momentum: float = 0.1, beta: bool = True):
         self.eps, self.momentum = eps, momentum
-        self.weight = Parameter(np.ones(c, np.float32), NORM)
-        self.bias = Parameter(np.zeros(c, np.float32), NORM) if beta else None
+        self.weight = Parameter(np.ones(c, np.float32), adapt=False)
+        self.bias = Parameter(np.zeros(c, np.float32), adapt=False) if beta else None
         self.running_mean = np.zeros(c, np.float32)
         self.running_var = np.ones(c, np.float32)
         self.num_batches_tracked = np.zeros((), np.int64)
@@ -76,7 +76,7 @@ class BatchNorm(Module):
 
 
 class Dropout(Module):
-    """While training, zero a share p of the numbers and scale the others by 1 / (1 - p).
+    """While training, zero each number with probability p, scale the others by 1 / (1 - p).
 
     This "inverted" dropout leaves nothing to do in evaluation (Srivastava et al. 2014).
     """

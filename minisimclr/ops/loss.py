@@ -5,8 +5,8 @@ With u = z / |z| of the V = 2N views, row i's partner j(i) and s[i, k] = u[i] . 
 
     loss = mean over i of  l(i),    l(i) = -s[i, j(i)] + log sum over k != i of exp s[i, k]
 
-which is cross entropy: pick, among the 2N - 1 other views, the one that shows the same image: the
-positive, where the others are negatives. If all embeddings are equal, every l(i) is ln(2N - 1), the
+which is cross entropy: pick, among the 2N - 1 other views, the positive, j(i), which shows the same
+image; the 2N - 2 others are negatives. If all embeddings are equal, every l(i) is ln(2N - 1), the
 chance line. For the gradient, let p[i, k] be the softmax of row i without k = i, and y[i, k] the
 target: 1 for k = j(i), else 0. Then views i and k push each other apart by G[i, k] = (p - y) /
 (V temperature), or pull where it is negative:
@@ -44,7 +44,7 @@ def log_softmax(s: Array) -> Array:
 
 def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, Array]]:
     """s (V, V) of u (V, D), b rows at a time: yields their slice i, the index ((b,), (b,)) of
-    their partners in s[i], and s[i] (b, V).
+    their positives in s[i], and s[i] (b, V).
     """
     xp, views = xp_of(u), len(u)
     partner, step = partners(views, xp), max(1, BLOCK // views)
@@ -65,18 +65,18 @@ class NTXent(Function):
     def forward(self, z):
         self.u, self.length = normalize(z)
         total = 0
-        for _, partner, s in similarities(self.u, self.temperature):
+        for _, positive, s in similarities(self.u, self.temperature):
             log_p = log_softmax(s)  # (b, V)
-            total = total - log_p[partner].sum()
+            total = total - log_p[positive].sum()
         # An infinite length makes u 0, as if all views were alike: 0 * inf makes the loss NaN.
         return total / len(z) + 0 * self.length.sum()
 
     def backward(self, gy):
         u, views = self.u, len(self.u)
         du = xp_of(u).zeros_like(u)
-        for i, partner, s in similarities(u, self.temperature):
+        for i, positive, s in similarities(u, self.temperature):
             g = xp_of(u).exp(log_softmax(s))  # p (b, V), recomputed: less to keep
-            g[partner] -= 1
+            g[positive] -= 1
             g *= gy / (views * self.temperature)
             du[i] += g @ u  # (b, V) @ (V, D)
             du += g.T @ u[i]  # (V, b) @ (b, D)
@@ -102,7 +102,7 @@ def contrastive_accuracy(z1: Array, z2: Array) -> Array:
     their device.
     """
     u, _ = normalize(xp_of(z1).concatenate([z1, z2]))
-    hits = ((s.argmax(axis=1) == at[1]).sum() for _, at, s in similarities(u, 1.0))
+    hits = ((s.argmax(axis=1) == positive[1]).sum() for _, positive, s in similarities(u, 1.0))
     return sum(hits) / len(u)
 
 

@@ -59,7 +59,7 @@ class Problem:
 
     The intercept absorbs a shift and the penalty does not see a rotation, so X may be centred and
     rotated to its principal axes. There X.T X is diagonal, and so, nearly, is the Hessian, I (but 0
-    for the intercept) + C sum_n (diag(p_n) - p_n p_n^T) (x) x_n x_n^T. Its diagonal, with the mean
+    for the intercept) + C sum_n kron(diag(p_n) - p_n p_n^T, x_n x_n^T). Its diagonal, with the mean
     of p (1 - p) in place of each sample's own (Boehning 1992 has a bound), seeds L-BFGS, which for
     correlated features then needs only a fifth to three quarters of the evaluations.
     """
