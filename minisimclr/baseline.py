@@ -110,7 +110,7 @@ def search(
                 break
         rows.append({**trial._asdict(), "epochs": best_epoch, "validation": best})
         done = {"done": index + 1, "total": trials, "label": "trials"}
-        notify("progress", done | {"item": f"validation {rows[-1]['validation']:.1%}"})
+        notify("progress", done | {"item": f"validation {best:.1%}"})
     return rows
 
 

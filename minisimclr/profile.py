@@ -2,8 +2,8 @@
 
 The step is first timed without observation; then, in a separate pass, an observer on the engine
 times each operation and counts the least it must do: floating-point operations, and bytes of its
-inputs and outputs. With the machine's own peak rates (a large matrix product, a long sum), these
-give each operation a least time (the "roofline" of Williams et al. 2009),
+inputs and outputs. With the machine's own peak rates (a large matrix product, a long addition),
+these give each operation a least time (the "roofline" of Williams et al. 2009),
 
     seconds >= max(flops / peak flops, bytes / peak bandwidth)
 
@@ -145,7 +145,7 @@ class Recorder:
         synchronize(self.device)
         seconds = time.perf_counter() - start
         results = result if isinstance(result, tuple) else (result,)
-        made = [r for r in results if r is not None]
+        made = [r for r in results if r is not None and 0 not in r.strides]  # one number, repeated
         saved = vars(function).values() if direction == "backward" else ()  # it reads these, too
         moved = read + sum(getattr(a, "nbytes", 0) for a in (*made, *saved))
         only_seen = {*map(memory_of, made)} <= {*map(memory_of, arrays)}  # its input, as a view

@@ -1045,6 +1045,9 @@ def test_a_view_moves_no_memory_in_the_profile():
     assert bytes_of["GetItem", "forward"] == bytes_of["Reshape", "forward"] == 0
     assert bytes_of["Sum", "backward"] == 0  # one number, seen many times
     assert bytes_of["ReLU", "forward"] == 2 * 16 * 4
+    (again := profile.Recorder("cpu")).record(lambda: x.mean(axis=0).sum().backward())
+    moved = [e["bytes"] for e in again.events if e["direction"] == "backward"]
+    assert moved == [0, 0]  # of a mean, too
     assert {row["flops"] for row in recorder.rows() if not row["bytes"]} == {0}
 
 

@@ -669,6 +669,18 @@ def test_cache_file_by_path(pictures, home, tmp_path):
         assert open_dataset(path, size).fingerprint == dataset.fingerprint
 
 
+def test_a_cache_file_named_like_one_in_the_cache_folder_is_the_one_meant(pictures, home, tmp_path):
+    there = open_dataset(pictures, 16).path
+    content = bytearray(there.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / there.name).write_bytes(content)
+    assert prepared(tmp_path / there.name).path == tmp_path / there.name
+    with pytest.raises(DataError, match="changed on the disk"):
+        prepared(tmp_path / there.name).verify()
+    open_dataset(pictures, 20)
+    assert prepared(there).images.shape[1] == 16  # nor is it the size made last
+
+
 # Workers.
 
 

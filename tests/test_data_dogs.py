@@ -364,12 +364,21 @@ def header(
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
+def posix_sparse() -> bytes:
+    """Four bytes that stand for nine, in a member that says it is a plain file."""
+    member = tarfile.TarInfo("Images/n01-Alpha/a.jpg")
+    member.size = 4
+    member.pax_headers = {"GNU.sparse.map": "0,4", "GNU.sparse.size": "9"}
+    return member.tobuf(tarfile.PAX_FORMAT) + bytes(512 + 1024)
+
+
 BOMBS = {
     "8 GB picture": (header(8 << 30) + bytes(1 << 20), "has 8,589,934,592 bytes"),
     "8 GB of extended header": (header(8 << 30, tarfile.XHDTYPE) + bytes(1 << 20), "archive"),
     "8 GB of long name": (header(8 << 30, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 20), "archive"),
     "negative size": (header(-512), "archive|bytes"),
     "sparse": (header(512, tarfile.GNUTYPE_SPARSE) + bytes(1024), "sparse"),
+    "sparse, as POSIX has it": (posix_sparse(), "is a link, a device or sparse"),
     "extended header, deflated": (
         gzip.compress(header(1 << 30, tarfile.XHDTYPE) + bytes(80 << 20), 1),
         "takes more than 4 MiB",

@@ -138,9 +138,9 @@ def test_modes(mode):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright(orientation, kind):
     """A picture stored turned or mirrored, with the tag that says so, comes out as it was."""
-    upright = np.zeros((48, 48, 3), np.uint8)
-    upright[:24, :24] = 255, 0, 0
-    upright[:24, 24:] = 0, 255, 0
+    upright = np.zeros((48, 60, 3), np.uint8)
+    upright[:24, :30] = 255, 0, 0
+    upright[:24, 30:] = 0, 255, 0
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -240,8 +240,9 @@ BAD = {
     "1 x 1": (encode(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     "sliver": (encode(Image.new("RGB", (2000, 30)), "JPEG"), "neither more than 20 times"),
     "0 x 0": (png_header(0, 0), "0 x 0|cannot be decoded"),
-    "60 megapixels": (png_header(10_000, 6_000), "more than 50 million"),
-    "144 megapixels": (png_header(12_000, 12_000), "more than 50 million"),
+    "60 megapixels": (png_header(10_000, 6_000), "more than 51 million"),
+    "144 megapixels": (png_header(12_000, 12_000), "more than 51 million"),
+    "50 megapixels": (png_header(8_688, 5_792), "cannot be decoded"),  # not too many
     "400 megapixels": (png_header(20_000, 20_000), "bomb"),
     "no pixels": (png_header(24, 24), "cannot be decoded"),
 }

@@ -95,6 +95,7 @@ def test_permutations_are_uniform():
         {"batch_size": 0},
         {"batch_size": -1},
         {"world_size": 3},
+        {"world_size": 0},
         {"world_size": 2, "rank": 2},
         {"world_size": 2, "rank": -1},
     ],

@@ -352,6 +352,16 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
     assert moved(run.path, "toydogs") == "toydogs"
     assert resume(run.path, time_limit=0, notify=quiet).step == 2
     shutil.rmtree(tmp_path / "elsewhere" / "photos")
+    stat, theirs = Path.stat, project / "photos"  # now in a folder that nobody else may enter
+
+    def shut(path, **how):
+        if path == theirs:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", shut)
+        assert moved(run.path, str(theirs)) == str(theirs)
     with pytest.raises(DataError, match=re.escape(f"{project / 'photos'}: no such folder")):
         resume(run.path)
     namesake = run.path.rename(run.path.with_name("photos"))

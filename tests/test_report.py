@@ -346,6 +346,8 @@ def test_either_sign_of_collapse_is_enough(figure, value, sound, tmp_path):
 def test_identical_views_are_seen_even_where_the_log_does_not_show_them(sound, monkeypatch):
     identical_views(monkeypatch, None)
     assert "Both views of a picture are identical, or nearly so" in faults(sound)
+    found = verdict.identical_views(read(sound))
+    assert found.evidence == "In step 1 no pixel of theirs differs by more than 0 of 1."
 
 
 def test_the_loss_written_out_is_the_library_s():
@@ -668,6 +670,9 @@ def test_a_loss_that_is_off_by_more_than_rounding_is_told(sound):
     facts = read(sound)
     facts.files["metrics"][0]["loss"] *= 1.005
     assert verdict.another_loss(facts).title == "Step 1 cannot be repeated"
+    for precision in ("tf32", "bf16"):  # whose rounding may do as much
+        rounded = replace(facts, config=replace(facts.config, precision=precision))
+        assert verdict.another_loss(rounded) is None
 
 
 def test_features_are_the_trained_network_s_then_the_fresh_one_s(sound):

@@ -24,10 +24,11 @@ def made_before(path: Path) -> dict[str, list[dict[str, Any]]]:
             for each in results["rows"] + results["curve"] + results.get("others", []):
                 if each["status"] == "measured":
                     if not fits(each, POINT) and not fits(each, MEASURED):
-                        raise ValueError(f"of {each.get('system')}")
+                        raise ValueError(f"figures of {each.get('system')} are missing")
                     done.setdefault(each["key"], []).append(each)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: not results of `minisimclr compare` ({error!r})") from error
+            said = f"not results of `minisimclr compare` ({error!r}): name another --out"
+            raise DataError(f"{path}: {said}") from error
     return done
 
 

@@ -153,8 +153,8 @@ def from_arrays(
         raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
     low, high = int(labels.min()), int(labels.max())
     if class_names is None and high >= max(n, MANY):
-        way_out = "np.unique(labels, return_inverse=True) makes both from numbers of your own"
-        raise ConfigError(f"label {high} is no position in class_names: {way_out}")
+        way_out = "class_names, labels = np.unique(labels, return_inverse=True)"
+        raise ConfigError(f"labels are positions from 0, not numbers such as {high}: {way_out}")
     names = list(map(str, range(high + 1) if class_names is None else class_names))
     if len(set(names)) < len(names):
         raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")
@@ -181,8 +181,10 @@ def prepared(name_or_path: str | Path, image_size: int | None = None) -> Dataset
     if it is not there, ConfigError for a size with a cache file.
     """
     path, _ = cache_path(name_or_path, image_size)
-    if path == Path(name_or_path) and image_size:
-        raise ConfigError(f"{path} is a finished cache and has a size of its own")
+    if path == Path(name_or_path):
+        if image_size:
+            raise ConfigError(f"{path} is a finished cache and has a size of its own")
+        return cache.load(path)
     if str(name_or_path) not in BUILT_IN and not Path(name_or_path).exists():
         raise DataError(f"{name_or_path}: no such folder or file")
     if image_size is None and (sizes := other_sizes(path)):

@@ -59,7 +59,8 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 def check(member: tarfile.TarInfo, name: str) -> None:
     if name.startswith(("/", "../")):
         raise DataError(f"{member.name!r} points out of the archive")
-    if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not member.isdir() and not plain:
         raise DataError(f"{member.name!r} is a link, a device or sparse, not a plain file")
     if not 0 <= member.size <= MAX_MEMBER_BYTES:
         raise DataError(f"{member.name!r} has {member.size:,} bytes, more than any picture")

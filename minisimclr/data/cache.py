@@ -28,7 +28,7 @@ import numpy as np
 
 from ..cores import available_cores
 from ..errors import ConfigError, DataError, OutputError
-from ..files import publish, sha256
+from ..files import fits, publish, sha256
 from .source import SPLITS, Job, Options, Plan, Progress, choose, command
 from .workers import parallel_map
 
@@ -272,8 +272,7 @@ def consistent(dataset: Dataset) -> bool:
         and -1 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.class_names)
         and 0 <= dataset.splits.min() <= dataset.splits.max() < len(SPLITS)
         and 0 <= dataset.duplicate_of.min() <= dataset.duplicate_of.max() < n
-        and all(isinstance(name, str) for name in (dataset.name, *dataset.class_names))
-        and all(isinstance(name, str) for name in dataset.file_names)
+        and fits([dataset.name, *dataset.class_names, *dataset.file_names], [str])
         and isinstance(dataset.notes, dict)
         and isinstance(dataset.options, Options)  # else a TypeError: one that is not known here
     )

@@ -37,7 +37,7 @@ def batches(
     steps = len(indices) // batch_size if batch_size > 0 else 0
     if not steps:
         raise ConfigError(f"batch size is {batch_size}, but the split has {len(indices)} images")
-    if batch_size % world_size or not 0 <= rank < world_size:
+    if not 0 <= rank < world_size or batch_size % world_size:
         shared = f"cannot be shared by {world_size} processes, of which this is {rank}"
         raise ConfigError(f"batch size {batch_size} {shared}")
     n = batch_size // world_size

@@ -26,7 +26,7 @@ def load(content: bytes, names: tuple[str, ...]) -> dict[str, Any]:
     """Variables by name: a cell array as a flat list, numbers as an array, text as str; those not
     in `names` are None and take no time.
 
-    Raises DataError for anything else, for damage, and for more than a list can hold.
+    Raises DataError for anything else, for damage, and for a variable of more than MAX_BYTES.
     """
     if content[126:128] != b"IM":
         raise DataError("is no little-endian MATLAB v5 file")

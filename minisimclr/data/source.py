@@ -47,6 +47,8 @@ class Options:
 
 def command(recipe: dict, **options: Any) -> str:
     """What to type to prepare a data set by its recipe, with other `options`."""
+    if recipe.get("source") == "arrays":
+        return "`data.from_arrays` makes it"
     flags = Options(**recipe["options"] | options).flags()
     return f"`minisimclr data prepare NAME --image-size {recipe['size']}{flags}`"
 

@@ -1,7 +1,7 @@
 """Faster versions of passes in `tensor`, `ops`, `optim` and `augment`, each for an array type.
 
 Importing this package registers the versions for NumPy; those for CuPy follow as soon as a GPU is
-used (cuda.py). No pass refers to this package, and everything works without it.
+used (cuda.py). No pass refers to this package; all but bfloat16 works without it.
 MINISIMCLR_KERNELS=reference in the environment leaves the readable versions in place.
 """
 

@@ -5,8 +5,8 @@
                               the two gradients together
     anything else             im2col in blocks that stay in cache
 
-Each thread works on its own images with single-threaded BLAS. That is faster than one thread with
-threaded BLAS, since copies and small products then run side by side as well.
+Each thread has its own part of the work, and single-threaded BLAS. That is faster than one thread
+with threaded BLAS, since copies and small products then run side by side as well.
 """
 
 import numpy as np

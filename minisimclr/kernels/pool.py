@@ -37,7 +37,7 @@ def _max_pool_output(x, kernel, stride, padding):
             np.maximum(rank, ranked, out=rank)
         np.subtract(np.uint8(count), rank, out=argmax[some])
 
-    in_blocks(work, len(x), BLOCK // int(np.prod(y.shape[1:])))
+    in_blocks(work, len(x), BLOCK // prod(y.shape[1:]))
     return y, argmax
 
 
@@ -53,5 +53,5 @@ def _max_pool_input_gradient(gy, argmax, x_shape, kernel, stride, padding):
         )
         gx[some] = sum_windows(parts, g, gx[some].shape, kernel, stride, padding)
 
-    in_blocks(work, len(gy), BLOCK // int(np.prod(gy.shape[1:])))
+    in_blocks(work, len(gy), BLOCK // prod(gy.shape[1:]))
     return gx

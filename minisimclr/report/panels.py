@@ -25,7 +25,7 @@ def three(rows: Rows, key: str) -> Rows:
 def training(facts: Facts) -> str:
     """Training
 
-    The loss, which may start above its chance line, as a new network finds the wrong views alike,
+    The loss may start above its chance line, as a new network finds the wrong views alike; it
     should fall below it early and flatten late. Contrastive accuracy is the share of views whose
     most similar view in the batch is their partner. Each point is the mean of a stretch of steps.
     """
@@ -81,7 +81,7 @@ def sphere(facts: Facts) -> str:
 def spectrum(facts: Facts) -> str:
     """Spectrum of the features
 
-    Singular values of the test pictures' features, as fractions of the largest, mostly their mean.
+    Singular values of the test pictures' features, divided by the largest (mostly their mean).
     If the others fall off at once, few directions are used: dimensional collapse. To fall off
     slowly, as random features do, is no merit by itself.
     """
@@ -253,9 +253,9 @@ def trust(facts: Facts) -> str:
 def hot_spots(facts: Facts) -> str:
     """Hot spots
 
-    Where one training step spends its time; a larger mark took more of it. The dashed line is the
-    most that this machine can do. Above it may lie what finds its data in cache, or multiplies less
-    than is counted, as Winograd's convolution does.
+    Where a step, without its views and its update, spends time; a larger mark took more of it. The
+    dashed line is the most that this machine can do. A mark above it found its data in cache, or
+    multiplies less than is counted, as Winograd's convolution does.
     """
     found = facts.profile
     ops, roof = found["ops"], found["roofline"]

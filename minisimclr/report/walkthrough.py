@@ -189,7 +189,7 @@ def similarity(w: Walk) -> str:
 
 
 def terms(w: Walk) -> str:
-    """5. l(i) = -log of exp s[i, j] / sum over k ≠ i of exp s[i, k], with j the partner of i
+    """5. l(i) = -log (exp s[i, j] / sum over k ≠ i of exp s[i, k]), with j the partner of i
 
     The loss is the mean of l. p[i, j] is the probability that the network gives to the partner,
     among all other views.
@@ -238,7 +238,7 @@ def forces(w: Walk) -> str:
         angles = [float(np.degrees(np.arctan2(v[i, 1], v[i, 0]))) for v in (u, w.u_after)]
         cells.append((name, names[w.partner[i]], -w.force[i, w.partner[i]], names[hardest],
                       w.force[i, hardest], float(np.linalg.norm(ways[i])), *angles))  # fmt: skip
-    head = ("view", "pulled to", "force", "pushed most by", "force", "|dL/du|", "degrees", "then")
+    head = ("view", "pulled to", "pull", "pushed most by", "push", "|dL/du|", "degrees", "after")
     data = table("Forces, and the place on the circle before and after", head, cells)
     alt = "The views on a circle with arrows towards their partners and away from others"
     return excerpt(NTXent.backward) + chart(alt, data, draw, 4.8, 4.6)

@@ -22,7 +22,8 @@ def read(path: Path) -> Stored:
             name = "/".join(place.split(":")[0].split("/")[-2:])
             plain = item.chunks is None and not item.external and not item.is_virtual
             if not plain or item.shape is None or name in specs:
-                raise ValueError(f"{place!a} is not a plain array, or two are called {name!a}")
+                said = f"{place!a} is not a plain array, or two are called {name!a}"
+                raise ValueError(f"{said}: write it by model.save('NEW.h5')")
             specs[name], places[name] = Spec(item.shape, item.dtype.name), place
 
     with h5py.File(path, "r", locking=False) as f:  # some network drives have no locks

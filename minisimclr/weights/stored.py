@@ -1,8 +1,8 @@
 """What every reader returns: names, shapes and dtypes in a file, and a way to read one array.
 
 Most readers look only at headers; the bytes of an array are read when it is asked for, which
-happens once its shape has proved to be the right one. Our own files are read whole: a checksum says
-whether they are.
+happens once its shape has proved to be the right one. Our own files are read at once, to check
+their checksum.
 """
 
 import warnings
@@ -56,7 +56,8 @@ def damage_reported(path: Path) -> Iterator[None]:
     except DAMAGE as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         reason = getattr(error, "strerror", None) or f"{kind}{error}"
-        raise DataError(f"{path}: cannot be read: {reason[:300]}") from error
+        where = getattr(error, "filename", None) or path  # TensorFlow's numbers are in another
+        raise DataError(f"{where}: cannot be read: {reason[:300]}") from error
 
 
 def decode(raw: bytes | np.ndarray, spec: Spec) -> np.ndarray:
