@@ -612,8 +612,16 @@ def test_an_interrupt_waits_for_the_others():
         cores.set_threads(cores.available_cores())
 
 
+@pytest.fixture
+def collector_off():
+    """Python drops what a signal raises while its collector calls hypothesis back."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timer of signals")
-def test_whenever_an_interrupt_comes_all_work_has_ended_and_the_workers_are_free():
+def test_whenever_an_interrupt_comes_all_work_has_ended_and_the_workers_are_free(collector_off):
     working = set()
 
     def work(start, stop):
@@ -643,7 +651,7 @@ def test_whenever_an_interrupt_comes_all_work_has_ended_and_the_workers_are_free
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timer of signals")
-def test_no_interrupt_is_lost_in_a_convolution():
+def test_no_interrupt_is_lost_in_a_convolution(collector_off):
     """NumPy drops what is raised in a Python function that it calls itself, as for some types."""
     fired, caught = [], 0
 
