@@ -413,7 +413,7 @@ def test_command_line(tmp_path, capsys):
     assert "float32    1x3x7x7            conv1.weight\n" in listing
     (out.parent / "alone.index").write_bytes(Path(f"{SIMCLR}.index").read_bytes())
     cli(["weights", "import", out.parent / "alone", "--out", out.parent / "no.safetensors"], 3)
-    assert "alone.data-00000-of-00001: cannot be read: No such file" in capsys.readouterr().err
+    assert "cannot be read: alone.data-00000-of-00001: No such file" in capsys.readouterr().err
     cli(["weights", "inspect", f"{SIMCLR}.index", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["format"] == "TensorFlow checkpoint"

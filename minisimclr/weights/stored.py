@@ -56,8 +56,9 @@ def damage_reported(path: Path) -> Iterator[None]:
     except DAMAGE as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         reason = getattr(error, "strerror", None) or f"{kind}{error}"
-        where = getattr(error, "filename", None) or path  # TensorFlow's numbers are in another
-        raise DataError(f"{where}: cannot be read: {reason[:300]}") from error
+        other = str(getattr(error, "filename", None) or path)
+        named = f"{Path(other).name}: " * (other != str(path))  # TensorFlow's arrays are in another
+        raise DataError(f"{path}: cannot be read: {named}{reason[:300]}") from error
 
 
 def decode(raw: bytes | np.ndarray, spec: Spec) -> np.ndarray:
