@@ -388,6 +388,9 @@ def test_gradcheck_allows_for_small_inputs_and_for_the_rounding_of_large_values(
     gradcheck(lambda z: ms.nt_xent(z[:4], z[4:], 0.5), z, seed=seed)
     with pytest.raises(AssertionError, match="input 0"):
         gradcheck(lambda z: ms.nt_xent(z[:4], z[4:], 0.5) + 1e-3 * WrongSquare()(z).sum(), z)
+    with pytest.raises(AssertionError, match="input 0"):
+        gradcheck(lambda a: WrongSquare()(a + 1.0), np.zeros(4))  # where the step has no scale
+    gradcheck(lambda a, b: a.sum() + b, np.zeros((0, 3)), randn(2))
     gradcheck(lambda a: (a + 1e6).sum(), randn(4), seed=seed)
     with pytest.raises(AssertionError, match="input 0"):
         gradcheck(lambda a: (WrongSquare()(a) + 1e6).sum(), randn(4), seed=seed)

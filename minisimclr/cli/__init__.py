@@ -96,9 +96,7 @@ def run(arguments: list[str] | None) -> int:
         with nothing_unfinished():
             code = group.main(arguments, prog_name="minisimclr", standalone_mode=False) or 0
         sys.stdout.flush()
-    except (
-        MinisimclrError, OSError, MemoryError, click.exceptions.Exit, click.ClickException
-    ) as error:  # fmt: skip
+    except (MinisimclrError, OSError, MemoryError, click.ClickException) as error:
         if debug:
             raise
         code = explain(error)
@@ -127,8 +125,6 @@ def explain(error: Exception | str, code: int = 1) -> int:
     """Say what went wrong in one line on standard error; return the exit code for it."""
     text = str(error)
     match error:
-        case click.exceptions.Exit():
-            return error.exit_code
         case click.ClickException() if error.format_message().startswith("Usage"):
             click.echo(error.format_message(), err=True)  # no command was given
             return error.exit_code
