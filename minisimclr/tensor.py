@@ -214,7 +214,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
     ready = [root]
     while ready:
         function = ready.pop()
-        gy = gradients.pop(function).astype(function.y_dtype, copy=False)
+        gy = gradients.pop(function)
         run = function.backward
         gxs = run(gy) if observer is None else observer(function, "backward", run, (gy,))
         del gy  # its memory is free as soon as nothing else refers to it
@@ -229,6 +229,7 @@ def _backpropagate(root: Function, gradient: Array) -> None:
                 gx = gx.astype(parent.dtype)  # a copy
                 parent.grad = xp_of(gx).asarray(gx if parent.grad is None else parent.grad + gx)
                 continue
+            gx = gx.astype(parent.y_dtype, copy=False)
             if parent in owned:
                 gradients[parent] += gx
             elif parent in gradients:

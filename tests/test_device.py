@@ -94,6 +94,19 @@ def test_a_loud_leak_is_counted(cupy):
     assert cupy.counter.uploads == [(3,)]
 
 
+def test_on_a_gpu_a_wait_is_counted_unless_it_was_asked_for():
+    from test_gpu import Real
+
+    def later():
+        real.note()
+
+    (real := Real(None)).note()
+    (said,) = real.counter.syncs
+    assert said.startswith("test_on_a_gpu_a_wait_is_counted_unless_it_was_asked_for < ")
+    later()
+    assert len(real.counter.syncs) == 1
+
+
 def test_copies_travel_beside_the_work(cupy):
     """By a stream of its own, one batch ahead; nobody reads one early, or writes over one in use"""
     batches = [np.full(3, i, np.uint8) for i in range(4)]

@@ -139,12 +139,12 @@ def test_budget():
     assert count.pop("weights", 0) <= 488
     pages = [*PACKAGE.glob("report/*.css"), *PACKAGE.glob("report/*.html")]
     assert count.pop("report") + sum(len(p.read_text("utf-8").splitlines()) for p in pages) <= 1147
-    assert sum(count.get(room, 0) for room in TEACHES) <= 1805, count
+    assert sum(count.get(room, 0) for room in TEACHES) <= 1806, count
     assert count.pop("data") <= 1362  # every fault of archives, pictures, caches, downloads
     assert count.pop("cli") <= 841
     # The report's three systems.
     assert sum(count.pop(room) for room in ("baseline", "compare", "embed", "finetune")) <= 691
-    assert sum(count.values()) <= 3257, count
+    assert sum(count.values()) <= 3258, count
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
