@@ -36,6 +36,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs HDF5 or Pillow on first use, so that `minisimclr --help` stays quick."""
     if name == "pretrain":
         return import_module(".train", __name__).pretrain
-    if name in ("data", "embed", "probe", "simclr", "train", "weights"):
+    if name in __all__:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

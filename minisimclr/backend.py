@@ -194,7 +194,7 @@ def try_gpu(index: int) -> str:
     return f"{name}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy {xp.__version__}"
 
 
-#: Type of an encoder's activations under the `precision` in force; None: that of the images.
+# Type of an encoder's activations under the `precision` in force; None: that of the images.
 activations: ContextVar[Any] = ContextVar("activations", default=None)
 
 

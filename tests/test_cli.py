@@ -802,7 +802,7 @@ def test_data_are_prepared_though_nobody_can_be_told(code, monkeypatch):
 
 def test_a_warning_that_nobody_can_be_told_is_no_error(monkeypatch):
     monkeypatch.setattr(click, "echo", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
-    cli.warn("there are equal pictures")
+    cli.tell("warning", "there are equal pictures")
 
 
 def test_a_terminal_shows_how_many_files_are_listed_and_then_forgets_it(monkeypatch):

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 import minisimclr as ms
-from minisimclr import report, simclr, tensor
+from minisimclr import augment, embed, report, simclr, tensor
 from minisimclr.augment import draw_views
 from minisimclr.cli.train import train
 from minisimclr.embed import open_data, probe_run
@@ -206,8 +206,8 @@ def test_panels_show_what_they_say(run, monkeypatch):
 
     cards.clear()
     facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
-    rows = data.split("labelled")
-    monkeypatch.setattr(panels, "features", lambda *_: classes[data.labels[rows]])
+    labels_of = data.labels
+    monkeypatch.setattr(panels, "extractor", lambda *_, **__: lambda rows: classes[labels_of[rows]])
     classifier, tried = panels.LogisticRegression, []
     monkeypatch.setattr(panels, "LogisticRegression", lambda *C: tried.append(C) or classifier(*C))
     panels.confusions(facts)
@@ -350,7 +350,7 @@ def test_twenty_mistakes_are_listed_and_six_of_them_drawn(run, monkeypatch):
     eye = np.eye(8, dtype=np.float32)
     facts.__dict__["test_h"] = (eye[(truth + 1) % 8],)  # each is taken for the next
     for name, spy in {
-        "features": lambda *_: eye[labels[rows]], "card": lambda *_, **__: "",
+        "extractor": lambda *_, **__: lambda some: eye[labels[some]], "card": lambda *_, **__: "",
         "table": lambda *given: tables.append(given[-1]) or "",
         "row": lambda *_, title="": titles.append(title) or "",
     }.items():  # fmt: skip
@@ -659,24 +659,30 @@ def test_a_card_takes_any_words():
 
 
 def test_confusions_are_of_labelled_pictures_seen_as_in_training(run, monkeypatch):
-    facts, asked, scaled, see = report.read(run), [], [], panels.features
+    facts, asked, scaled, see = report.read(run), [], [], panels.extractor
     labels = facts.dataset.labels.copy()
     labels[facts.dataset.split("labelled")[0]] = -1
     facts.dataset = replace(facts.dataset, labels=labels)
-    monkeypatch.setattr(panels, "features", lambda *given: asked.append(given) or see(*given))
+
+    def noted(*given, **named):
+        return lambda rows: asked.append(rows) or see(*given, **named)(rows)
+
+    crop, sizes = augment.center_view, set()
+    monkeypatch.setattr(embed, "center_view", lambda x, size: sizes.add(size) or crop(x, size))
+    monkeypatch.setattr(panels, "extractor", noted)
     monkeypatch.setattr(panels, "standardize", lambda *h: scaled.append(h) or standardize(*h))
     panels.confusions(facts)
-    ((_, _, rows, size),), ((own, test),) = asked, scaled
-    assert size == facts.config.image_size != facts.dataset.images.shape[1]
+    (rows,), ((own, test),) = asked, scaled
+    assert sizes == {facts.config.image_size} != {facts.dataset.images.shape[1]}
     assert (labels[rows] >= 0).all() and len(own) == len(rows) and test is facts.test_h[0]
 
 
 def test_three_mistakes_and_two_of_the_other_class_are_shown(run, monkeypatch):
     facts, alts = report.read(run), []
-    labels, rows = facts.dataset.labels[facts.test_rows], facts.dataset.split("labelled")
-    classes = np.eye(3, dtype=np.float32)
+    labels_of = facts.dataset.labels
+    labels, classes = labels_of[facts.test_rows], np.eye(3, dtype=np.float32)
     facts.__dict__["test_h"] = (classes[(labels + 1) % 3],)
-    monkeypatch.setattr(panels, "features", lambda *_: classes[facts.dataset.labels[rows]])
+    monkeypatch.setattr(panels, "extractor", lambda *_, **__: lambda rows: classes[labels_of[rows]])
     monkeypatch.setattr(panels, "card", lambda pixels, alt, *_, **__: alts.append(alt) or "")
     panels.confusions(facts)
     assert sum("taken for" in alt for alt in alts) == 3 * 3 and len(alts) == 3 * (3 + 2)

@@ -72,13 +72,13 @@ REFUSED = {
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the right code."""
     with warnings.catch_warnings():  # a notebook goes on after this, with warnings of its own
-        warnings.showwarning = lambda text, *_: warn(str(text))
+        warnings.showwarning = lambda text, *_: tell("warning", str(text))
         sys.exit(run(arguments))
 
 
-def warn(text: str) -> None:
+def tell(kind: str, text: str) -> None:
     with suppress(OSError):  # there may be no one to read it
-        say(f"warning: {text}", err=True)
+        say(f"{kind}: {text}", err=True)
 
 
 def run(arguments: list[str] | None) -> int:
@@ -144,8 +144,7 @@ def explain(error: Exception | str, code: int = 1) -> int:
             except OSError:  # Python would fail with it once more, at exit
                 close_output()
             text, code = f"{error.filename or 'output'}: {error.strerror or error}", 4
-    with suppress(OSError):  # there may be no one to read it
-        say(f"error: {' '.join(text.split())}", err=True)
+    tell("error", " ".join(text.split()))
     return code
 
 

@@ -173,7 +173,7 @@ class Comparison:
             row(INCEPTION, "linear", self.imagenet, pixels, f"probe {options} --block {BLOCK}"),
         ]
         if not file:
-            return Part([], rows, lambda: [])
+            return Part([], rows, list)
         extract = self.features(file)
         depends = [self.data, self.digest(file), self.trials]
         return Part(depends, rows, lambda: [self.dense(extract), self.linear(extract)])

@@ -19,7 +19,7 @@ from ..errors import DataError
 
 MAX_MEMBERS = 200_000  # tarfile keeps the header of each
 MAX_MEMBER_BYTES = 64 << 20  # with its headers and padding
-#: How to open an archive that begins with these two bytes.
+# How to open an archive that begins with these two bytes.
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 

@@ -29,7 +29,7 @@ CAPTION, SHOWN = 150, 80  # px of a contact sheet; a picture there has at least 
 # Of macOS, Linux and Windows, those of most scripts first.
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
 
-#: x0, y0, x1, y1 in pixels, then the width and height of the picture they belong to.
+# x0, y0, x1, y1 in pixels, then the width and height of the picture they belong to.
 Box = tuple[int, int, int, int, int, int]
 
 
@@ -41,8 +41,8 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
     try:
         with warnings.catch_warnings(action="ignore"):  # about metadata that nobody needs
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-            check_dimensions(image.width, image.height, box)
-            x, y, side = square(image.width, image.height, box)
+            check_dimensions(*image.size, box)
+            x, y, side = square(*image.size, box)
             gain = max(1.0, side / (DRAFT_GAP * size))
             full_width = image.width
             if gain > 1:
@@ -53,7 +53,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             small.info = image.info  # boxes refer to the picture as stored, so turning is last
             with suppress(Exception):  # of a damaged header, as Pillow's parsers stumble
                 ImageOps.exif_transpose(small, in_place=True)
-            return np.frombuffer(small.tobytes(), np.uint8).reshape(size, size, 3)
+            return np.asarray(small)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:

@@ -17,7 +17,7 @@ from .source import permutation
 
 AHEAD = 2  # batches fetched before they are asked for
 
-#: step, uint8 (n, S, S, 3), int64 (n,): where in the data set the pictures are
+# step, uint8 (n, S, S, 3), int64 (n,): where in the data set the pictures are
 Batch = tuple[int, np.ndarray, np.ndarray]
 
 

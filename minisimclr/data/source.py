@@ -18,7 +18,7 @@ SPLITS = ("pretrain", "labelled", "test")
 PRETRAIN, LABELLED, TEST = range(3)
 
 Progress = Callable[[int, int], None]  # done, total; 0: unknown
-#: A row of the cache, a picklable function and its arguments; the call returns uint8 (S, S, 3).
+# A row of the cache, a picklable function and its arguments; the call returns uint8 (S, S, 3).
 Job = tuple[int, Callable[..., np.ndarray], tuple]
 
 

@@ -25,14 +25,14 @@ from .images import SUFFIXES, Box, decode
 from .source import LABELLED, PRETRAIN, TEST, Job, Options, Plan, Progress, Source, by_label, choose
 
 URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-#: Bytes and SHA-256 of the official archives; over plain http nothing else vouches for them.
+# Bytes and SHA-256 of the official archives; over plain http nothing else vouches for them.
 OFFICIAL = {
     "images": (793_579_520, "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"),
     "lists": (481_280, "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c"),
     "annotation": (21_852_160, "662ed36f707be6b195c2fda392d8e153e83af28cedc8e2134a649f198def30fd"),
 }
 
-#: What each unpacks to.
+# What each unpacks to.
 UNPACKED = {"images": "Images/*/*", "lists": "*_list.mat", "annotation": "Annotation/*/*"}
 
 Archives = dict[str, Path]  # by their names in OFFICIAL; of what is unpacked, the folder it is in

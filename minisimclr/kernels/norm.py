@@ -18,10 +18,9 @@ import numpy as np
 from ..backend import Array
 from ..cores import parallel
 from ..ops.norm import gradient_sums, input_gradient, inverse_std, moments, scale_shift
-from .registry import blocks, for_float32
+from .registry import SMALL, blocks, for_float32
 
 WIDE = 8192  # numbers in one long row
-SMALL = 1 << 16  # numbers not worth a second thread
 BLOCK = 1 << 18  # numbers in a block: 1 MiB
 
 

@@ -7,10 +7,9 @@ import numpy as np
 from ..cores import parallel
 from ..optim import momentum_update
 from ..tensor import added
-from .registry import blocks, for_float32
+from .registry import SMALL, blocks, for_float32
 
 BLOCK = 1 << 15  # numbers: 128 KiB of each of four arrays
-SMALL = 1 << 16  # numbers not worth a second thread
 
 
 @for_float32(momentum_update)
@@ -18,7 +17,7 @@ def _momentum_update(w, g, v, lr, momentum, decay):
     if not (w.flags.c_contiguous and v.flags.c_contiguous):  # no flat view to write through
         return momentum_update.dispatch(object)(w, g, v, lr, momentum, decay)
     w, g, v = w.reshape(-1), g.reshape(-1), v.reshape(-1)
-    rate, momentum, decay = (np.float32(float(v)) for v in (lr, momentum, decay))  # None: TypeError
+    rate, momentum, decay = (np.float32(float(x)) for x in (lr, momentum, decay))  # None: TypeError
 
     def work(start: int, stop: int) -> None:
         buffer = np.empty(BLOCK, w.dtype)

@@ -8,6 +8,8 @@ import numpy as np
 
 from ..cores import parallel
 
+SMALL = 1 << 16  # numbers not worth a second thread
+
 
 def for_float32(reference: Any, kind: Any = np.ndarray) -> Callable[[Callable], Callable]:
     """Register the decorated function for float32 arrays of a `kind`; for CuPy's, also bfloat16.

@@ -89,7 +89,7 @@ def image_blocks(x: Array, each: int) -> list[slice]:
     most = max(1, (WORKSPACE if xp_of(x) is np else GPU_WORKSPACE) // each)
     count = max(1, ceil(len(x) / most))
     step = max(1, ceil(len(x) / count))
-    return [slice(i, min(i + step, len(x))) for i in range(0, len(x), step)]
+    return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 @singledispatch

@@ -49,7 +49,7 @@ def similarities(u: Array, temperature: float) -> Iterator[tuple[slice, tuple, A
     xp, views = xp_of(u), len(u)
     partner, step = partners(views, xp), max(1, BLOCK // views)
     for start in range(0, views, step):
-        i = slice(start, min(start + step, views))
+        i = slice(start, start + step)
         s = u[i] @ u.T / temperature  # (b, D) @ (D, V)
         row = xp.arange(len(s))
         s[row, row + start] = -xp.inf  # no view is compared with itself

@@ -227,7 +227,6 @@ def read(path: Path, notify: Notify = quiet) -> Facts:
     if files["metrics"] and "diverged" in files["metrics"][-1]:  # and no other figures
         files["diverged"] = files["metrics"].pop()
     facts.missing += [f"This run has no complete {name}." for name, v in files.items() if not v]
-    run = None
     try:
         dataset = open_training_data(facts.config, notify)
         facts.total = Plan.of(facts.config, len(dataset.split("pretrain"))).total

@@ -6,9 +6,10 @@ import numpy as np
 
 from ..augment import SMALL, Views
 from ..config import TrainConfig
-from ..embed import nearest
+from ..embed import extractor, nearest
 from ..errors import typed
-from ..probe import LogisticRegression, features, standardize, unit
+from ..ops.loss import partners
+from ..probe import LogisticRegression, standardize, unit
 from ..profile import table as profile_table
 from .charts import Series, bars, lines, matrix, scatter
 from .facts import ENDED, Facts, Rows
@@ -135,8 +136,8 @@ def one_batch(facts: Facts) -> str:
     """
     model, x = facts.need("run").model, np.concatenate([x[:16] for x in facts.first_views[2]])
     z = unit(model.project(model.encode(x)))  # (V, d_out)
-    names = [f"{i % (len(z) // 2) + 1}{'ab'[2 * i // len(z)]}" for i in range(len(z))]
-    return matrix("cosine", z @ z.T, names, (np.arange(len(z)) + len(z) // 2) % len(z))
+    names = [f"{i + 1}{view}" for view in "ab" for i in range(len(z) // 2)]
+    return matrix("cosine", z @ z.T, names, partners(len(z), np))
 
 
 def neighbours(facts: Facts) -> str:
@@ -217,19 +218,18 @@ def confusions(facts: Facts) -> str:
     data, found, run = facts.need("dataset"), facts.need("probe"), facts.need("run")
     rows, truth = data.split("labelled"), data.labels[facts.test_rows]
     rows = rows[data.labels[rows] >= 0]
-    h = features(run.model.encode, data.images, rows, facts.config.image_size)
+    h = extractor(run, run.model, data, notify=facts.notify)(rows)
     X, test_X = standardize(h, facts.test_h[0])
     said = LogisticRegression(found["C"]).fit(X, data.labels[rows]).predict(test_X)
     K = len(data.class_names)
     counts = np.bincount(truth * K + said, minlength=K * K).reshape(K, K)
     wrong = counts * (1 - np.eye(K, dtype=int))
     pairs = [divmod(int(i), K) for i in np.argsort(-wrong, None, "stable")[:20] if wrong.flat[i]]
-    groups: list[str] = []
-    cells = []
-    for a, b in pairs:
+    groups, cells = [], []
+    for k, (a, b) in enumerate(pairs):
         A, B = data.class_names[a], data.class_names[b]
         cells.append((f"{A} taken for {B}", int(wrong[a, b]), int(counts[a].sum())))
-        if len(groups) < 6:
+        if k < 6:
             mistaken = facts.test_rows[(truth == a) & (said == b)]
             typical = facts.test_rows[truth == b][np.argsort(said[truth == b] != b, kind="stable")]
             cards = [card(data.images[i], f"{A}, taken for {B}", A) for i in mistaken[:3]]

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from .stored import Spec, Stored
+from .stored import KERAS, Spec, Stored
 
 
 def read(path: Path) -> Stored:
@@ -33,4 +33,4 @@ def read(path: Path) -> Stored:
         with h5py.File(path, "r", locking=False) as f:
             return f[places[name]][()]
 
-    return Stored(path, "Keras HDF5", specs, fetch)
+    return Stored(path, KERAS, specs, fetch)

@@ -11,9 +11,8 @@ import re
 from ..errors import ConfigError, DataError
 from ..nn import Module, ProjectionHead
 from ..nn.inception import BLOCKS
-from .stored import Stored
+from .stored import KERAS, NUMBERED, TENSORFLOW, Stored
 
-NUMBERED = KERAS, TENSORFLOW = "Keras HDF5", "TensorFlow checkpoint"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MEAN = "running_mean"
 NORM = {"weight": "gamma", "bias": "beta", MEAN: "moving_mean", "running_var": "moving_variance"}

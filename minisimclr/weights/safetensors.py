@@ -65,7 +65,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
     for name, array in arrays.items():
         data.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
         place = (end, end := end + array.nbytes)
-        code = next(code for code, name in DTYPES.items() if name == array.dtype.name)
+        code = next(code for code, kind in DTYPES.items() if kind == array.dtype.name)
         header[name] = {"dtype": code, "shape": array.shape, "data_offsets": place}
     header["__metadata__"] = {**metadata, "sha256": sha256(b"".join(data))}
     text = json.dumps(header).encode()

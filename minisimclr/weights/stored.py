@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import DataError
 
+NUMBERED = KERAS, TENSORFLOW = "Keras HDF5", "TensorFlow checkpoint"  # formats that number layers
 NAME_LIMIT = 1000  # characters; one long piece shared by many names would fill the memory
 
 # What libraries raise, or warn of, on damaged input.

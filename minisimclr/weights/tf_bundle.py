@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .stored import NAME_LIMIT, Spec, Stored, checked, decode
+from .stored import NAME_LIMIT, TENSORFLOW, Spec, Stored, checked, decode
 
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")  # the last eight bytes of an index
 DTYPES = {1: "float32", 2: "float64", 3: "int32", 9: "int64", 14: "bfloat16", 19: "float16"}
@@ -42,7 +42,7 @@ def read(path: Path) -> Stored:
             raise ValueError(f"{name}: in slices, or its size or CRC-32C differs")
         return decode(raw, specs[name])
 
-    return Stored(path, "TensorFlow checkpoint", specs, fetch, {"pixels": "unit"})
+    return Stored(path, TENSORFLOW, specs, fetch, {"pixels": "unit"})
 
 
 def spec(entry: dict[int, Any]) -> Spec:
