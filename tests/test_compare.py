@@ -472,10 +472,10 @@ def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
     made.finetuned().make()
     assert set(tested) == {18}
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "finetune", lambda *_, **named: {"rows": {"a": named, "b": named}})
+        patch.setattr(compare, "finetune", lambda *_, **named: {"rows": {"a": named, "b": {}}})
         patch.setattr(Comparison, "figures", lambda self, made: made)
-        _, made = Comparison(run, dataset, epochs=7, view=18).finetuned().make()
-        assert (made["epochs"], made["view"]) == (7, 18)
+        made, scratch = Comparison(run, dataset, epochs=7, view=18).finetuned().make()
+        assert (made["epochs"], made["view"]) == (7, 18) and "epochs" not in scratch
     found = finetune.finetune(run, dataset, labels=12, epochs=1, view=19)
     assert [found[key] for key in ("labels", "test", "step")] == [12, 24, run.step]
     assert embed.probe_run(run, dataset, labels=12)["labels"] == 12
@@ -744,6 +744,8 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     )  # fmt: skip
     assert text.count(r"| B\|b |") == 1
     lines = text.replace(r"\|", "").splitlines()
+    columns = "system, head, pre-training, input, labels, top-1, 95 %, top-5, time"
+    assert lines[0].strip("| ").split(" | ") == columns.split(", ")
     assert lines[7] == "- A, linear: odd"  # about the rows, and so not below the curve
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")

@@ -563,7 +563,8 @@ def test_info_of_duplicates_and_unlabelled_sheet(tmp_path, capsys):
 
 
 def test_a_sheet_has_at_most_12_rows():
-    images, labels = np.zeros((260, 2, 2, 3), np.uint8), np.arange(260) % 13
+    labels = np.arange(260) % 13
+    images = np.full((260, 2, 2, 3), labels[:, None, None, None], np.uint8)
     for names, rows in (
         ("abcdefghijklm", "acegikm"),
         ("", [f"from {i}" for i in range(0, 120, 10)]),
@@ -571,6 +572,8 @@ def test_a_sheet_has_at_most_12_rows():
         shown = samples(SimpleNamespace(class_names=names, images=images, labels=labels))
         assert [name for name, _ in shown] == [*rows]
         assert {len(pictures) for _, pictures in shown} == {10}
+        for name, pictures in shown if names else ():
+            assert {*pictures[:, 0, 0, 0]} == {names.index(name)}
     unlabelled = SimpleNamespace(class_names="ab", images=images[:5], labels=labels[:5] * 0 - 1)
     assert [name for name, _ in samples(unlabelled)] == ["from 0"]
 

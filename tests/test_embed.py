@@ -165,6 +165,7 @@ def test_kept_features_are_of_these_pictures_rows_pixels_and_block(pictures):
             (dataset, rows + 1, prep, "mixed0"),
             (dataset, rows, other, "mixed0"),
             (dataset, rows, prep, "mixed1"),
+            (dataset, rows, Preprocessing(96, "symmetric"), "mixed0"),
         )
     ]
     assert len(set(made)) == len(made)
@@ -413,6 +414,15 @@ def test_published_weights_are_used_on_the_device_that_is_named(pictures, tmp_pa
     assert asked == ["cuda:1"] * 2 + ["auto"] * 2
 
 
+def test_queries_are_seen_through_the_block_that_is_named(pictures, monkeypatch):
+    asked = []
+    monkeypatch.setattr(embed, "open_weights", lambda *_: (None, Preprocessing(16)))
+    monkeypatch.setattr(embed, "published", lambda *given: asked.append(given[3]))
+    monkeypatch.setattr(embed, "sight", lambda *given: asked.append(given[2]))
+    embed.open_encoder("w", str(pictures), "mixed0")
+    assert asked == ["mixed0"] * 2
+
+
 def test_pictures_for_weights_are_as_large_as_they_see_unless_built_in(pictures, monkeypatch):
     simclr, inception = Preprocessing(28), Preprocessing(31, "symmetric")
     assert embed.open_pictures(str(pictures), simclr).images.shape[1] == 32  # 28 in the centre
@@ -495,6 +505,19 @@ def test_neighbors_are_of_the_data_that_is_named(run, pictures, tmp_path):
     assert {row["class"] for row in found} == {""}  # that of no label, and not the last of some
     with Image.open(sheet) as image, Image.open(query) as first:
         np.testing.assert_array_equal(np.asarray(image)[:80:4, 150:230:4], np.asarray(first))
+
+
+def test_a_sheet_has_each_image_before_what_is_near_it(run, pictures, tmp_path, monkeypatch):
+    drawn, data = [], ms.data.open_dataset(pictures, 20)
+    sheet, images = "minisimclr.data.images.contact_sheet", sorted(pictures.glob("check/*"))[:2]
+    monkeypatch.setattr(sheet, lambda rows: drawn.extend(rows) or b"")
+    done = call("neighbors", run.path, *images, "--sheet", tmp_path / "sheet.png", "--json")
+    found = json.loads(done.stdout)
+    for path, (caption, shown) in zip(images, drawn, strict=True):
+        near = [row["file"] for row in found[str(path)]]
+        assert caption == path.name and near[0] == f"check/{path.name}"
+        rows = [data.file_names.index(name) for name in (near[0], *near)]
+        np.testing.assert_array_equal(shown, data.images[rows])
 
 
 def test_figures_that_cannot_be_written_are_shown(run, tmp_path, monkeypatch):

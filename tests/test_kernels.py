@@ -353,6 +353,16 @@ def test_winograd_rounds_little_more_than_a_plain_sum():
     assert distance(conv_output(x, w, ONE, SAME), reference) < 5 * plain
 
 
+def test_each_thread_has_a_buffer_of_its_own():
+    seen, before = [], cores.threads()
+    cores.set_threads(2)
+    rows = np.zeros((32, fast_norm.WIDE), np.float32)  # in two parts
+    fast_norm.over_blocks(lambda buffer, *_: seen.append(buffer), 4, rows)
+    cores.set_threads(before)
+    one, other = seen
+    assert not np.shares_memory(one, other)
+
+
 def test_moments_do_not_cancel_where_the_first_rows_are_unlike_the_others():
     x = randn(100_003, 4) * np.float32(0.05) + 100
     x[0] = 0

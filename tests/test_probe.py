@@ -772,3 +772,4 @@ def test_columns_of_the_table_hold_what_they_name():
     head, line, *_ = text.splitlines()
     assert line.removeprefix(name).split() == ["25.0%", "12.5%", "-", "50.0%", "75.0%", "37.5%"]
     assert len(head) == len(line)
+    assert " ".join(head.split()) == "system top-1 95 % interval top-5 kNN"

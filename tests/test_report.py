@@ -683,6 +683,14 @@ def test_features_are_the_trained_network_s_then_the_fresh_one_s(sound):
     assert not np.allclose(fresh_h, h, rtol=1e-2)
 
 
+def test_the_first_batch_is_that_of_the_run_s_seed(sound):
+    facts = read(sound)
+    facts.config = replace(facts.config, seed=5)
+    rows = facts.dataset.split("pretrain")
+    _, images, _ = next(ms.data.batches(facts.dataset.images, rows, 32, seed=5))
+    np.testing.assert_array_equal(facts.first_views[0], images)
+
+
 def test_a_folder_that_cannot_be_written_is_no_run_that_goes_on(sound, monkeypatch):
     monkeypatch.setattr("minisimclr.report.facts.locked", Mock(side_effect=PermissionError))
     assert not read(sound).going

@@ -191,7 +191,9 @@ def test_panels_show_what_they_say(run, monkeypatch):
     assert (values["trained"] > 1e-3).sum() == 3 < (values["random encoder"] > 1e-3).sum()
     assert values["trained"][0] == 1
 
+    true = {data.images[row].tobytes(): names[data.labels[row]] for row in facts.test_rows}
     said = panels.neighbours(facts)
+    assert all(alt.endswith(f": {true[pixels]}") for pixels, alt in cards)
     # After its two partners by place come the first pictures there are, all of the first class.
     assert "trained 100%, random encoder 20%." in said
     for k, query in enumerate(names):
@@ -215,7 +217,6 @@ def test_panels_show_what_they_say(run, monkeypatch):
     pairs = {(a, names[(k + 1) % 3]) for k, a in enumerate(names)}
     count = len(labels) // 3
     assert set(tables[0]) == {(f"{a} taken for {b}", count, count) for a, b in pairs}
-    true = {data.images[row].tobytes(): names[data.labels[row]] for row in facts.test_rows}
     shown = {(true[pixels], alt) for pixels, alt in cards}
     assert shown == {(a, f"{a}, taken for {b}") for a, b in pairs} | {(a, a) for a in names}
 
@@ -357,6 +358,7 @@ def test_twenty_mistakes_are_listed_and_six_of_them_drawn(run, monkeypatch):
         monkeypatch.setattr(panels, name, spy)
     panels.confusions(facts)
     assert len(tables[0]) == 8 and len([*filter(None, titles)]) == 6
+    assert "\u2068a\u2069 → \u2068b\u2069" in titles  # as in the table, where a is taken for b
 
 
 def test_axes_are_what_they_are_called(run, drawn):
@@ -374,6 +376,8 @@ def test_axes_are_what_they_are_called(run, drawn):
     ((_, x, path), named), ((_, _, ranks), _) = drawn
     last = facts.epochs[-1]
     assert (x, named["y"]) == ("uniformity", "alignment")
+    whole = tuple([e[key] for e in facts.epochs] for key in (x, "alignment"))
+    assert path["epochs 1 to 3"] == whole
     assert path["last"] == ([last["uniformity"]], [last["alignment"]])
     assert ranks["effective rank"] == ([1, 2, 3], [e["effective_rank"] for e in facts.epochs])
     drawn.clear()
@@ -406,6 +410,13 @@ def test_the_map_has_the_main_axes(run, drawn):
     assert title == f"{variances[:2].sum() / variances.sum():.0%} of the variance"
 
 
+def test_without_test_pictures_the_map_is_of_those_of_the_training(run):
+    facts = report.read(run)
+    facts.dataset = replace(facts.dataset, splits=np.zeros_like(facts.dataset.splits))
+    facts.__dict__["test_h"] = (np.eye(len(facts.test_rows), 9, dtype=np.float32),) * 2
+    assert panels.feature_map(facts)
+
+
 def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
     facts = report.read(run)
     turned = dict(reversed(facts.profile["roofline"].items()))  # as jq --sort-keys might
@@ -427,6 +438,14 @@ def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
     network = {"encoder": "resnet_small", "image_size": 16, "batch_size": 32, "threads": 1}
     assert any(op["name"].endswith(" 3>8") for op in facts.profile["ops"])
     assert network.items() <= facts.profile.items()
+
+
+def test_the_profile_is_of_the_run_s_own_network(run, monkeypatch, tmp_path):
+    facts = report.read(run)
+    facts.path, facts.run.model.encoder.stem = tmp_path, "cifar"
+    timed = Mock(return_value={"events": []})
+    monkeypatch.setattr("minisimclr.report.facts.profile", timed)
+    assert facts.profile == {} and timed.call_args.args[:4] == ("resnet_small", "cifar", 8, 16)
 
 
 def test_tiles_and_the_comparison_show_the_figures_they_name(run):
@@ -763,6 +782,9 @@ def test_three_epochs_are_the_ends_and_the_middle():
 
 def test_each_epoch_has_its_own_trust_ratios(run, drawn):
     panels.trust(facts := report.read(run))
+    names, _ = drawn[0][0][2]["epoch 1"]
+    own = (name.removesuffix(".weight") for name in facts.epochs[0]["trust"])
+    assert names == [name.removeprefix("encoder.") for name in own]
     shown = [values for _, values in drawn[0][0][2].values()]
     assert shown == [[*end["trust"].values()] for end in facts.epochs]
 
@@ -857,18 +879,21 @@ def test_a_comparison_shows_what_differs(run, tmp_path):
     ends = [f"{path.parent.name}/{path.name}" for path in (run, other)]  # both are called run
     assert f'<p class="lead">{", ".join(ends)}</p>' in page
     ended = page[page.index("<caption>At the last epoch</caption>") :].split("</table>")[0]
-    for path in (run, other):
+    for path, end in zip((run, other), ends, strict=True):
         last = report.read(path).epochs[-1]
         keys = "chance", "loss", "accuracy", "alignment", "uniformity", "effective_rank"
         figures = [last["step"], *(f"{last[key]:.4g}" for key in keys)]
-        assert "".join(f"<td>{figure}</td>" for figure in figures) in ended
+        assert "".join([f"{end}</th>", *(f"<td>{x}</td>" for x in figures)]) in ended
     head = re.findall(r'scope="col">([^<]+)', ended)
     names = ["loss", "contrastive accuracy", "alignment", "uniformity", "effective rank"]
     assert head == ["run", "step", "chance", *names, "views/s"]
+    came = page[page.index("<caption>What came of it</caption>") :].split("</table>")[0]
+    columns = ["run", "verdict", "probe top-1", "95 % interval"]
+    assert re.findall(r'scope="col"[^>]*>([^<]+)', came) == columns
     assert page.count(">chance</text>") == 1  # beside the losses, and nowhere else
     differing = page[page.index("Settings that differ") :].split("</table>")[0]
     assert set(re.findall(r'scope="row">(\w+)', differing)) == {"lr", "epochs"}
-    assert "0.25" in differing
+    assert 'row">lr</th><td>0.5</td><td>0.25</td>' in differing
     facts = {"a": report.read(run), "b": report.read(other)}
     for end in facts["b"].epochs:
         end["chance"] += 1  # as of another batch size
@@ -889,6 +914,14 @@ def test_runs_that_are_equal_or_have_not_begun_are_compared(run):
     assert "<td>–</td>" in report.compare.results({"old": facts, "new": new})
     with pytest.raises(Missing, match="no run has ended"):
         report.compare.curves({"new": new})
+
+
+def test_curves_of_a_comparison_are_what_they_are_called(run, monkeypatch):
+    drawn, epochs = {}, report.read(run).epochs
+    monkeypatch.setattr(report.compare, "lines", lambda *a, **_: drawn.update({a[0]: a[2]}) or "")
+    report.compare.curves({"a": report.read(run)})
+    for key in ("loss", "alignment", "uniformity"):
+        assert drawn[key]["a"] == ([1, 2, 3], [end[key] for end in epochs])
 
 
 def drawn_by(monkeypatch, module, make):
@@ -1018,6 +1051,8 @@ def test_error_bars_end_where_their_ranges_do(monkeypatch):
     show = lambda: charts.bars("t", "%", {"a": 40.0, "b": 30.0}, [[35, 50], [30, 30]])  # noqa: E731
     (axes,) = drawn_by(monkeypatch, charts, show)
     assert axes.yaxis_inverted()  # the first is on top
+    assert axes.yaxis.get_major_formatter().format_ticks([0, 1]) == ["a", "b"]
+    assert [bar.get_width() for bar in axes.patches] == [40, 30]
     (errors,) = axes.collections
     assert [line[:, 0].tolist() for line in errors.get_segments()] == [[35, 50], [30, 30]]
 
@@ -1067,6 +1102,14 @@ def test_each_picture_of_the_walkthrough_has_a_look_of_its_own(dataset, monkeypa
     assert len(re.findall('alt="View ', walkthrough.views(step))) == 24
 
 
+def test_the_walkthrough_s_cards_are_of_its_views(step, monkeypatch):
+    monkeypatch.setattr(walkthrough, "view_cards", lambda *given: shown.extend(given) or "")
+    shown = []
+    walkthrough.views(step)
+    for one, other in zip(shown, (step.images, step.drawn, step.views), strict=True):
+        assert one is other
+
+
 def test_arrows_of_the_walkthrough_show_the_way_downhill(step, monkeypatch):
     (axes,) = drawn_by(monkeypatch, walkthrough, lambda: walkthrough.forces(step))
     arrows = [text for text in axes.texts if text.arrow_patch]
@@ -1110,11 +1153,13 @@ def test_a_step_that_raises_the_loss_is_explained(change, said, step):
 
 def test_each_view_is_told_its_strongest_forces(step, monkeypatch):
     tables = []
-    monkeypatch.setattr(walkthrough, "table", lambda *given: tables.append(list(given[-1])) or "")
+    monkeypatch.setattr(walkthrough, "table", lambda _, *given: tables.append(given) or "")
     monkeypatch.setattr(walkthrough, "chart", lambda *_: "")
     walkthrough.forces(step)
+    ((head, lines),) = tables
+    assert head[1:5] == ("pulled to", "pull", "pushed most by", "push")
     partners = step.partner, step.force.argmax(axis=1)  # pulled together, pushed apart most
-    for i, (_, *said) in enumerate(tables[0]):
+    for i, (_, *said) in enumerate(lines):
         pull, push = (step.force[i, j[i]] for j in partners)
         names = [step.names[j[i]] for j in partners]
         assert said[:4] == [names[0], -pull, names[1], push]
@@ -1124,8 +1169,15 @@ def test_each_view_is_told_its_strongest_forces(step, monkeypatch):
 
 
 def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
-    tables = []
-    monkeypatch.setattr(walkthrough, "table", lambda *given: tables.append(list(given[-1])) or "")
+    heads, tables, marked = [], [], []
+
+    def table(_, head, rows):
+        heads.append(head)
+        tables.append(list(rows))
+        return ""
+
+    monkeypatch.setattr(walkthrough, "table", table)
+    monkeypatch.setattr(walkthrough, "matrix", lambda *given: marked.append(given[-1]) or "")
     walkthrough.terms(step)
     for i, j, own, among, term, p in tables[0]:
         assert {i, j} == {f"{i[0]}a", f"{i[0]}b"}
@@ -1135,9 +1187,13 @@ def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
     assert losses in walkthrough.update(step)
     for _, w, g, ratio, moved in tables[1]:
         assert (ratio, moved) == pytest.approx((0.001 * w / g, RATE * 0.001 * w), rel=1e-3)
+    assert heads[0][2:] == ("s[i, j]", "log Σ exp s[i, k]", "l(i)", "p[i, j]")
+    assert heads[1] == ("weight", "|w|", "|g|", "trust ratio", "|step|")
     tables.clear()
     for part in (walkthrough.encoder, walkthrough.head, walkthrough.similarity):
         part(step)
+    assert all([row[0] for row in rows] == step.names for rows in tables)
+    np.testing.assert_array_equal(marked[0], step.partner)
     h, z, units = ([row[1:] for row in rows] for rows in tables)
     np.testing.assert_allclose(h, step.seen["h"][:, :6])
     np.testing.assert_allclose(z, step.seen["z"])

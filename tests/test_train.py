@@ -1042,6 +1042,7 @@ def test_an_epochs_line_has_the_means_of_its_figures():
     values |= {"views_per_second": 1234.0, "data_wait": 0.5, "seconds": 2.0}
     figures = "2/5 2.000 3.000 20% 0.50 -1.00 4.0 1,234 25.0%"
     assert re.findall(r"-?\d[\d.,/%]*", epoch_line(2, 5, **values)) == figures.split()
+    assert "alignment 0.50  uniformity -1.00  effective rank 4.0" in epoch_line(2, 5, **values)
 
 
 def test_a_line_for_every_epoch_unless_told_to_be_quiet(config, tmp_path, capsys):

@@ -462,6 +462,13 @@ def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
     assert weights.read(run.path).path == run.saved_at
 
 
+def test_a_checkpoint_s_stem_follows_the_side_of_its_views(tmp_path):
+    config = ms.TrainConfig(encoder="resnet10", image_size=64, width=2)
+    run = new_run(make_run_folder(tmp_path / "run", config, {}), config)
+    run.save()
+    assert weights.encoder(run.path)[0].stem == run.model.encoder.stem == "imagenet"
+
+
 def test_a_file_is_read_though_an_index_has_its_name_too(tmp_path):
     safetensors.write(tmp_path / "a", {"x": np.zeros(1, "f4")}, {})
     (tmp_path / "a.index").touch()
