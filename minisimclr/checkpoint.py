@@ -39,19 +39,19 @@ def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> No
         write_bytes(path, content)
 
 
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The (arrays, state) of a checkpoint. Raises DataError unless it is whole."""
     arrays: dict[str, np.ndarray] = {}
 
     def read(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            whole = item.shape is not None and item.nbytes <= path.stat().st_size
+            whole = item.shape is not None and item.nbytes <= Path(path).stat().st_size
             if item.external or item.is_virtual or not whole:
                 raise DataError(f"{path}: {name} is not plain data")
             arrays[name] = item[()]
 
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             line = file.read(BLOCK)
             if not line.startswith(MARK):
                 raise DataError(f"{path}: not a checkpoint of this version")

@@ -21,7 +21,7 @@ from .cores import set_threads
 from .data import BUILT_IN, Dataset, cache_folder, open_dataset
 from .errors import ConfigError, DataError
 from .files import write_bytes
-from .nn import InceptionV3, Module
+from .nn import InceptionV3, Module, ResNet
 from .nn.inception import BLOCKS
 from .probe import Extract, probe, unit
 from .probe.logistic import finite
@@ -87,7 +87,7 @@ def batched(see: See, dataset: Dataset, batch_size: int, notify: Notify) -> Extr
 
     def extract(rows: np.ndarray) -> Array:
         parts = []
-        for i in range(0, len(rows), batch_size):
+        for i in range(0, max(1, len(rows)), batch_size):
             parts.append(see(dataset.images[rows[i : i + batch_size]]))
             done = {"done": min(i + batch_size, len(rows)), "total": len(rows)}
             notify("progress", done | {"label": "features"})
@@ -141,7 +141,8 @@ def published(
 ) -> Extract:  # fmt: skip
     """Features of rows of a data set by a network with published weights, or its random control.
 
-    They are kept in the cache folder, since they take much longer to make than to read.
+    They are kept in the cache folder, since they take much longer to make than to read; but not
+    those of your own networks, whose code may change under the same name.
     """
     kind = KEPT, type(net).__name__, getattr(net, "stem", ""), net.shapes(), block, preprocessing
     state = hashlib.sha256(f"{dataset.fingerprint} {kind}".encode())
@@ -151,7 +152,7 @@ def published(
 
     def extract(rows: np.ndarray) -> np.ndarray:
         key = state.copy()
-        key.update(rows.tobytes())
+        key.update(np.arange(len(dataset.images))[rows].tobytes())
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
         with suppress(DataError):  # not there, or damaged
             return read(path).fetch("features")
@@ -162,7 +163,7 @@ def published(
             warnings.warn(f"features are not kept: {path}: {error.strerror}", stacklevel=2)
         return features
 
-    return extract
+    return extract if type(net) in (InceptionV3, ResNet) else make
 
 
 def check_block(net: Module, block: str | None) -> None:
@@ -268,7 +269,7 @@ def nearest(queries: Array, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarr
         raise ConfigError(f"k must be at least 1, not {k}")
     s = unit(to_host(queries)) @ unit(h).T  # (Q, D) @ (D, n)
     order = np.argsort(-s, axis=1, kind="stable")[:, :k]
-    return order, np.take_along_axis(s, order, axis=1)
+    return order, np.take_along_axis(s, order, axis=1).clip(-1, 1)  # rounding may exceed 1
 
 
 def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ observer: Callable[[Function, str, Callable, tuple], Any] | None = None
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Record no graph within the block: results need no gradient and nothing is saved for one."""
+    """Record no graph within the block, in this thread: no result needs or saves for a gradient."""
     token = _recording.set(False)
     try:
         yield
@@ -58,7 +58,8 @@ class Tensor:
 
     def __init__(self, data: Any, requires_grad: bool = False):
         if isinstance(data, (int, float, list, tuple)) and not isinstance(data, np.generic):
-            data = np.asarray(data, np.float32)  # Python's numbers imply no precision
+            # Python's numbers imply no precision; what is made of bytes is refused below.
+            data = np.asarray(data, "u1" if np.asarray(data).dtype == np.uint8 else "f4")
         xp_of(data)  # raises TypeError for what is no array
         if data.dtype == np.uint8:
             raise TypeError("bytes of images are not in [0, 1]: divide them by 255")

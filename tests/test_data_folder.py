@@ -771,6 +771,13 @@ def test_what_is_no_set_of_pictures_is_refused(tmp_path, changed, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("names", [{"a", "b"}, {1: "b", 0: "a"}])
+def test_names_of_classes_have_an_order(tmp_path, names):
+    with pytest.raises((TypeError, KeyError)):
+        from_arrays(tmp_path / "mine.h5", np.zeros((2, 16, 16, 3), np.uint8), [0, 1], names)
+    assert not list(tmp_path.iterdir())
+
+
 def test_info_tells_the_options_the_size_of_the_file_and_every_class(tmp_path, capsys):
     for i in range(50):
         save(tmp_path / "few" / "ab"[i % 2] / f"{i}.png", i)

@@ -58,6 +58,12 @@ def test_no_neighbours_are_no_question():
         embed.nearest(np.eye(2), np.eye(2), 0)
 
 
+def test_no_cosine_of_neighbours_is_above_one():
+    h = np.random.default_rng(0).standard_normal((60, 128)).astype(np.float32)
+    _, cosines = embed.nearest(h, h, 1)
+    assert 1 - 1e-6 < cosines.min() <= cosines.max() <= 1
+
+
 def test_embed_writes_the_encoder_s_features(run, pictures, tmp_path):
     said = call("embed", run.path, "--out", tmp_path / "h.npy").stdout
     assert said == f"{tmp_path / 'h.npy'}: features (120, 32) of {pictures.name}\n"
@@ -169,6 +175,23 @@ def test_kept_features_are_of_these_pictures_rows_pixels_and_block(pictures):
         )
     ]
     assert len(set(made)) == len(made)
+    extract = embed.published(net, prep, dataset, "mixed0", "cpu", quiet)
+    np.testing.assert_array_equal(extract(np.array([1, 0], np.int32)), extract([1, 0]))
+    assert len(extract([1])) == 1  # of the same bytes, as int64
+    with pytest.raises(DataError, match=r"\(0, 256\).* empty"):
+        extract(rows[:0])
+
+
+def test_features_of_a_network_of_your_own_are_made_anew(pictures):
+    dataset, factor = ms.data.open_dataset(pictures, 20), 0
+
+    class Own(ms.nn.Module):
+        def forward(self, x):
+            return x.mean(axis=(1, 2)) * factor
+
+    for factor in (1, 0):
+        extract = embed.published(Own(), Preprocessing(16), dataset, None, "cpu", quiet)
+        assert extract(np.arange(3)).any() == factor
 
 
 def test_features_that_are_not_finite_are_refused_and_those_that_cannot_be_kept_used(
@@ -370,10 +393,16 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
         resume(namesake)
 
 
-def test_embed_of_another_suffix_is_refused_before_work(tmp_path):
+def test_a_file_that_is_not_to_be_written_is_refused_before_work(tmp_path):
     done = CliRunner().invoke(group, ["embed", "no run", "--out", str(tmp_path / "h.csv")])
     assert done.exit_code == 2
     assert "value for '--out': " in done.output and ".npy" in done.output
+    (taken := tmp_path / "mine.h5").write_bytes(b"a data set or a checkpoint")
+    with pytest.raises(ConfigError, match=r"mine\.h5 exists: choose another --out"):
+        call("embed", "no run", "--out", taken)
+    for command in (["report", "no run"], ["walkthrough"]):
+        done = CliRunner().invoke(group, [*command, "--out", str(tmp_path / "metrics.jsonl")])
+        assert done.exit_code == 2 and "must end in .html" in done.output
     with pytest.raises(ConfigError, match=r"\.h5"):
         embed.save(tmp_path / "h.csv", np.zeros((1, 2)), SimpleNamespace(images=[0]), {})
 

@@ -450,6 +450,8 @@ def test_contrastive_accuracy():
     z = np.eye(4)
     assert contrastive_accuracy(z, z) == 1.0
     assert contrastive_accuracy(z, z[::-1]) == 0.0
+    with pytest.raises(ValueError, match="same shape"):
+        contrastive_accuracy(z, z[:3])
 
 
 @pytest.mark.parametrize("block", [loss.BLOCK, 200, 1])

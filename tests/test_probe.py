@@ -512,7 +512,14 @@ def test_wilson_interval(hits, n):
     stats = pytest.importorskip("scipy.stats")
     theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
     low, high = wilson_interval(hits / n, n)
-    assert [low, high] == pytest.approx([*theirs], abs=1e-6) and low >= 0 and high <= 1
+    assert [low, high] == pytest.approx([*theirs], abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 6, 24, 1200])
+def test_a_share_lies_in_its_own_interval(n):
+    for hits in range(n + 1):
+        low, high = wilson_interval(hits / n, n)
+        assert 0 <= low <= hits / n <= high <= 1
 
 
 class Colours(SimpleNamespace):

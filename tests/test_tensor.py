@@ -514,6 +514,8 @@ def test_bytes_are_refused():
     """Images from 0 to 255 would go through any network without a word."""
     with pytest.raises(TypeError, match="divide them by 255"):
         Tensor(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(TypeError, match="divide them by 255"):
+        Tensor([np.zeros((8, 8, 3), np.uint8)])
     assert Tensor(np.arange(3)).dtype == np.float32
 
 

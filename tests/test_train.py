@@ -641,7 +641,7 @@ def test_a_checkpoint_of_another_version_is_not_called_damaged(tmp_path):
     old = (tmp_path / "a.h5").read_bytes().replace(b"checkpoint 2,", b"checkpoint 1,")
     (tmp_path / "a.h5").write_bytes(old)
     with pytest.raises(DataError, match="not a checkpoint of this version"):
-        checkpoint.load(tmp_path / "a.h5")
+        checkpoint.load(str(tmp_path / "a.h5"))
 
 
 def test_a_log_that_lost_lines_is_not_filled_with_zeros(config, tmp_path):

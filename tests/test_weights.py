@@ -289,6 +289,8 @@ def test_large_networks_of_others_take_large_pictures(tmp_path):
     net = nn.resnet18("imagenet", 4)
     safetensors.write(tmp_path / "a", net.state_dict(), {})
     assert weights.load(net, tmp_path / "a") == weights.Preprocessing(224, "imagenet")
+    weights.save(net, tmp_path / "b", weights.Preprocessing(np.float64(77)))
+    assert weights.load(net, tmp_path / "b").size == 77
 
 
 def test_weights_are_for_one_stem(tmp_path):

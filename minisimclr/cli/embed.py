@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..files import require_writable, write_bytes
 from .display import Display
 from .options import BLOCK, DEVICE, FILE, JSON, SHEET, say, write_json
@@ -15,7 +15,9 @@ ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 @click.command()
 @ENCODER
 @click.argument("path", required=False)
-@click.option("--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output.")
+@click.option(
+    "--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output; a new .h5."
+)
 @BLOCK
 @DEVICE
 def embed(encoder, path, out, block, device) -> None:
@@ -30,6 +32,8 @@ def embed(encoder, path, out, block, device) -> None:
     if out.suffix not in library.SUFFIXES:
         raise click.BadParameter(f"{out} must end in .npy or .h5", param_hint="'--out'")
     require_writable(out)
+    if out.suffix == ".h5" and out.exists():  # perhaps a data set or a checkpoint
+        raise ConfigError(f"{out} exists: choose another --out")
     with Display() as display:
         trained = library.open_encoder(encoder, path, block, device, display.notify)
         h = trained.embed()

@@ -6,9 +6,9 @@ import click
 
 from ..files import require_writable, write_bytes
 from .display import Display
-from .options import FILE, JSON, say, write_json
+from .options import FILE, JSON, Named, say, write_json
 
-PAGE = click.Path(dir_okay=False, path_type=Path)
+PAGE = Named(".html", path_type=Path)  # not a run's log, nor a program
 
 
 @click.command(epilog="A page needs no network and no script; open it in any browser.")
@@ -22,8 +22,6 @@ def report(runs, out, json_file) -> None:
     """
     from .. import report as pages
 
-    if out:
-        require_writable(out)
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     with Display() as display:
         facts = [pages.read(path, display.notify) for path in runs]
@@ -56,7 +54,6 @@ def walkthrough(data, images, seed, out) -> None:
     from ..data import open_dataset
     from ..report import build_walkthrough
 
-    require_writable(out)
     with Display() as display:
         dataset = open_dataset(data, 40, display.on_prepare)
     page = build_walkthrough(dataset, images, seed)

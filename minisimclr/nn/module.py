@@ -124,7 +124,9 @@ class Module:
         return self._replace({n: cast(a) for n, a in self._arrays().items() if a.dtype.kind == "f"})
 
     def astype(self, dtype: Any) -> Self:
-        """Parameters and statistics in float32 or float64, in place; gradients are dropped."""
+        """Parameters and statistics in float32 or float64, in place; gradients are dropped, and an
+        optimizer keeps its momentum as it was: make it afterwards.
+        """
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"a module is float32 or float64, not {np.dtype(dtype)}")
         return self._convert(lambda a: a.astype(dtype))

@@ -143,7 +143,7 @@ def wilson_interval(p: float, n: int) -> list[float]:
     """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
     z = 1.959964  # 95 % of a normal distribution lie between -z and z
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [min(1.0, max(0.0, float((centre + side) / (1 + z * z / n)))) for side in (-half, half)]
+    return [round(float((centre + side) / (1 + z * z / n)), 12) + 0.0 for side in (-half, half)]
 
 
 def knn_score(
@@ -175,7 +175,7 @@ def knn_score(
 
 def features(encode: Encode, images: Any, rows: Array, size: int, batch_size: int = 256) -> Array:
     """encode() of the centre views (n, size, size, 3) of images[rows], batched: (n, D) float32."""
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = [rows[i : i + batch_size] for i in range(0, max(1, len(rows)), batch_size)]
     parts = [encode(center_view(images[batch], size)) for batch in batches]
     return finite(xp_of(parts[0]).concatenate(parts).astype(np.float32, copy=False))
 

@@ -76,7 +76,7 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     """Take over the weights in a file; returns what the module's input must look like.
 
     The module is an encoder or a ProjectionHead; `until` names the last of its parts to load
-    ("mixed8", "layer3"); later ones stay as they are. All or nothing, in the module's own dtype.
+    ("mixed8", "layer3"); later ones stay as they are. All or nothing, by way of float32.
     Raises DataError for a file that is damaged, does not fit or holds numbers that are not finite,
     ConfigError for another `until`.
     """
@@ -147,7 +147,7 @@ def save(
 
     Its preprocessing and stem go into the metadata, with what is said `about` it. Raises OSError.
     """
-    about |= {"size": prep.size, "pixels": prep.pixels, "stem": getattr(module, "stem", "")}
+    about |= {"size": int(prep.size), "pixels": prep.pixels, "stem": getattr(module, "stem", "")}
     kept, state = names.part(module, until), module.state_dict()
     metadata = {name: str(value) for name, value in about.items()}
     safetensors.write(Path(path), {name: state[name] for name in kept}, metadata)
