@@ -48,7 +48,7 @@ def test_classifier_equals_torch(monkeypatch):
     X, _ = clouds(20)
     theirs = reference(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(model.eval()(Tensor(X)).data, theirs, atol=1e-6)
-    assert (model.ranked(X)[:, 0] == theirs.argmax(1)).all()
+    assert (model.train().ranked(X)[:, 0] == theirs.argmax(1)).all()  # without dropout
     a, b = (model.train()(Tensor(X)).data for _ in range(2))
     assert not np.allclose(a, b)  # dropout is at work
     widths = []
@@ -100,6 +100,15 @@ def test_training_learns_and_repeats():
     assert model.dropout.training  # again, after it was asked
 
 
+def test_each_epoch_has_an_order_of_its_own(monkeypatch):
+    seen, once = [], dense.cross_entropy
+    monkeypatch.setattr(dense, "cross_entropy", lambda z, y: seen.extend(y) or once(z, y))
+    model = DenseClassifier(8, 90, Trial(0.1, 64, 64, 0.0))
+    epochs = epochs_of(model, clouds(90)[0], np.arange(90), 0.1, seed=0)
+    next(epochs), next(epochs)
+    assert sorted(seen[:90]) == sorted(seen[90:]) and seen[:90] != seen[90:]
+
+
 def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     X, y = clouds(60, spread=0.1)
     events, epochs, seeds = [], [], []
@@ -113,6 +122,7 @@ def test_search_stops_early_and_survives_rates_that_are_too_high(monkeypatch):
     monkeypatch.setattr(dense, "epochs_of", counted)
     rows = dense.search(X, y, 3, 2, 100, 7, lambda event, values: events.append((event, values)))
     assert [values["done"] for _, values in events] == [1, 2] and seeds == [7, 7]
+    assert [row["lr"] for row in rows] == [Trial.draw(7, index).lr for index in (0, 1)]
     assert all(row["validation"] == 1 for row in rows)
     assert len(epochs) == sum(row["epochs"] + 10 for row in rows)
     epochs.clear()
@@ -133,6 +143,7 @@ def test_the_last_training_is_as_long_as_the_best_trial(monkeypatch):
 
     def counted(*arguments):
         for loss in epochs_of(*arguments):
+            np.testing.assert_allclose(arguments[1].mean(0), 0, atol=1e-5)  # standardized
             lengths.append(arguments[-1])
             yield loss
 

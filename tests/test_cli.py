@@ -36,7 +36,7 @@ from minisimclr.compare import Comparison
 from minisimclr.config import TrainConfig
 from minisimclr.errors import DataError, typed
 from minisimclr.profile import table
-from minisimclr.run import open_run
+from minisimclr.run import new_run, open_run
 
 SMALL = [
     *("--width", "4", "--image-size", "16", "--batch-size", "16"),
@@ -87,6 +87,13 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     assert {"chance", "pixels", "random_encoder"} <= result["controls"].keys()
     low, high = result["ci95"]
     assert 0 <= low <= result["top1"] <= high <= 1
+
+
+def test_parameters_are_those_of_encoder_and_head(capsys):
+    run, dataset = new_run(Path("run"), TrainConfig()), Mock(notes={}, **{"split.return_value": []})
+    Display().on_start(run, "cpu", "asked for", dataset, 9)
+    both = sum(p.data.size for _, p in run.model.named_parameters()) / 1e6
+    assert f"resnet_small with {both:.2f} M" in capsys.readouterr().err
 
 
 def test_a_run_whose_name_begins_like_an_option_can_be_typed(trained, tmp_path):
@@ -350,6 +357,7 @@ def test_what_a_resumed_run_makes_of_the_environment(trained):
     assert done.returncode == 0
     assert done.stderr.startswith("note: a run keeps its settings; not used: MINISIMCLR_LR\n")
     fails(2, "unknown device 'tpu'", "train", "--resume", out, env={"MINISIMCLR_DEVICE": "tpu"})
+    fails(2, "unknown device 'tpu'", "train", "--resume", out, "--device", "tpu")
     fails(2, "'MINISIMCLR_LRR' .did you", "train", "--resume", out, env={"MINISIMCLR_LRR": "3"})
 
 
@@ -933,6 +941,9 @@ def test_presets_are_valid_recipes():
     assert [path.stem for path in presets] == ["dogs-cpu", "dogs-gpu"]
     for path in presets:
         TrainConfig(**tomllib.loads(path.read_text()))
+    settings = {"image_size": 64, "batch_size": 256, "epochs": 40, "crop_min": 0.15}
+    measured = TrainConfig("stanford-dogs", "resnet18", strength=0.5, **settings)
+    assert TrainConfig(**tomllib.loads(presets[0].read_text())) == measured  # docs/results.md
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="there is no shell with pipes")
@@ -990,22 +1001,14 @@ def test_profile_of_nothing_is_refused(tmp_path):
 
 def test_profile(tmp_path):
     trace, figures = tmp_path / "trace.json", tmp_path / "profile.json"
-    options = [
-        "--encoder",
-        "resnet10",
-        "--width",
-        4,
-        "--image-size",
-        16,
-        "--batch-size",
-        4,
-        "--steps",
-        2,
-    ]
-    done = run("profile", *options, "--trace", trace, "--json", figures)
+    options = "--encoder resnet10 --width 4 --image-size 16 --batch-size 4 --steps 2"
+    done = run("profile", *options.split(), "--trace", trace, "--json", figures)
     assert done.returncode == 0, done.stderr
     assert "Conv2d 3x3/1" in done.stdout
     result = json.loads(figures.read_text())
+    said = [result[name] for name in ("encoder", "image_size", "batch_size")]
+    assert said == ["resnet10", 16, 4] and result["threads"] > 0
+    assert result["ops"] == sorted(result["ops"], key=lambda row: -row["seconds"])
     assert result["step_seconds"] > 0
     assert result["views_per_second"] == pytest.approx(8 / result["step_seconds"])
     rows = {(r["name"], r["direction"]): r for r in result["ops"]}
@@ -1028,6 +1031,7 @@ def test_profile(tmp_path):
     assert min(result["roofline"].values()) > 1e7  # in flop and byte a second, of any machine
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"X"}
+    assert {(e["name"], e["cat"]) for e in events} == rows.keys()
     assert len(events) == sum(r["calls"] for r in result["ops"])
     for figure in ("flops", "bytes"):
         assert sum(e["args"][figure] for e in events) == sum(r[figure] for r in result["ops"])
@@ -1035,6 +1039,15 @@ def test_profile(tmp_path):
     assert sum(e["dur"] for e in events) == pytest.approx(spent)
     for before, after in pairwise(events):
         assert before["ts"] + before["dur"] <= after["ts"]
+
+
+def test_the_median_of_whole_steps_is_told(monkeypatch):
+    times = iter([3.0, 1.0, 8.0])
+    monkeypatch.setattr(profile, "roofline", lambda device: {})
+    monkeypatch.setattr(profile, "timed", lambda work, device: (work(), next(times))[1])
+    with patch.object(profile.SGD, "step") as moved:
+        found = profile.profile("resnet10", "auto", 2, 49, 2, steps=3, device="cpu")
+    assert (found["step_seconds"], found["stem"], moved.call_count) == (3, "imagenet", 6)
 
 
 def test_a_view_moves_no_memory_in_the_profile():

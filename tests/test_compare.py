@@ -153,9 +153,10 @@ def test_fit_gives_up_where_any_step_was_not_sound(model, monkeypatch):
 def test_every_draw_of_fine_tuning_is_of_its_seed_and_stream(model, monkeypatch):
     crops, asked = [], []
 
-    def crop(images, boxes, *rest):
+    def crop(images, boxes, flips, size):
+        assert size == 16  # as in pre-training, whatever the test's
         crops.append(boxes)
-        return crop_resize(images, boxes, *rest)
+        return crop_resize(images, boxes, flips, size)
 
     def fitted(model, dataset, rows, recipe, seed, progress):
         asked.append((rows, seed))
@@ -166,7 +167,7 @@ def test_every_draw_of_fine_tuning_is_of_its_seed_and_stream(model, monkeypatch)
         return np.stack([first, (first + 1) % 3, (first + 2) % 3], axis=1)
 
     monkeypatch.setattr(finetune, "crop_resize", crop)
-    fit(model, Colours(), np.arange(60), Recipe(3, 16, 16, "cpu"), 7, nothing)
+    fit(model, Colours(), np.arange(60), Recipe(3, 16, 20, "cpu"), 7, nothing)
     for step in range(3):
         expected = draw_views(7, step, 60, 20, 20, stream=3).boxes[0]
         np.testing.assert_array_equal(crops[step], expected)
@@ -237,12 +238,14 @@ def test_controls_are_networks_that_have_learned_nothing(run, dataset, monkeypat
 
     def tuned(name, model, dataset, split, recipe, seed, notify):
         tried[name] = model.encoder.conv1.weight.data
-        assert (recipe, seed) == (Recipe(7, 16, 19, "cpu"), 3)
+        assert (recipe, seed) == (Recipe(7, 16, 19, "cuda:1"), 3)
         np.testing.assert_array_equal(split[0], labelled_and_test(dataset, 12, 3)[0])
         return {"top1": 0.5}
 
     monkeypatch.setattr(finetune, "tuned", tuned)
-    finetune.finetune(run, dataset, labels=12, epochs=7, view=19, seed=3)
+    monkeypatch.setattr(finetune, "choose_device", lambda name: (name, ""))
+    there = replace(run, config=replace(run.config, device="cuda:1"))
+    finetune.finetune(there, dataset, labels=12, epochs=7, view=19, seed=3)
     trained, fresh = (
         each.model.encoder.conv1.weight.data for each in (run, new_run("", run.config))
     )
@@ -553,9 +556,9 @@ def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp
 
 def test_batches_of_fine_tuning_are_of_their_seed(model, monkeypatch):
     asked, real = [], finetune.batches
-    monkeypatch.setattr(finetune, "batches", lambda *given: asked.append(given[2:]) or real(*given))
-    fit(model, Colours(), np.arange(60), Recipe(1, 16, 16, "cpu"), 7, nothing)
-    assert asked == [(60, 7)]
+    monkeypatch.setattr(finetune, "batches", lambda *given: asked.append(given[1:]) or real(*given))
+    fit(model, Colours(), np.arange(48), Recipe(1, 16, 16, "cpu"), 7, nothing)  # others choose
+    assert [(rows.tolist(), *rest) for rows, *rest in asked] == [([*range(48)], 48, 7)]
 
 
 def test_simclrv2_runs_where_the_run_does(run, dataset, tmp_path, monkeypatch):

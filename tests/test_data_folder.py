@@ -711,6 +711,7 @@ def test_pictures_in_memory_are_split_like_a_folder_and_trained_on(pictures, tmp
     for name in ("images", "labels", "splits", "duplicate_of"):
         np.testing.assert_array_equal(getattr(made, name), getattr(folder, name))
     assert (made.class_names, made.identity) == (folder.class_names, folder.identity)
+    assert made.name == "mine"
     made.verify()
     path, first = made.path, made.path.read_bytes()
     del made  # Windows replaces no file that is open

@@ -340,4 +340,4 @@ def test_contact_sheet():
     assert sheet.getpixel((150 + 2 * 80, 79)) == (255, 255, 255)
     assert sheet.getpixel((150 + 2 * 80, 80)) == (77, 77, 77)
     captions = np.asarray(sheet)[:, :150].reshape(2, 80, 150, 3)
-    assert (captions.min(axis=(1, 2, 3)) < 50).all()
+    assert (captions.min(axis=(1, 2, 3)) < 50).all() and (captions[0] != captions[1]).any()

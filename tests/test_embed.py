@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -657,11 +658,13 @@ def test_the_doctor_s_views_are_two_of_each_picture(monkeypatch):
     clock = itertools.count(0.0, 1.0)
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(doctor, "training_step", lambda *_: Mock(figures={"loss": 4.0}))
-    rate = doctor.STEPS * 2 * 64
-    assert doctor.learning()[1].endswith(f" {rate:,} views/s")
+    rate, (ok, said) = doctor.STEPS * 2 * 64, doctor.learning()
+    assert not ok and said.endswith(f" {rate:,} views/s")  # its loss did not fall
 
 
 def test_the_doctor_misses_what_is_needed(monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert {*doctor.NEEDED} == {re.match(r"\w+", each)[0] for each in project["dependencies"]}
     monkeypatch.setattr(doctor, "NEEDED", ("no-such-library",))
     ok, said = doctor.versions()
     assert not ok and "no-such-library is not installed" in said
@@ -672,6 +675,12 @@ def test_the_doctor_s_rates_are_in_their_units(monkeypatch):
     monkeypatch.setattr(doctor.profile, "roofline", lambda *_: rates)
     said = doctor.speed()[1]
     assert "12 GFLOP/s in matrix products" in said and "3.4 GB/s" in said
+
+
+def test_the_doctor_tells_how_many_threads_blas_has(monkeypatch):
+    for reached, said in (True, str(cores.threads())), (False, "as many as it likes"):
+        monkeypatch.setattr(doctor, "sets_blas_threads", lambda reached=reached: reached)
+        assert f", threads: {said}" in doctor.blas()[1]
 
 
 @pytest.mark.parametrize("found, said", [({}, "none"), ({"name": "mkl"}, "mkl")])

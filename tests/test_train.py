@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
@@ -184,7 +185,7 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     assert 2e7 < train.peak_memory("cpu") < 1e12  # bytes
     monkeypatch.setattr(train, "peak_memory", lambda device: 3_400_000_000)
     cores.set_threads(2)
-    plan = dry_run(config, quiet, tmp_path / "run")
+    plan = dry_run(replace(config, device="cpu"), quiet, tmp_path / "run")
     assert cores.threads() == config.threads == 1
     figures = {"seconds a step": 30, "minutes in all": 6, "peak memory, MB": 3400}
     assert plan | figures == plan and plan["steps"] == "12 (4 an epoch)"
@@ -195,7 +196,7 @@ def test_the_estimate_is_in_minutes_and_megabytes(config, tmp_path, monkeypatch)
     weights = fresh.model.named_parameters()
     assert plan["parameters"] == sum(p.data.size for _, p in weights)
     assert plan["first layers"] == "small"
-    assert plan["runs on"] == "{} ({})".format(*choose_device("auto"))
+    assert plan["runs on"] == "cpu (asked for)"
 
 
 def test_the_estimate_is_of_whole_steps_like_those_of_training(config, tmp_path, monkeypatch):
@@ -219,6 +220,18 @@ def test_gradients_are_freed_before_the_next_step(config):
     run, images = new_run(None, config), np.zeros((16, 20, 20, 3), np.uint8)
     train.start_step(run, Plan.of(config, 72), images)
     assert all(p.grad is None for _, p in run.model.named_parameters())
+
+
+def test_views_have_the_side_that_was_set_whatever_that_of_the_pictures(config, monkeypatch):
+    dataset, run, sides = open_dataset(config.data, 20), new_run(None, config), []
+    dataset = replace(dataset, images=dataset.images.repeat(2, axis=1).repeat(2, axis=2))
+    forward = ms.nn.ResNet.forward
+    noted = lambda net, x: sides.append(x.shape[1]) or forward(net, x)  # noqa: E731
+    monkeypatch.setattr(ms.nn.ResNet, "forward", noted)
+    train.start_step(run, Plan.of(config, 72), dataset.images[:16])
+    train.monitor(run, dataset, "cpu")
+    train.calibrate_run(run, dataset, "cpu")
+    assert {*sides} == {config.image_size}
 
 
 def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
@@ -445,6 +458,13 @@ def test_a_time_limit_stops_and_keeps_the_schedule(finished, config, tmp_path):
     assert content(tmp_path / "run") == content(finished.path)
 
 
+def test_a_time_limit_is_in_seconds(config, tmp_path):
+    clock = chain([0.0, 49.0], repeat(51.0))
+    with patch("minisimclr.train.time.monotonic", lambda: next(clock)):
+        run = pretrain(config, tmp_path / "run", time_limit=50, notify=quiet)
+    assert (run.step, run.stopped) == (2, "time limit")
+
+
 def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_path, monkeypatch):
     class Now:
         @staticmethod
@@ -453,6 +473,8 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(config, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minisimclr.run.datetime", Now)
+    other = Run.path_for(None, replace(config, encoder="resnet10"))
+    assert other == Path("runs/20260504-030201-resnet10")
     first, *more = (pretrain(config, time_limit=0, notify=quiet).path for _ in range(4))
     assert first == Path("runs/20260504-030201-resnet_small") and len(set(more)) == 3
     for second in more:
@@ -765,7 +787,9 @@ def test_no_threads_means_all_cores(config, tmp_path):
     assert environment["threads"] == cores.threads() and environment["cores"] == os.cpu_count()
     assert environment["device"] == "{} ({})".format(*choose_device("auto"))
     assert environment["blas_kernels"] == cores.blas_kernels()
-    assert environment["kernels"] == "fast"
+    assert environment["kernels"] == "fast" and environment["minisimclr"] == ms.__version__
+    assert environment["machine"] == platform.machine()  # not the name of one
+    assert environment["python"] == platform.python_version()
 
 
 @pytest.mark.parametrize(
@@ -1150,9 +1174,11 @@ def test_a_failed_save_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch
 
 
 def test_each_step_draws_views_of_its_own(config, tmp_path, monkeypatch):
-    boxes, once = [], train.training_step
+    boxes, once, dataset = [], train.training_step, open_dataset(config.data, 20)
+    pool = {image.tobytes() for image in dataset.images[dataset.split("pretrain")]}
 
     def step(model, optimizer, images, views, *rest):
+        assert {image.tobytes() for image in images} <= pool  # none to test with
         expected = draw(config, len(boxes), images)
         np.testing.assert_array_equal(views.boxes, expected.boxes)
         boxes.append(views.boxes.reshape(-1, 4))
