@@ -183,11 +183,11 @@ def test_flipping_twice_gives_the_image_back(version):
 
 
 def test_center_view():
-    images = photos(2, 48, 64)
+    images = photos(2, 44, 61)  # of which 38.5 px are shown, from 11.25 and 2.75 px on
     ours = center_view(images, 21)
     assert ours.shape == (2, 21, 21, 3) and ours.dtype == np.float32
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
-    theirs = plane.resize((21, 21), Image.Resampling.BILINEAR, (11, 3, 53, 45))
+    theirs = plane.resize((21, 21), Image.Resampling.BILINEAR, (11.25, 2.75, 49.75, 41.25))
     np.testing.assert_allclose(ours[1, ..., 2], np.asarray(theirs) / 255, atol=2e-5)
 
 

@@ -57,7 +57,7 @@ def child(*arguments, **options) -> subprocess.CompletedProcess:
 
 def test_what_is_stored_is_what_was_decoded(pictures, home):
     dataset = open_dataset(pictures, np.int64(20))
-    assert dataset.images.dtype == np.uint8
+    assert dataset.images.dtype == np.uint8 and not dataset.images.flags.writeable
     assert dataset.labels.dtype == dataset.split("test").dtype == np.int64
     for row in (0, 57, 119):
         file = np.asarray(Image.open(pictures / dataset.file_names[row]))

@@ -238,6 +238,16 @@ def test_lists_may_be_in_a_folder_and_breeds_without_a_number(tmp_path):
     assert names == ["Alpha", "flat-coated_beta", "Gamma"]
 
 
+def test_labels_may_number_the_breeds_in_another_order_than_their_names(tmp_path):
+    lists = [
+        (f"{name}_list.mat", layout.mat(files, 4 - layout.numbered(files)))
+        for name, files in (("train", TRAIN), ("test", TEST))
+    ]
+    files, labels, names, _ = stanford_dogs.read_lists(layout.tar(tmp_path / "lists.tar", lists))
+    assert names == ["Gamma", "flat-coated_beta", "Alpha"]
+    assert all(names[label] in file for file, label in zip(files, labels, strict=True))
+
+
 def test_breeds_that_differ_in_their_numbers_alone_keep_them(tmp_path):
     def renamed(files):
         return [f.replace("flat-coated_beta", "Alpha") for f in files]

@@ -119,6 +119,9 @@ def test_what_was_private_stays_so(tmp_path):
     (tmp_path / "file").touch(mode=0o600)
     files.write_bytes(tmp_path / "file", b"new")
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+    files.write_bytes(tmp_path / "new", b"new")  # and what was not is for all whom umask lets
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_what_is_write_protected_is_never_replaced(tmp_path, monkeypatch):
@@ -151,6 +154,13 @@ def test_what_a_link_points_to_is_replaced_and_not_the_link(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "file").read_bytes() == b"new"
     assert len(list((tmp_path / "there").iterdir())) == 1
+    # It may be on another disk, where nothing can be renamed to.
+    with patch.object(files, "sync") as flushed, files.publish(tmp_path / "link") as temporary:
+        temporary.touch()
+    assert temporary.parent.name == "there" and flushed.call_args.args == (temporary.parent,)
+    (tmp_path / "early").symlink_to(tmp_path / "later" / "file")
+    files.write_bytes(tmp_path / "early", b"new")
+    assert (tmp_path / "later" / "file").read_bytes() == b"new"
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     files.write_bytes(tmp_path / "loop", b"new")  # leads nowhere
     assert (tmp_path / "loop").read_bytes() == b"new"

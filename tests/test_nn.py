@@ -195,6 +195,9 @@ def test_state_dict_is_a_copy_in_torch_layout():
     assert state["layer2.0.conv1.weight"].shape == (8, 4, 3, 3)
     state["conv1.weight"][...] = 0
     assert net.conv1.weight.data.any()
+    net.load_state_dict(state)
+    state["bn1.bias"][...] = 7  # nor is what is loaded still the caller's
+    assert not net.bn1.bias.data.any()
 
 
 def test_loading_is_strict_and_all_or_nothing():
@@ -226,6 +229,27 @@ def test_weights_are_a_function_of_the_seed():
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
     assert (a["conv1.weight"] != c["conv1.weight"]).any()
+
+
+def test_no_two_layers_start_with_the_same_numbers():
+    head = ms.nn.ProjectionHead(4, 4, 4, layers=3)
+    for net in (*(Model.build(e, "cifar", 2, seed=0) for e in ("resnet18", "resnet50")), head):
+        drawn = [p.data.ravel()[:8] for _, p in net.named_parameters() if p.adapt]
+        assert len({tuple((some / some[0]).round(2)) for some in drawn}) == len(drawn)
+
+
+def test_batch_norms_start_as_torch_s_do():
+    head = ms.nn.ProjectionHead(4, 4, 4)
+    for net in ms.nn.resnet18(width=2), ms.nn.resnet50(width=2), head, ms.nn.inception_v3():
+        for name, array in net.state_dict().items():
+            assert array.ndim != 1 or (array == name.endswith(("weight", "_var"))).all(), name
+        norms = [m for _, m in net.named_modules() if isinstance(m, ms.nn.BatchNorm)]
+        assert {m.momentum for m in norms} == {0.1}
+
+
+def test_all_weights_adapt_and_nothing_else_does():
+    for net in ms.nn.resnet18(width=2), ms.nn.resnet50(width=2), ms.nn.inception_v3():
+        assert all(p.adapt == (p.ndim > 1) for _, p in net.named_parameters())
 
 
 def test_initial_convolutions_have_he_variance():

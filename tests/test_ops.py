@@ -450,6 +450,8 @@ def test_contrastive_accuracy():
     z = np.eye(4)
     assert contrastive_accuracy(z, z) == 1.0
     assert contrastive_accuracy(z, z[::-1]) == 0.0
+    alike = np.ones((4, 3))  # of a collapsed model: the partner is no nearer than all others
+    assert contrastive_accuracy(alike, alike) <= 1 / 7
     with pytest.raises(ValueError, match="same shape"):
         contrastive_accuracy(z, z[:3])
 

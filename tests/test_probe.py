@@ -466,7 +466,7 @@ def test_classes_missing_from_the_held_out_part_or_the_labels():
 def test_measure_looks_at_the_test_images_once(monkeypatch):
     X, y = clusters(130, 12, 4, spread=1.0)
     y = 10 - 3 * y  # names of classes, not their places
-    seen = []
+    seen, kept = [], X.copy()
     original = LogisticRegression.decision_function
 
     def decision_function(self, X):
@@ -477,6 +477,7 @@ def test_measure_looks_at_the_test_images_once(monkeypatch):
     result = measure(X[:90], y[:90], X[90:], y[90:])
     assert seen.count(40) == 1
     assert set(seen) == {18, 40}
+    np.testing.assert_array_equal(X, kept)  # else what follows would be of other features, too
     # ... and its figures are those of a fit to all labels with that C.
     mean, deviation = X[:90].mean(0), X[:90].std(0)
     model = tight(result["C"]).fit((X[:90] - mean) / deviation, y[:90])

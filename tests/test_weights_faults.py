@@ -558,7 +558,7 @@ BUNDLE_FAULTS = {
     "in slices, or its size": {"change": edit(f5=(5, 215))},
     "or its size or CRC-32C": {"change": edit(f6=(6, 1))},
     "name that is too long": {"change": long_names},
-    "data-00005-of-00001|No such file": {"change": edit(f3=(3, 5))},
+    "data-00005-of-00012: No such": {"header": ((1, 12), (2, 0)), "change": edit(f3=(3, 5))},
     "impossible shape": {"change": edit(f2=(2, message((2, message((1, 1 << 63))))))},
     "fields of type 3": {"change": lambda e: e.update({b"x": b"\x0b"})},
     "1 missing": {"change": lambda e: e.pop(b"base_model/batch_normalization/beta")},
