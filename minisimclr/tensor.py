@@ -27,7 +27,7 @@ observer: Callable[[Function, str, Callable, tuple], Any] | None = None
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Record no graph within the block, in this thread: no result needs or saves for a gradient."""
+    """Record no graph in the block, in this thread: results need no gradient, nothing is saved."""
     token = _recording.set(False)
     try:
         yield

@@ -143,6 +143,7 @@ def wilson_interval(p: float, n: int) -> list[float]:
     """[low, high]: the 95 % interval of a fraction p seen in n trials (Wilson 1927)."""
     z = 1.959964  # 95 % of a normal distribution lie between -z and z
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # Rounded, since a share of 0 or 1 is one of the ends; and without -0.0.
     return [round(float((centre + side) / (1 + z * z / n)), 12) + 0.0 for side in (-half, half)]
 
 

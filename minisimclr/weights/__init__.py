@@ -76,9 +76,9 @@ def load(module: Module, path: str | Path | Stored, until: str | None = None) ->
     """Take over the weights in a file; returns what the module's input must look like.
 
     The module is an encoder or a ProjectionHead; `until` names the last of its parts to load
-    ("mixed8", "layer3"); later ones stay as they are. All or nothing, by way of float32.
-    Raises DataError for a file that is damaged, does not fit or holds numbers that are not finite,
-    ConfigError for another `until`.
+    ("mixed8", "layer3"); later ones stay as they are. All or nothing, rounded to float32 and then
+    in the module's own dtype. Raises DataError for a file that is damaged, does not fit or holds
+    numbers that are not finite, ConfigError for another `until`.
     """
     stored = path if isinstance(path, Stored) else read(path)
     stem = getattr(module, "stem", "")
