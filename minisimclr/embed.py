@@ -152,7 +152,7 @@ def published(
 
     def extract(rows: np.ndarray) -> np.ndarray:
         key = state.copy()
-        key.update(np.arange(len(dataset.images))[rows].tobytes())
+        key.update(np.arange(len(dataset.images))[rows].tobytes())  # of one type
         path = cache_folder() / f"features-{key.hexdigest()[:16]}.safetensors"
         with suppress(DataError):  # not there, or damaged
             return read(path).fetch("features")

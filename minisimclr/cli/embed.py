@@ -16,7 +16,7 @@ ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 @ENCODER
 @click.argument("path", required=False)
 @click.option(
-    "--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output; a new .h5."
+    "--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output; .h5: a new file."
 )
 @BLOCK
 @DEVICE

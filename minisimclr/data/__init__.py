@@ -155,7 +155,7 @@ def from_arrays(
     if class_names is None and high >= max(n, MANY):
         way_out = "class_names, labels = np.unique(labels, return_inverse=True)"
         raise ConfigError(f"labels are positions from 0, not numbers such as {high}: {way_out}")
-    # Part of a set or dict, which may have another order than the labels, is a TypeError.
+    # A set or dict, which may have another order than the labels, has no parts: an error.
     names = list(map(str, range(high + 1) if class_names is None else class_names[:]))
     if len(set(names)) < len(names):
         raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")

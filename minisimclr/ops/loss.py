@@ -101,7 +101,7 @@ def contrastive_accuracy(z1: Array, z2: Array) -> Array:
     """Share of views whose most similar view, of the 2N - 1 others, is their partner; a number on
     their device.
     """
-    u, _ = normalize(xp_of(z1).stack([z1, z2]).reshape(-1, z1.shape[1]))
+    u, _ = normalize(xp_of(z1).stack([z1, z2]).reshape(-1, z1.shape[1]))  # (2, N, D) -> (2N, D)
     hits = ((s.argmax(axis=1) == positive[1]).sum() for _, positive, s in similarities(u, 1.0))
     return sum(hits) / len(u)
 
