@@ -32,7 +32,6 @@ from .train import MONITORED, Notify, calibrate_run, preparing, quiet
 from .weights import Preprocessing, load, network, read, safetensors
 
 See = Callable[[np.ndarray], Array]  # pictures (n, S, S, 3) uint8 -> features (n, D) float32
-SUFFIXES = (".npy", ".h5")
 KEPT = 2  # version of what is kept: raise it when the same key would mean other features
 SEEN = "Weights trained on ImageNet have seen the test photos of Stanford Dogs."
 BATCH = 32  # images that a network with published weights sees at once
@@ -280,10 +279,11 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any
     """
     if len(h) != len(dataset.images):
         raise ConfigError(f"{len(h)} rows of features for the {len(dataset.images)} of {dataset}")
-    if (path := Path(path)).suffix == ".npy":
+    suffix = (path := Path(path)).suffix.lower()
+    if suffix == ".npy":
         np.save(memory := io.BytesIO(), h)  # writing to a file, it would not notice a full disk
         write_bytes(path, memory.getbuffer())
-    elif path.suffix == ".h5":
+    elif suffix == ".h5":
         arrays = {"features": h, "labels": dataset.labels}
         for names in ("file_names", "class_names"):
             encoded = [name.encode(errors="surrogateescape") for name in getattr(dataset, names)]
@@ -291,4 +291,4 @@ def save(path: str | Path, h: np.ndarray, dataset: Dataset, about: dict[str, Any
         about = about | {"data": dataset.fingerprint, "class_names": dataset.class_names}
         checkpoint.save(path, arrays, about)
     else:
-        raise ConfigError(f"{path}: name a file that ends in {' or '.join(SUFFIXES)}")
+        raise ConfigError(f"{path}: name a file that ends in .npy or .h5")

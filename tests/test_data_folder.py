@@ -538,7 +538,7 @@ def test_commands(pictures, tmp_path, monkeypatch, capsys):
     assert values["classes"]["blob"] == {"pretrain": 24, "labelled": 8, "test": 8}
     assert values["image_size"] == 80 and values["duplicates"] == 0
     code, _, err = run(capsys, "data", "info", pictures, "--sheet", sheet)
-    assert code == 2 and f"'{sheet}' exists: pictures are not replaced" in err
+    assert code == 2 and f"'{sheet}' exists: choose another name" in err
     pixels = load(sheet)
     assert pixels.shape == (3 * 80, 150 + 10 * 80, 3)
     first = open_dataset(pictures).images[0]

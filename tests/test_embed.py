@@ -397,10 +397,12 @@ def test_a_run_and_its_pictures_may_move_together(pictures, tmp_path, monkeypatc
 def test_a_file_that_is_not_to_be_written_is_refused_before_work(tmp_path):
     done = CliRunner().invoke(group, ["embed", "no run", "--out", str(tmp_path / "h.csv")])
     assert done.exit_code == 2
-    assert "value for '--out': " in done.output and ".npy" in done.output
-    (taken := tmp_path / "mine.h5").write_bytes(b"a data set or a checkpoint")
-    with pytest.raises(ConfigError, match=r"mine\.h5 exists: choose another --out"):
-        call("embed", "no run", "--out", taken)
+    assert "value for '--out': " in done.output and "must end in .npy or .h5" in done.output
+    for name in ("mine.h5", "mine.npy", "MINE.H5"):  # a data set, a checkpoint, hours of work
+        (taken := tmp_path / name).write_bytes(b"precious")
+        done = CliRunner().invoke(group, ["embed", "no run", "--out", str(taken)])
+        assert done.exit_code == 2 and f"{name}' exists: choose another name" in done.output
+        assert taken.read_bytes() == b"precious"
     for command in (["report", "no run"], ["walkthrough"]):
         done = CliRunner().invoke(group, [*command, "--out", str(tmp_path / "metrics.jsonl")])
         assert done.exit_code == 2 and "must end in .html" in done.output
@@ -478,7 +480,7 @@ def test_a_block_of_inception_is_pooled_in_its_own_range(pictures, tmp_path):
     given = "embed", file, few, "--block=mixed0", "--out", tmp_path / "h.npy"
     assert call(*given).exit_code == 0
     with pytest.raises(DataError, match=r"missing .*; if it ends early, name its last --block"):
-        call("embed", file, few, "--out", tmp_path / "h.npy")
+        call("embed", file, few, "--out", tmp_path / "whole.npy")
     x = prep(ms.data.open_dataset(few, 299).images)
     expected = net.eval().features(ms.Tensor(x), "mixed0").data.mean((1, 2))
     np.testing.assert_allclose(np.load(tmp_path / "h.npy"), expected, rtol=1e-4, atol=1e-5)

@@ -408,7 +408,7 @@ def test_command_line(tmp_path, capsys):
     cli(["weights", "import", SIMCLR, "--out", out])
     assert capsys.readouterr().out == f"{out}: ResNet, input {weights.Preprocessing(224)}\n"
     cli(["weights", "import", SIMCLR, "--out", out], 2)
-    assert "out.safetensors exists" in capsys.readouterr().err
+    assert "out.safetensors' exists" in capsys.readouterr().err
     cli(["weights", "inspect", out])
     listing = capsys.readouterr().out
     assert "safetensors, 318 arrays" in listing and "simclr" in listing
@@ -514,7 +514,7 @@ def test_a_run_is_exported(tmp_path, capsys):
     cli(["weights", "export", path, "--out", tmp_path / "a.safetensors"], 3)
     assert "has no checkpoint yet" in capsys.readouterr().err
     cli(["weights", "export", path, "--out", tmp_path / "a.pth"], 2)
-    assert "a.pth: name it *.safetensors" in capsys.readouterr().err
+    assert "a.pth' must end in .safetensors" in capsys.readouterr().err
     run = new_run(path, config)
     run.step = 7
     run.save()

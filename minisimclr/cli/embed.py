@@ -1,13 +1,14 @@
 """minisimclr embed and neighbors: use a trained encoder on your own pictures."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ConfigError, DataError
-from ..files import require_writable, write_bytes
+from ..errors import DataError
+from ..files import write_bytes
 from .display import Display
-from .options import BLOCK, DEVICE, FILE, JSON, SHEET, say, write_json
+from .options import BLOCK, DEVICE, FILE, JSON, SHEET, Named, say, write_json
 
 ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 
@@ -16,8 +17,9 @@ ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 @ENCODER
 @click.argument("path", required=False)
 @click.option(
-    "--out", required=True, type=FILE, metavar="FILE.npy|FILE.h5", help="Output; .h5: a new file."
-)
+    "--out", type=Named(".npy", ".h5", path_type=Path), required=True, metavar="FILE.npy|FILE.h5",
+    help="New file.",
+)  # fmt: skip
 @BLOCK
 @DEVICE
 def embed(encoder, path, out, block, device) -> None:
@@ -29,11 +31,6 @@ def embed(encoder, path, out, block, device) -> None:
     """
     from .. import embed as library
 
-    if out.suffix not in library.SUFFIXES:
-        raise click.BadParameter(f"{out} must end in .npy or .h5", param_hint="'--out'")
-    require_writable(out)
-    if out.suffix == ".h5" and out.exists():  # perhaps a data set or a checkpoint
-        raise ConfigError(f"{out} exists: choose another --out")
     with Display() as display:
         trained = library.open_encoder(encoder, path, block, device, display.notify)
         h = trained.embed()

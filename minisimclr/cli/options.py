@@ -55,29 +55,30 @@ class Duration(click.ParamType):
 
 
 class Named(click.Path):
-    """A file to write whose name must end in `suffix`: `--json PICTURE` must not overwrite one."""
+    """A file to write, whose name must end in one of the suffixes: `--json PICTURE` must not
+    overwrite one. Unless it `replaces` another, it must be new.
+    """
 
-    def __init__(self, suffix: str, replaces: bool = True, **options: Any):
+    def __init__(self, *suffixes: str, replaces: bool = False, **options: Any):
         super().__init__(dir_okay=False, **options)
-        self.suffix, self.replaces = suffix, replaces
+        self.suffixes, self.replaces = suffixes, replaces
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not (str(value).lower().endswith(self.suffix) or (self.allow_dash and value == "-")):
-            self.fail(f"{str(value)!r} must end in {self.suffix}", param, ctx)
+        if not (str(value).lower().endswith(self.suffixes) or (self.allow_dash and value == "-")):
+            self.fail(f"{str(value)!r} must end in {' or '.join(self.suffixes)}", param, ctx)
         if value != "-":
             require_writable(Path(value))  # before long work, not after it
             if not self.replaces and Path(value).exists():
-                self.fail(f"{str(value)!r} exists: pictures are not replaced", param, ctx)
+                self.fail(f"{str(value)!r} exists: choose another name", param, ctx)
         return super().convert(value, param, ctx)
 
 
 # Before `*.png` a shell would have it write over the first picture.
-SHEET = Named(".png", replaces=False, path_type=Path)
-
+SHEET = Named(".png", path_type=Path)
 
 JSON = click.option(
     "--json", "json_file", is_flag=False, flag_value="-", metavar="[FILE]",
-    type=Named(".json", allow_dash=True),
+    type=Named(".json", replaces=True, allow_dash=True),
     help="Print the figures as JSON, or write them to FILE, which ends in .json.",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from ..files import require_writable, write_bytes
 from .display import Display
 from .options import FILE, JSON, Named, say, write_json
 
-PAGE = Named(".html", path_type=Path)  # not a run's log, nor a program
+PAGE = Named(".html", replaces=True, path_type=Path)  # not a run's log, nor a program
 
 
 @click.command(epilog="A page needs no network and no script; open it in any browser.")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import click
 
-from ..errors import ConfigError
-from ..files import require_writable
-from .options import FILE, JSON, say, write_json
+from .options import FILE, JSON, Named, say, write_json
+
+NEW = Named(".safetensors", path_type=Path)
+OUT = click.option("--out", type=NEW, required=True, help="The .safetensors file to make.")
 
 
 @click.group()
@@ -39,17 +40,9 @@ def inspect(file, json_file) -> None:
             say(f"{dtype:<10} {'x'.join(map(str, shape)) or 'scalar':<18} {name}")
 
 
-def check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: name it *.safetensors, as that is what is written")
-    if out.exists():
-        raise ConfigError(f"{out} exists: choose another --out")
-    require_writable(out)
-
-
 @weights.command("import")
 @click.argument("file", type=FILE)
-@click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
+@OUT
 @click.option("--until", help="Last part to import, such as mixed8 or layer3.")
 def import_(file, out, until) -> None:
     """Write the encoder in FILE with torchvision's names.
@@ -58,7 +51,6 @@ def import_(file, out, until) -> None:
     """
     from ..weights import encoder, save
 
-    check_out(out)
     module, preprocessing = encoder(file, until)
     save(module, out, preprocessing, until)
     say(f"{out}: {type(module).__name__}, input {preprocessing}")
@@ -66,7 +58,7 @@ def import_(file, out, until) -> None:
 
 @weights.command()
 @click.argument("run", type=FILE)
-@click.option("--out", type=FILE, required=True, help="The .safetensors file to make.")
+@OUT
 def export(run, out) -> None:
     """Write the encoder of RUN with torchvision's names.
 
@@ -75,7 +67,6 @@ def export(run, out) -> None:
     from ..embed import open_trained
     from ..weights import Preprocessing, save
 
-    check_out(out)
     opened = open_trained(run)
     config = opened.config
     about = {"step": str(opened.step), "config": json.dumps(config.to_dict())}
