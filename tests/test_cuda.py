@@ -14,9 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import fake_cupy
 import host_cuda
@@ -765,9 +767,29 @@ def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     assert list(results) == parts and json.loads(out.read_text()) == results
     assert not [row for rows in results.values() for row in rows if "failed" in row]
     assert results["lars"][0]["ms"] == 1.0
+    assert all({"host_ms", "busy_ms"} <= row.keys() for row in results["losses"][:-1])
     assert len({row.get("numbers") for row in results["blocks"]}) == 8
     assert all(row["share"] > 0 for row in results["shares"][:-1]) and len(results["shares"]) == 4
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
+
+
+def test_both_sides_are_timed_alike(cupy, monkeypatch):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "BUSY", 64)
+    sizes, draw = gpu.Sizes(small=True), gpu.augment.draw_views
+
+    def slow(*given):
+        time.sleep(0.01)
+        return draw(*given)
+
+    monkeypatch.setattr(gpu.augment, "draw_views", slow)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ours, theirs = gpu.views(sizes)  # torchvision's views are drawn while the clock runs
+    assert ours["views_per_second"] < 2 * sizes.views[0][0] / 0.01 and theirs["skipped"]
+    monkeypatch.setitem(sys.modules, "torch", torch := MagicMock())
+    torch.cuda.Event.return_value.elapsed_time.return_value = 2.0
+    assert gpu.torch_seconds(lambda: None, 3) == 2e-3
+    assert torch.randn.call_args.args == gpu.busy(64)[0].shape  # as long a head start
 
 
 def test_a_part_that_fails_costs_neither_its_rows_nor_other_parts(cupy, monkeypatch, tmp_path):
@@ -909,9 +931,8 @@ def test_a_step_that_does_not_fit_costs_no_other(cupy, monkeypatch):
 
 def test_tests_that_hang_do_not_cost_the_rest(monkeypatch):
     gpu = script("gpu")
-    monkeypatch.setattr(gpu, "TESTS", 0.2)
     sizes = gpu.Sizes(small=True)
-    sizes.left = lambda: 60.0
+    sizes.left = lambda: 0.2
     (row,) = gpu.tests(sizes)
     assert row["summary"].startswith("no end after") and not row["passed"]
 

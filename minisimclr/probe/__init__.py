@@ -31,7 +31,8 @@ FOLDS = 5
 def standardize(X: Array, *others: Array) -> list[Array]:
     """X and others, with the mean and deviation of each feature of X made 0 and 1 (constants 0)."""
     kind = X.dtype if X.dtype.kind == "f" else np.dtype(np.float64)
-    mean, deviation = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+    exact = X.astype(np.float64, copy=False)  # CuPy's std(dtype=...) takes a float32 mean first
+    mean, deviation = exact.mean(0), exact.std(0)
     rounding = 8 * np.finfo(kind).eps + len(X) * np.finfo(np.float64).eps  # of numbers, of sums
     deviation[deviation <= rounding * abs(mean)] = 1
     mean, deviation = mean.astype(kind), deviation.astype(kind)
@@ -165,7 +166,9 @@ def knn_score(
     for start in range(0, len(test_X), most):  # as many images as memory has similarities for
         part = slice(start, start + most)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
-        near = xp.argpartition(similarity, -k, axis=1)[:, -k:]  # (B, k)
+        # CuPy's argpartition may race: lanes of a warp exchange numbers without __syncwarp.
+        order = xp.argpartition(similarity, -k, axis=1) if xp is np else similarity.argsort(axis=1)
+        near = order[:, -k:]  # (B, k)
         cosines = xp.take_along_axis(similarity, near, 1)
         weights = xp.exp((cosines - cosines.max(1, keepdims=True)) / temperature)  # one is 1
         cells = rows[near] + K * xp.arange(len(near))[:, None]  # (B, k), places in votes
