@@ -66,8 +66,8 @@ def draw_views(
     low, high = crop_scale
     if not 0 < low <= high <= 1:
         raise ConfigError(f"crop_scale must be 0 < low <= high <= 1, not {crop_scale}")
-    if not strength >= 0:
-        raise ConfigError(f"strength must be at least 0, not {strength}")
+    if not 0 <= strength < np.inf:
+        raise ConfigError(f"strength must be 0 or more and finite, not {strength}")
     raw = np.random.Philox(key=[seed, 0], counter=[0, 0, step, stream]).random_raw
     u = (raw((2, n, 15 + 2 * ATTEMPTS)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
     coins, places, factors, order, areas, aspects = np.split(u, [5, 7, 11, 15, 15 + ATTEMPTS], 2)

@@ -16,12 +16,12 @@ from .backend import Array, to_host
 from .data import Dataset
 from .embed import calibrated, check_block, published
 from .errors import DivergedError
-from .nn import Dropout, Linear, Module, inception_v3
+from .nn import Dropout, Linear, Module, evaluating, inception_v3
 from .ops.basic import relu
 from .ops.loss import cross_entropy
 from .optim import SGD
 from .probe import Extract, holdout, labelled_and_test, majority_share, scores, standardize
-from .tensor import Tensor, no_grad
+from .tensor import Tensor
 from .train import Notify
 from .weights import Preprocessing, load
 
@@ -67,8 +67,8 @@ class DenseClassifier(Module):
 
     def ranked(self, X: Array) -> np.ndarray:
         """The classes of each row of X (N, D), the likeliest first: (N, classes)."""
-        with no_grad(), np.errstate(over="ignore", invalid="ignore"):
-            return np.argsort(-to_host(self.eval()(Tensor(X)).data), axis=1, kind="stable")
+        with evaluating(), np.errstate(over="ignore", invalid="ignore"):
+            return np.argsort(-to_host(self(Tensor(X)).data), axis=1, kind="stable")
 
 
 def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> Iterator[float]:
@@ -76,7 +76,6 @@ def epochs_of(model: Module, X: Array, y: np.ndarray, lr: float, seed: int) -> I
     optimizer = SGD(model.named_parameters(), lr, weight_decay=1e-4)
     rng = np.random.Generator(np.random.Philox(key=[seed, 4]))
     while True:
-        model.train()
         for rows in np.array_split(rng.permutation(len(X)), len(X) // BATCH + 1):
             with np.errstate(over="ignore", invalid="ignore"):  # a rate may be drawn too high
                 loss = cross_entropy(model(Tensor(X[rows])), y[rows])

@@ -74,9 +74,8 @@ class SGD:
                     raise TypeError("an optimizer takes named_parameters(): names and Parameters")
         if not self.parameters:
             raise ValueError("no parameters to move: was named_parameters() used up before?")
-        if not all(float(value) >= 0 for value in (lr, momentum, weight_decay)):
-            given = f"{lr}, {momentum}, {weight_decay}"
-            raise ValueError(f"lr, momentum and weight_decay are 0 or more, not {given}")
+        if not all(value >= 0 for value in (lr, momentum, weight_decay)):
+            raise ValueError(f"{lr=}, {momentum=}, {weight_decay=}: they must be 0 or more")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.velocity = {n: xp_of(p.data).zeros_like(p.data) for n, p in self.parameters.items()}
 

@@ -133,7 +133,7 @@ def test_fewer_attempts_take_more_whole_images(monkeypatch):
 
 @pytest.mark.parametrize("bad", [{"crop_scale": (0, 1)}, {"crop_scale": (0.5, 0.2)},
                                  {"crop_scale": (0.5, 1.001)}, {"strength": -1},
-                                 {"strength": float("nan")}])  # fmt: skip
+                                 {"strength": np.nan}, {"strength": np.inf}])  # fmt: skip
 def test_bad_parameters(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         draw_views(0, 0, 2, 40, 40, **bad)

@@ -625,8 +625,11 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
         prepare("stanford-dogs", 24, archives=archives)
     with monkeypatch.context() as patch:
         patch.setitem(data.DECODER, "pillow", "0")
-        with pytest.raises(DataError, match="not prepared with 24 px and this Pillow: run"):
+        with pytest.raises(DataError, match=r"with 24 px and this Pillow: run .*`$"):
             open_dataset("stanford-dogs", 24)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+        with pytest.raises(DataError, match=r"with 80 px: run .*80` \(with --crop boxes for the"):
+            open_dataset("stanford-dogs")
     hashes = {n: (p.stat().st_size, stanford_dogs.file_sha256(p)) for n, p in archives.items()}
     monkeypatch.setattr(stanford_dogs, "OFFICIAL", hashes)
     assert prepare("stanford-dogs", 20, archives=archives).notes["verified"] is True

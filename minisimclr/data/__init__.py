@@ -72,11 +72,11 @@ def open_dataset(
         del made, known  # Windows replaces no file that is open
         return prepare(name_or_path, image_size, options, progress)
     if made is None or not current(made):
-        there = " and this Pillow" if made else ""
-        there += f", only as {sizes[-1].name}" if sizes else ""
+        there = " and this Pillow" if made else f", only as {sizes[-1].name}" if sizes else ""
+        hint = "" if made or sizes else " (with --crop boxes for the dogs alone)"
         raise DataError(
             f"stanford-dogs is not prepared with {size} px{there}: run "
-            f"`minisimclr data prepare stanford-dogs --image-size {size}{options.flags()}`"
+            f"`minisimclr data prepare stanford-dogs --image-size {size}{options.flags()}`{hint}"
         )
     return made
 
@@ -171,6 +171,8 @@ def from_arrays(
         lambda size: ((row, np.asarray, (image,)) for row, image in enumerate(images)),
     )  # fmt: skip
     make_folder(path.parent)
+    if path.exists() and not load_if_valid(path):
+        raise ConfigError(f"{path} is there and no data set: choose another name")
     recipe = {"source": "arrays", "size": side, "options": asdict(options)}
     with locked(path):
         cache.build(path, path.stem, plan, recipe, None)

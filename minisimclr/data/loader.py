@@ -1,7 +1,7 @@
 """Shuffled batches of pictures, fetched ahead by threads.
 
-The order is a pure function of (seed, step): a run can resume at any step, and `world_size`
-processes together see what one process would see.
+The order is a pure function of (seed, step): a run can resume at any step. In loops of one's own
+on several processes, `world_size` of them together see what one would see.
 """
 
 from collections import deque
@@ -38,8 +38,7 @@ def batches(
     if not steps:
         raise ConfigError(f"batch size is {batch_size}, but the split has {len(indices)} images")
     if not 0 <= rank < world_size or batch_size % world_size:
-        shared = f"cannot be shared by {world_size} processes, of which this is {rank}"
-        raise ConfigError(f"batch size {batch_size} {shared}")
+        raise ConfigError(f"batch size {batch_size} has no share for rank {rank} of {world_size}")
     n = batch_size // world_size
 
     @lru_cache(maxsize=1)
@@ -48,8 +47,7 @@ def batches(
 
     def fetch(step: int) -> Batch:
         epoch, position = divmod(step, steps)
-        begin = position * batch_size + rank * n
-        chosen = shuffled(epoch)[begin : begin + n]
+        chosen = shuffled(epoch)[position * batch_size :][rank * n : (rank + 1) * n]
         # `take` is a little faster than images[chosen].
         return step, np.asarray(images.take(chosen, axis=0)), chosen
 

@@ -97,11 +97,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     return NTXent(temperature)(concatenate([z1, z2]))
 
 
-def contrastive_accuracy(z1: Array, z2: Array) -> Array:
-    """Share of views whose most similar view, of the 2N - 1 others, is their partner; a number on
-    their device.
+def contrastive_accuracy(z: Array) -> Array:
+    """Share of the views z (V, D), those of NT-Xent, whose most similar view of the V - 1 others is
+    their partner; a number on their device.
     """
-    u, _ = normalize(xp_of(z1).stack([z1, z2]).reshape(-1, z1.shape[1]))  # (2, N, D) -> (2N, D)
+    u, _ = normalize(z)
     hits = ((s.argmax(axis=1) == positive[1]).sum() for _, positive, s in similarities(u, 1.0))
     return sum(hits) / len(u)
 
