@@ -526,7 +526,10 @@ def test_archives_may_be_unpacked(dogs, tmp_path, monkeypatch, packed):
     assert prepare(".", 24, boxes).recipe == whole.recipe
     changed = next(root.glob("*_list.mat" if "images" in packed else "Images/*/*0.jpg"))
     os.utime(changed, (9, 9))
-    assert prepare(root, 24, boxes).recipe != whole.recipe
+    before, notes = prepare(root, 24, boxes).recipe, next(root.glob("Annotation/*/*"), None)
+    assert before != whole.recipe
+    os.utime(notes or root / "annotation.tar", (9, 9))
+    assert prepare(root, 24, boxes).recipe != before
 
 
 def test_an_unpacked_picture_that_cannot_be_had(dogs, tmp_path, monkeypatch):
@@ -635,6 +638,14 @@ def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     assert prepare("stanford-dogs", 20, archives=archives).notes["verified"] is True
     with pytest.raises(DataError, match="cannot be read"):
         prepare("stanford-dogs", 16, archives={"images": tmp_path / "none", "lists": tmp_path})
+    box = layout.annotation(boxes=((9, 3, 29, 23),))
+    notes = [(f"Annotation/{n[:-4]}", box) for n in TRAIN + TEST]
+    moved = archives | {"annotation": layout.tar(tmp_path / "annotation.tar", notes)}
+    cropped = {
+        prepare("stanford-dogs", 12, Options("boxes"), None, each, None, True).fingerprint
+        for each in (archives, moved)
+    }
+    assert len(cropped) == 2  # of other boxes
 
 
 def test_archives_may_be_named_on_the_command_line(dogs, tmp_path, monkeypatch):

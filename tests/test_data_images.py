@@ -191,6 +191,19 @@ def test_square_around_a_box(box, square):
     np.testing.assert_array_equal(decode(encode(image), side, (*box, 50, 30)), expected)
 
 
+def test_a_box_is_of_the_picture_as_stored():
+    """Before its tag turns it upright, and before a JPEG is decoded at half its size."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    found = decode(encode(image, exif=exif), 10, (10, 8, 20, 18, 50, 30))
+    np.testing.assert_array_equal(found, np.rot90(np.asarray(image.crop((10, 8, 20, 18))), -1))
+    image = Image.new("RGB", (256, 192))
+    image.paste("white", (144, 112, 240, 192))
+    found = decode(encode(image, "JPEG"), 16, (160, 128, 224, 192, 256, 192))
+    assert found.min() > 250
+
+
 def test_a_small_box_keeps_its_detail():
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     content = encode(Image.fromarray(noise), "JPEG")

@@ -103,7 +103,7 @@ def test_what_takes_long_tells_how_far_it_is(run, pictures):
 
 
 def test_the_random_control_has_batch_norm_statistics_of_the_data(pictures):
-    dataset, preprocessing = ms.data.open_dataset(pictures, 20), Preprocessing(16)
+    dataset, preprocessing = ms.data.open_dataset(pictures, 20), Preprocessing(16, "imagenet")
     net = embed.calibrated(ms.nn.resnet10(width=4), preprocessing, dataset)
     images = preprocessing(dataset.sample(64))  # whole batches
     seen = ms.nn.resnet10(width=4).conv1(ms.Tensor(images)).data
@@ -142,7 +142,9 @@ def test_kept_features_are_of_this_network_alone(pictures):
         kept = max(cache_folder().glob("features-*"), key=lambda path: path.stat().st_mtime_ns)
         kept.write_bytes(kept.read_bytes()[:-1])  # damaged, it is made anew
         np.testing.assert_array_equal(extract(rows), made[-1])
-    assert len({features.tobytes() for features in made}) == 3
+    net.bn1.running_mean = net.bn1.running_mean + 1  # the same weights, calibrated otherwise
+    made.append(embed.published(net, Preprocessing(32), dataset, None, "cpu", quiet)(rows))
+    assert len({features.tobytes() for features in made}) == 4
 
 
 def test_kept_features_are_read_and_not_made_again(pictures, monkeypatch):
@@ -190,8 +192,14 @@ def test_features_of_a_network_of_your_own_are_made_anew(pictures):
         def forward(self, x):
             return x.mean(axis=(1, 2)) * factor
 
-    for factor in (1, 0):
-        extract = embed.published(Own(), Preprocessing(16), dataset, None, "cpu", quiet)
+    class OwnResNet(ms.nn.ResNet):
+        def forward(self, x):
+            return super().forward(x) * factor
+
+    likes = vars(ms.nn.resnet_small(width=4))
+    for factor, kind in itertools.product((1, 0), (Own, OwnResNet)):
+        vars(net := kind.__new__(kind)).update(likes)
+        extract = embed.published(net, Preprocessing(16), dataset, None, "cpu", quiet)
         assert extract(np.arange(3)).any() == factor
 
 
@@ -593,7 +601,7 @@ def test_epochs_without_finetuning_are_refused(run):
 def test_neighbors_of_no_picture_or_no_run(run, pictures, tmp_path):
     (tmp_path / "note.txt").write_text("not a picture")
     with pytest.raises(DataError, match=r"note\.txt"):
-        call("neighbors", run.path, tmp_path / "note.txt")
+        call("neighbors", run.path, pictures / "check" / "03.png", tmp_path / "note.txt")
     with pytest.raises(DataError, match="not a run folder"):
         call("neighbors", tmp_path, pictures / "check" / "03.png")
 

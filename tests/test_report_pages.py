@@ -123,14 +123,14 @@ def check(page):
 
 def test_a_view_is_described_as_it_was_made():
     views = draw_views(0, 0, 40, 20, 20)
-    for i in range(40):
-        small, large = (" ".join(described(views, 0, i, side)) for side in (32, 33))
+    for k, i in np.ndindex(2, 40):
+        small, large = (" ".join(described(views, k, i, side)) for side in (32, 33))
         assert "blur" not in small  # which apply_views leaves sharp
-        assert ("blur" in large) == bool(views.sigmas[0, i])
-        assert ("mirrored" in small) == views.flips[0, i] and ("grey" in small) == views.greys[0, i]
-        left, top, width, height = views.boxes[0, i]
+        assert ("blur" in large) == bool(views.sigmas[k, i])
+        assert ("mirrored" in small) == views.flips[k, i] and ("grey" in small) == views.greys[k, i]
+        left, top, width, height = views.boxes[k, i]
         assert f"crop {width:.0f}×{height:.0f} at {left:.0f},{top:.0f}" in small
-        a, b, c, hue = views.factors[0, i]
+        a, b, c, hue = views.factors[k, i]
         said = f"brightness ×{a:.2f} contrast ×{b:.2f} saturation ×{c:.2f} hue {360 * hue:+.0f}°"
         assert (said in small) == ((a, b, c, hue) != (1, 1, 1, 0))
 
@@ -252,8 +252,8 @@ def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
 def test_of_many_classes_some_are_shown(run, drawn):
     facts = report.read(run)
     n, labels = len(facts.test_rows), facts.dataset.labels.copy()
-    labels[facts.test_rows] = np.arange(n) % 13
-    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("abcdefghijklm"))
+    labels[facts.test_rows] = 1 + np.arange(n) % 13  # none of the first class
+    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("-abcdefghijklm"))
     facts.__dict__["test_h"] = (np.eye(n),) * 2
     assert re.findall('alt="Query: (.)"', panels.neighbours(facts)) == [*"adgjm"]
     panels.feature_map(facts)
@@ -345,11 +345,11 @@ def test_histograms_fit_and_share_a_scale(run, drawn):
 def test_twenty_mistakes_are_listed_and_six_of_them_drawn(run, monkeypatch):
     facts, tables, titles = report.read(run), [], []
     labels, rows = facts.dataset.labels.copy(), facts.dataset.split("labelled")
-    truth = np.arange(len(facts.test_rows)) % 8
-    labels[facts.test_rows], labels[rows] = truth, np.arange(len(rows)) % 8
-    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("abcdefgh"))
-    eye = np.eye(8, dtype=np.float32)
-    facts.__dict__["test_h"] = (eye[(truth + 1) % 8],)  # each is taken for the next
+    truth = 1 + np.arange(len(facts.test_rows)) % 8  # none of the first class
+    labels[facts.test_rows], labels[rows] = truth, 1 + np.arange(len(rows)) % 8
+    facts.dataset = replace(facts.dataset, labels=labels, class_names=tuple("-abcdefgh"))
+    eye = np.eye(9, dtype=np.float32)
+    facts.__dict__["test_h"] = (eye[1 + truth % 8],)  # each is taken for the next
     for name, spy in {
         "extractor": lambda *_, **__: lambda some: eye[labels[some]], "card": lambda *_, **__: "",
         "table": lambda *given: tables.append(given[-1]) or "",
@@ -464,7 +464,12 @@ def test_tiles_and_the_comparison_show_the_figures_they_name(run):
         assert f"<div><b>{value}</b><span>{name}</span></div>" in tiles
     said = escape(report.headline(report.judge(facts))[1])
     row = f"<td class=words>{said}</td><td>61.0%</td><td>51.0% – 71.0%</td>"
-    assert row in report.compare.results({"a": facts})
+    cold = replace(facts, config=replace(facts.config, temperature=0.01))
+    cold.files = facts.files | {"probe": None}
+    both = report.compare.results({"b": cold, "a": facts})
+    assert f'row">a</th>{row}' in both
+    said = escape(report.headline(report.judge(cold))[1])
+    assert f'row">b</th><td class=words>{said}</td><td>–</td>' in both and said not in row
 
 
 def harmed(value):
@@ -1043,8 +1048,11 @@ def test_values_are_written_for_people():
 def test_a_card_shows_views_as_it_shows_pictures():
     pixels = np.arange(192, 256, dtype=np.uint8).repeat(3).reshape(8, 8, 3)
     assert panels.card(pixels, "a") == panels.card(pixels.astype(np.float32) / 255, "a")
-    (data,) = re.findall('base64,([^"]+)', panels.card(np.zeros((300, 200, 3), np.uint8), "a"))
-    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 96)
+    brown = np.full((300, 200, 3), (200, 100, 50), np.uint8)
+    (data,) = re.findall('base64,([^"]+)', panels.card(brown, "a"))
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert shown.size == (64, 96)
+    np.testing.assert_allclose(np.asarray(shown)[0, 0], brown[0, 0], atol=5)
 
 
 def test_error_bars_end_where_their_ranges_do(monkeypatch):
