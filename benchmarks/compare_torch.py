@@ -92,7 +92,8 @@ class Clock:
 def resident() -> int:
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def our_step(case: str, threads: int, device: str, kind: str):
@@ -175,8 +176,9 @@ def torch_step(case: str, threads: int, device: str, kind: str):
         nn.BatchNorm1d(c),
         nn.ReLU(inplace=True),
         nn.Linear(c, 128, bias=False),
-        nn.BatchNorm1d(128),
+        last := nn.BatchNorm1d(128),
     )
+    last.bias.requires_grad_(False)  # ours has no shift
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     model = model.to(device, memory_format=torch.channels_last)
     fused = device == "cuda" and kind != "graph"  # PyTorch's fastest
@@ -350,14 +352,17 @@ def compare(case: str, rounds: int, threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, help="default: 7, on a GPU 50")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, help="default: all")
     parser.add_argument("--device", choices=SIDES, default="cpu")
     parser.add_argument("--json", help="file for the rows of a GPU")
     parser.add_argument("--case", nargs="*", metavar="NAME")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.worker:
+    if a.worker:  # before our library is imported: PyTorch's side needs none of it
         return worker(*a.worker, a.threads, a.device)
+    from minisimclr.cores import available_cores
+
+    a.threads = a.threads or available_cores()
     known = CASES if a.device == "cpu" else GPU_CASES
     if unknown := set(a.case or ()) - known.keys():
         parser.error(f"no case {', '.join(unknown)} on {a.device}: use {', '.join(known)}")

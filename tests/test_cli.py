@@ -1042,12 +1042,14 @@ def test_profile(tmp_path):
 
 
 def test_the_median_of_whole_steps_is_told(monkeypatch):
-    times = iter([3.0, 1.0, 8.0])
-    monkeypatch.setattr(profile, "roofline", lambda device: {})
+    times, peaks = iter([3.0, 1.0, 8.0]), iter([7, 9])  # the second: with the roofline's vectors
+    monkeypatch.setattr(profile, "peak_memory", lambda device: next(peaks))
+    monkeypatch.setattr(profile, "roofline", lambda device: {"": next(peaks)})
     monkeypatch.setattr(profile, "timed", lambda work, device: (work(), next(times))[1])
     with patch.object(profile.SGD, "step") as moved:
         found = profile.profile("resnet10", "auto", 2, 49, 2, steps=3, device="cpu")
     assert (found["step_seconds"], found["stem"], moved.call_count) == (3, "imagenet", 6)
+    assert found["peak_bytes"] == 7
 
 
 def test_a_view_moves_no_memory_in_the_profile():

@@ -49,6 +49,7 @@ from minisimclr.nn import BatchNorm, resnet10, resnet18
 from minisimclr.ops import conv, norm, pool
 from minisimclr.ops.product import linear, matmul
 from minisimclr.run import new_run
+from minisimclr.simclr import Model
 from minisimclr.tensor import Function, Parameter, Tensor, memory_of
 from minisimclr.train import pretrain
 
@@ -769,8 +770,20 @@ def test_the_script_for_a_gpu_runs_to_its_end(cupy, monkeypatch, tmp_path):
     assert results["lars"][0]["ms"] == 1.0
     assert all({"host_ms", "busy_ms"} <= row.keys() for row in results["losses"][:-1])
     assert len({row.get("numbers") for row in results["blocks"]}) == 8
-    assert all(row["share"] > 0 for row in results["shares"][:-1]) and len(results["shares"]) == 4
+    assert len(results["shares"]) == 4
+    for row in results["shares"][:-1]:
+        assert row["share"] == pytest.approx(row["roofline_ms"] / row["ms"]) and row["share"] > 0
     assert [row["skipped"] for row in results["lars"] if "skipped" in row]
+
+
+def test_a_gain_is_how_many_times_as_fast_a_kernel_is(monkeypatch):
+    gpu, readable = script("gpu"), MagicMock()
+    kernel = MagicMock(dispatch=lambda kind: readable)
+    monkeypatch.setattr(gpu, "seconds", lambda f, *_: 0.002 if f is kernel else 0.006)
+    monkeypatch.setattr(gpu, "busy_seconds", lambda: 60.0)
+    row = gpu.row("a", kernel, [()], gpu.Sizes(small=True), 4e6)
+    assert row["gain"] == 3 and (row["ms"], row["readable_ms"]) == (2, 6)
+    assert row["gb_per_second"] == pytest.approx(2)
 
 
 def test_both_sides_are_timed_alike(cupy, monkeypatch):
@@ -976,6 +989,40 @@ def test_sides_on_a_gpu_stand_beside_each_other_and_one_may_fail(monkeypatch, tm
     assert (rows[2]["rounds"], rows[2]["host_seconds"], rows[2]["mib"]) == (3, 0.25, 1)
     ended = f"its process ended: no capture here{os.linesep}"
     assert all(r["failed"] == ended for r in rows[-2:])
+
+
+def test_on_a_cpu_ratios_are_ours_to_pytorchs_without_a_turns_first_step(monkeypatch, capsys):
+    compare = script("compare_torch")
+    answer = (
+        "import sys; print('ready', flush=True)\n"
+        "for i, _ in enumerate(sys.stdin): print({} if i % 3 else 9.0, 0.25, {} << 20, flush=True)"
+    )
+    programs = {"ours": answer.format(0.002, 3), "torch": answer.format(0.004, 12)}
+
+    def start(side, case, threads, device):
+        command = [sys.executable, "-c", programs[side]]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(compare, "start", start)
+    compare.compare("a", 2, 1)
+    assert " ".join(capsys.readouterr().out.split()) == "a 2 4 0.50 0.50-0.50 3 12 0.25"
+
+
+@pytest.mark.parametrize("case", ["default", "resnet18-cifar", "resnet50-imagenet"])
+def test_both_sides_train_the_same_network(case, monkeypatch):
+    pytest.importorskip("resource")
+    torch = pytest.importorskip("torch")
+    compare, theirs, sgd = script("compare_torch"), [], torch.optim.SGD
+
+    def moving(parameters, *rest, **named):
+        theirs.extend(p for p in parameters if p.requires_grad)
+        return sgd(theirs, *rest, **named)
+
+    monkeypatch.setattr(torch.optim, "SGD", moving)
+    compare.torch_step(case, 1, "cpu", "")
+    encoder, stem, *_ = compare.CASES[case]
+    ours = Model.build(encoder, stem, 0, seed=0).named_parameters()
+    assert sorted(p.numel() for p in theirs) == sorted(p.data.size for _, p in ours)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

@@ -489,12 +489,14 @@ def test_stopped_and_resumed_on_the_device(cupy, config, tmp_path):
 
 
 def test_divergence_on_the_device(config, cupy, tmp_path):
-    wild = replace(config, lr=1e30, warmup_epochs=0.0)
-    with pytest.raises(DivergedError, match="step"), np.errstate(all="ignore"):
+    wild = replace(config, lr=1e30, warmup_epochs=0.0, batch_size=16)
+    with pytest.raises(DivergedError) as raised, np.errstate(all="ignore"):
         pretrain(wild, tmp_path / "run")
     *log, end = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in log)
     assert json.loads(end).keys() == {"step", "diverged"}
+    assert json.loads(end)["step"] == len(log) + 1 < 4  # though the next one was asked for already
+    assert f"at step {len(log) + 1}:" in str(raised.value)
 
 
 def test_a_run_of_the_device_is_probed(config, cupy, tmp_path, monkeypatch):
@@ -527,9 +529,13 @@ def test_precision_is_set_for_the_training_alone(config, cupy, monkeypatch, tmp_
         assert cupy.compute_type == 7
     assert cupy.compute_type == 2
     monkeypatch.setattr(backend, "bfloat16", lambda: np.float16)
-    with backend.precision("bf16", "cuda:0"):
+    with pytest.raises(KeyboardInterrupt), backend.precision("bf16", "cuda:0"):
         assert backend.activations.get() is np.float16 and cupy.compute_type == 2
+        raise KeyboardInterrupt
     assert backend.activations.get() is None
+    with pytest.raises(KeyboardInterrupt), backend.precision("tf32", "cuda:0"):
+        raise KeyboardInterrupt
+    assert cupy.compute_type == 2
     cupy.compute_type = 1
     pretrain(replace(config, epochs=1), tmp_path / "plain")
     assert set(kinds) == {7, 1}
@@ -581,7 +587,8 @@ def test_what_else_runs_on_the_device(config, cupy, tmp_path):
     assert cupy.counter.syncs.count("stream") == 3  # or the time would be that of asking
     run, dataset = new_run(tmp_path, config, "cuda:0"), ms.data.open_dataset(config.data, 20)
     assert finetune(run, dataset, epochs=1)["rows"].keys() == {TUNED, SCRATCH}
-    assert doctor.learning()[0]
+    cupy.counter.clear()
+    assert doctor.learning()[0] and cupy.counter.uploads
     net, preprocessing = resnet10("imagenet", 4), Preprocessing(32, "imagenet")
     extract = published(net, preprocessing, dataset, None, "cuda:0", lambda *_: None)
     assert extract(np.arange(3)).shape == (3, 32)

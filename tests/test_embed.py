@@ -628,7 +628,7 @@ def test_the_doctor_finds_a_disk_that_is_almost_full(monkeypatch, tmp_path):
     (tmp_path / "a.h5").write_bytes(bytes(3_000_000))
     usage = namedtuple("usage", "free")
     for free, sound in ((900_000_000, False), (1_100_000_000, True)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
+        monkeypatch.setattr(shutil, "disk_usage", {tmp_path: usage(free)}.__getitem__)
         ok, said = doctor.disk()
         assert ok == sound and f"data sets: 1, 3 MB; {free / 1e9:.1f} GB free" in said
 
@@ -681,9 +681,11 @@ def test_the_doctor_misses_what_is_needed(monkeypatch):
 
 
 def test_the_doctor_s_rates_are_in_their_units(monkeypatch):
-    rates = {"flops_per_second": 12e9, "bytes_per_second": 3.4e9}
-    monkeypatch.setattr(doctor.profile, "roofline", lambda *_: rates)
+    rates, asked = {"flops_per_second": 12e9, "bytes_per_second": 3.4e9}, []
+    monkeypatch.setattr(doctor.profile, "roofline", lambda *given: asked.append(given) or rates)
+    monkeypatch.setattr(doctor, "choose_device", lambda name: (f"{name}: cuda:0", "a card"))
     said = doctor.speed()[1]
+    assert asked[0][0] == "auto: cuda:0"
     assert "12 GFLOP/s in matrix products" in said and "3.4 GB/s" in said
 
 

@@ -586,9 +586,15 @@ def test_threads_that_are_taken_are_not_waited_for():
         for thread in others:
             thread.join(20)
         assert results == [[10, 10]] * 8
-        child = os.fork() if hasattr(os, "fork") else -1
-        if child == 0:
-            os._exit(0 if cores.parallel(count, 4) == [2, 2] else 1)
+
+        def forking(start, stop):  # while the threads are taken
+            child = os.fork() if start == 0 and hasattr(os, "fork") else -1
+            if child == 0:
+                cores.set_threads(2)
+                os._exit(0 if cores.parallel(count, 4) == [2, 2] else 1)
+            return child
+
+        child, _ = cores.parallel(forking, 4)
         if child > 0:
             end = time.monotonic() + 20
             while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
@@ -714,10 +720,14 @@ def test_blas_keeps_to_one_thread_beside_ours(monkeypatch):
     monkeypatch.setattr(cores, "_blas", lambda: (asked.append, ""))
     monkeypatch.setattr(cores, "_blas_threads", 0)
     cores.set_threads(3)
-    cores.parallel(lambda i, k: None, 6)
-    cores.parallel(lambda i, k: None, 6)
     with cores.threaded_blas():
+        pass
+    assert asked == [3]  # as it was, for those who multiply large matrices alone
+    cores.parallel(lambda i, k: None, 6)
+    cores.parallel(lambda i, k: None, 6)
+    with pytest.raises(KeyboardInterrupt), cores.threaded_blas():
         assert asked == [3, 1, 3]
+        raise KeyboardInterrupt
     assert asked == [3, 1, 3, 1]
     monkeypatch.undo()
     cores.set_threads(cores.available_cores())
@@ -798,6 +808,26 @@ def test_long_rows_hold_the_same_numbers():
 
 def test_kernels_are_part_of_the_package():
     assert ms.kernels is kernels
+
+
+def test_every_rung_keeps_those_below_it(monkeypatch, capsys):
+    pytest.importorskip("resource")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ladder, seen, now = importlib.import_module("ladder"), [], [0.0]
+    passes = [f for rung in ladder.RUNGS.values() for f in rung if f is not winograd.tile]
+    times = iter([8.0, 4.0, 2.0, 1.0, 0.5])
+
+    def step():
+        now[0] += next(times)
+        seen.append(sum(f.dispatch(np.ndarray) is not f.dispatch(object) for f in passes))
+
+    monkeypatch.setattr(sys, "argv", ["ladder", "--rounds", "1"])
+    monkeypatch.setattr(ladder, "our_step", lambda *_: (step, None, None))
+    monkeypatch.setattr(ladder.time, "process_time", lambda: now[0])
+    ladder.main()
+    assert seen == [0, 4, 4, 8, 12]
+    gains = re.findall(r"([\d.]+)x  +([\d.]+)x in all", capsys.readouterr().out)
+    assert gains == [("1.00", "1.00"), *(("2.00", f"{2**k}.00") for k in (1, 2, 3, 4))]
 
 
 @pytest.mark.parametrize(("script", "rows"), [("ladder", 5), ("compare_torch", 1)])
