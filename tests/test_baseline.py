@@ -33,6 +33,8 @@ def test_trials_cover_their_ranges_and_repeat():
     assert 0.001 <= lr.min() < 0.0012 and 0.25 < lr.max() <= 0.3
     assert abs(np.median(np.log(lr)) - np.log(0.001 * 300**0.5)) < 0.3  # log-uniform
     assert 0 <= dropout.min() < 0.02 and 0.68 < dropout.max() <= 0.7
+    related = np.corrcoef([np.log(lr), np.log2(width1), np.log2(width2), dropout])
+    assert np.abs(related - np.eye(4)).max() < 0.2  # each from a number of its own
 
 
 def test_classifier_equals_torch(monkeypatch):
@@ -297,5 +299,6 @@ def test_options_of_the_command_arrive(pictures, monkeypatch, capsys):
         main(["baseline", "--weights", "w", "--data", str(pictures), *options.split()])
     assert got == ["w", "mixed3", "cpu", 20, 3, 4, 5]
     said = capsys.readouterr().out
+    assert "InceptionV3 mixed3, 20 px as 299" in said
     assert "12 labelled images, 34 to test, 2 classes" in said
     assert "50.0% (95 % interval 40.0% - 60.0%), top-5 70.0%, chance 25.0%" in said

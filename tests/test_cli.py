@@ -272,6 +272,15 @@ def test_ctrl_c_in_the_probe_says_that_training_is_done(trained, monkeypatch, ca
     )
 
 
+def test_figures_of_a_training_that_find_no_room_are_no_success(trained, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "probe.json")
+    monkeypatch.setattr("minisimclr.cli.train.show_probe", Mock(side_effect=full))
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--resume", str(trained[0])])
+    assert exit.value.code == 4
+    assert capsys.readouterr().err.endswith("error: probe.json: No space left on device\n")
+
+
 def test_ctrl_c_in_the_probe_of_a_stopped_run_does_not_say_done(
     pictures, tmp_path, monkeypatch, capsys
 ):
@@ -359,6 +368,18 @@ def test_what_a_resumed_run_makes_of_the_environment(trained):
     fails(2, "unknown device 'tpu'", "train", "--resume", out, env={"MINISIMCLR_DEVICE": "tpu"})
     fails(2, "unknown device 'tpu'", "train", "--resume", out, "--device", "tpu")
     fails(2, "'MINISIMCLR_LRR' .did you", "train", "--resume", out, env={"MINISIMCLR_LRR": "3"})
+
+
+def test_a_resumed_run_stays_on_its_device_unless_told(monkeypatch):
+    asked, done = [], Mock(path=Path("run"), stopped="")
+    monkeypatch.setattr("minisimclr.cli.train.show_probe", lambda run: None)
+    monkeypatch.setattr(
+        "minisimclr.train.resume", lambda *_, device, **__: asked.append(device) or done
+    )
+    for how in ([], ["--device", "cuda:1"]):
+        with pytest.raises(SystemExit):
+            main(["train", "--resume", "run", *how])
+    assert asked == [None, "cuda:1"]
 
 
 def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
@@ -682,10 +703,11 @@ def test_the_time_left_is_right_from_the_second_step(terminal, monkeypatch):
     now = 1e9
     monkeypatch.setattr("time.time", lambda: now)
     screen, display = terminal(100), Display()
-    for done in (1, 2):
-        now += 60
-        display.on_progress(done, 20, "trials")
-    assert re.findall(r"\d\d:\d\d:\d\d", screen.getvalue()) == ["00:18:00"]
+    for label in ("features", "trials"):  # of each bar from its own beginning
+        for done in (1, 2):
+            now += 60
+            display.on_progress(done, 20, label)
+    assert re.findall(r"\d\d:\d\d:\d\d", screen.getvalue()) == 2 * ["00:18:00"]
 
 
 @pytest.mark.parametrize("first, left", [(0, "02:"), (500, "01:1")])

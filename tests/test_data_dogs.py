@@ -46,7 +46,8 @@ def test_small_layout(dogs):
     assert not dataset.notes["verified"]
 
 
-def test_order_of_the_archive_does_not_matter(dogs, tmp_path):
+def test_order_of_the_archive_does_not_matter(dogs, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.cache, "CHUNKS", 3)  # so that some are written together
     images = layout.image_members()
     mixed = [(f"deep/{name}", content) for name, content in images[20:] + images[:20][::-1]]
     other = open_dataset(layout.write_archives(tmp_path, mixed), 24)

@@ -461,6 +461,8 @@ def test_prepare_downloads_what_it_needs(server, tmp_path, monkeypatch, capsys):
         assert open_dataset("stanford-dogs", 24).recipe["pillow"] == "0"
     assert code("--crop", "boxes") == 0 and len(server.requests) == 3
     assert open_dataset("stanford-dogs", 24).options.crop == "boxes"
+    assert code() == 0 and len(server.requests) == 3  # as asked for now, not as it was made
+    assert open_dataset("stanford-dogs", 24).options.crop == "centre"
     assert code("--url", "file:///etc") == 2
 
 

@@ -8,7 +8,7 @@ import os
 import pstats
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -152,6 +152,8 @@ def test_a_folder_of_the_name_of_a_data_set_lends_it_no_options(tmp_path, monkey
         save(tmp_path / "toydogs/a" / f"{i}.png", i)
     prepare(tmp_path / "toydogs", 16, Options(labels_per_class=1))
     assert open_dataset("toydogs", 16).options == Options()
+    same_name = {data.cache_path(tmp_path / place / "photos", 16)[0] for place in "ab"}
+    assert len(same_name) == 2
 
 
 def test_a_file_may_have_the_name_of_a_split(tmp_path):
@@ -489,9 +491,12 @@ def test_a_picture_that_can_be_read_only_once_is_skipped_too(tmp_path, monkeypat
         prepare(tmp_path, 16, Options(skip_bad=True))
 
 
-def test_what_to_type_about_a_bad_picture_keeps_size_and_options(tmp_path):
+def test_what_to_type_about_a_bad_picture_keeps_size_and_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNKS", 3)  # so that some are made together
     bad_folder(tmp_path, 30, 1)
+    (tmp_path / "000.jpg").rename(tmp_path / "015.jpg")  # in the midst of good ones
     said = r"try `minisimclr data prepare NAME --image-size 24 --skip-bad --labels-per-class 3`$"
+    said = rf"'015\.jpg' cannot be decoded.* {said}"
     with pytest.raises(DataError, match=said):
         prepare(tmp_path, 24, Options(labels_per_class=3))
 
@@ -574,6 +579,9 @@ def test_a_sheet_has_at_most_12_rows():
         assert {len(pictures) for _, pictures in shown} == {10}
         for name, pictures in shown if names else ():
             assert {*pictures[:, 0, 0, 0]} == {names.index(name)}
+    starts = {int(name.split()[1]): pictures for name, pictures in shown}  # the last, unlabelled
+    for i, pictures in starts.items():
+        np.testing.assert_array_equal(pictures, images[i : i + 10])
     unlabelled = SimpleNamespace(class_names="ab", images=images[:5], labels=labels[:5] * 0 - 1)
     assert [name for name, _ in samples(unlabelled)] == ["from 0"]
 
@@ -581,13 +589,16 @@ def test_a_sheet_has_at_most_12_rows():
 def test_duplicates_across_splits_are_named(tmp_path, capsys):
     for i in range(10):
         save(tmp_path / "a" / f"{i}.png", 5)
-    save(tmp_path / "b" / "0.png", 50)
+        save(tmp_path / "b" / f"{i}.png", 50)
     code, out, _ = run(capsys, "data", "prepare", tmp_path, "--image-size", 16, "--json")
     assert code == 0
-    crossing = json.loads(out)["duplicates_across_splits"]
     splits = prepare(tmp_path, 16).splits
-    assert json.loads(out)["duplicates"] == 9
-    assert len(crossing) == sum(splits[1:10] != splits[0]) > 0
+    assert json.loads(out)["duplicates"] == 18
+    pairs = [(f"{name}/{i}.png", f"{name}/0.png") for name in "ab" for i in range(10)]
+    differ = splits != splits[[0, 10]].repeat(10)
+    expected = [[*pair] for pair, differs in zip(pairs, differ, strict=True) if differs]
+    assert json.loads(out)["duplicates_across_splits"] == expected
+    assert {first for _, first in expected} == {"a/0.png", "b/0.png"}
 
 
 def test_of_many_duplicates_the_first_are_named(tmp_path, capsys):
@@ -689,6 +700,8 @@ def test_classes_are_counted_in_one_pass(pictures, monkeypatch):
         "blob": nine, "check": dict.fromkeys(nine, 0), "stripe": dict.fromkeys(nine, 0)
     }  # fmt: skip
     assert seen == [*nine]  # and not once for each of, perhaps, 10,000 classes
+    unsorted = replace(dataset, class_names=("stripe", "check", "blob"))
+    assert class_counts(unsorted)["stripe"] == nine  # the first class, whatever its name
 
 
 def test_classes_are_shared_out_without_a_look_at_all_pictures_for_each():

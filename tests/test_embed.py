@@ -359,7 +359,8 @@ def test_a_run_finds_its_pictures_from_anywhere_and_takes_no_others(
     assert call("probe", made.path).exit_code == 0
     before = (made.path / "probe.json").read_bytes()
     shutil.rmtree(tmp_path / "here" / "photos" / "blob")
-    for command in (["probe"], ["embed", "--out", tmp_path / "h.npy"]):
+    out = ["--out", tmp_path / "h.npy"]
+    for command in (["probe"], ["embed", *out], ["compare", "--epochs", 1, *out]):
         with pytest.raises(
             DataError, match=r"other pictures or splits .* name them in the command"
         ):
@@ -545,6 +546,11 @@ def test_neighbors_are_of_the_data_that_is_named(run, pictures, tmp_path):
     assert {row["class"] for row in found} == {""}  # that of no label, and not the last of some
     with Image.open(sheet) as image, Image.open(query) as first:
         np.testing.assert_array_equal(np.asarray(image)[:80:4, 150:230:4], np.asarray(first))
+    images, file = ms.data.open_dataset(pictures, 20).images[:3], tmp_path / "some.h5"
+    ms.data.from_arrays(file, images, [1, -1, 0], ["a", "b"])  # labels of some
+    found = json.loads(call("neighbors", run.path, query, "--data", file, "--json").stdout)
+    classes = {row["file"]: row["class"] for row in found[str(query)]}
+    assert classes == {"picture 0": "b", "picture 1": "", "picture 2": "a"}
 
 
 def test_a_sheet_has_each_image_before_what_is_near_it(run, pictures, tmp_path, monkeypatch):
@@ -757,6 +763,8 @@ def test_the_doctor_finds_a_wrong_gradient(monkeypatch):
     assert done.return_value == 3
     assert "not sound: see gradients, learning" in done.stdout
     assert "   ok  disk       10 GB" in done.stdout and "WRONG  gradients " in done.stdout
+    done = CliRunner().invoke(group, ["doctor", "--json"], standalone_mode=False)
+    assert done.return_value == 3 and json.loads(done.stdout)["verdict"].startswith("not sound")
 
 
 def test_a_report_from_the_command_line(run, tmp_path):
@@ -799,9 +807,13 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, monkeypatch):
     assert Path("both.html").read_bytes() == Path("comparison.html").read_bytes()
     monkeypatch.setattr(report, "judge", lambda found: [report.Finding("ok", "", found.path.name)])
     monkeypatch.setattr(report, "headline", lambda findings: ("ok", f"{findings[0].title}: sound"))
-    for path, value in json.loads(call("report", run.path, other, "--json").stdout).items():
+    (other / "env.json").unlink()
+    done = call("report", run.path, other, "--json")
+    for path, value in json.loads(done.stdout).items():
         assert value["verdict"] == f"{Path(path).name}: sound"
         assert value["findings"][0]["title"] == Path(path).name
+    said = [line for line in done.stderr.splitlines() if line.endswith("no complete env.")]
+    assert said == [f"note: {other}: This run has no complete env."]
 
 
 def test_options_of_the_walkthrough_arrive(pictures, tmp_path, monkeypatch):

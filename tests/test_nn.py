@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -541,12 +542,15 @@ def test_a_model_comes_back_in_the_mode_in_which_it_was_kept():
     assert copy.deepcopy(model.train()).encoder.training
 
 
-def test_calibrate_cut_short_leaves_momentum_and_statistics_as_they_were():
+def test_calibrate_cut_short_leaves_momentum_and_statistics_as_they_were(monkeypatch):
     net = ms.nn.resnet10(width=4)
     calibrate(net, rand(4, 8, 8, 3, dtype=np.float32), 4)
     before = {name: array.copy() for name, array in net.state_dict().items()}
     with pytest.raises(ValueError, match="at least two rows"):
         calibrate(net, rand(1, 8, 8, 3, dtype=np.float32), 8)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(net, "forward", Mock(side_effect=KeyboardInterrupt))
+        calibrate(net, rand(8, 8, 8, 3, dtype=np.float32), 4)
     assert {m.momentum for _, m in net.named_modules() if isinstance(m, ms.nn.BatchNorm)} == {0.1}
     for name, array in net.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
