@@ -89,6 +89,7 @@ def unfolded():
         ((2, 6, 5, 64), (2, 3), (3, 4), (0, 1)),
         ((2, 5, 5, 3), (1, 1), (2, 2), (0, 0)),
         ((1, 4, 4, 2), (4, 4), (1, 1), (0, 0)),
+        ((2, 5, 6, 3), (1, 4), (1, 1), (0, 2)),
     ):
         size = conv.output_size(shape, kernel, stride, padding)
         yield rng.standard_normal(shape, np.float32), kernel, stride, padding, size
@@ -699,6 +700,10 @@ def test_a_weight_without_a_gradient_has_no_trust_ratio(cupy):
     p.grad = cupy.zeros((2, 3), np.float32)
     optimizer.step()
     assert (host(p.data) == 1).all() and host(optimizer.trust["w"]) == 1
+    frozen = Parameter(cupy.ones(2, np.float32))  # one before it that gets no gradient at all
+    optimizer = optim.LARS([("frozen", frozen), ("w", p)], 0.1)
+    optimizer.step()
+    assert optimizer.trust.keys() == {"w"}
 
 
 def test_parameters_that_a_kernel_would_misread_are_refused(cupy):

@@ -115,6 +115,7 @@ POOLS = [
     ((2, 8, 8, 6), (2, 2), TWO, (NONE, NONE)),
     ((2, 7, 5, 33), (3, 3), TWO, (ONE, ONE)),  # windows that reach over every border
     ((3, 8, 6, 7), (3, 3), TWO, (NONE, NONE)),  # pixels that no window reaches
+    ((2, 7, 8, 5), (2, 3), (3, 1), ((1, 0), (0, 2))),  # height and width unlike each other
     ((2, 15, 17, 3), (15, 17), ONE, (NONE, NONE)),  # as many places as a byte can tell apart
 ]
 
@@ -314,6 +315,12 @@ def test_float32_is_fast_and_other_types_fall_back(name):
         assert len(calls) == 2 + bool(rest)
     finally:
         f.register(object)(reference)
+
+
+def test_images_that_tiles_just_cover_may_be_turned_views():
+    x, w = randn(2, 14, 10, 40).swapaxes(1, 2), randn(3, 3, 40, 48)
+    assert winograd.tile(2, w.shape, (8, 12), ONE, NONE) == 4  # nothing is left over, nor padded
+    check(conv_output, (x, w, ONE, NONE))
 
 
 def test_grey_images_may_be_views_of_planes():

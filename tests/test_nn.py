@@ -524,6 +524,8 @@ def test_encoding_in_one_thread_leaves_the_training_of_another_alone():
         assert other.submit(lambda: model.head.training).result()
         assert other.submit(lambda: model.encoder(x).requires_grad).result()
         assert model.encoder.bn1.num_batches_tracked == 1
+        model.encode(x.data)  # which has an evaluating() of its own
+        assert not model.head.training and not model.encoder(x).requires_grad
     assert model.head.training
 
 

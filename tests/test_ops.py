@@ -288,7 +288,8 @@ def test_batch_norm_of_one_row_is_refused():
 
 
 @pytest.mark.parametrize(
-    "kernel, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), ((2, 3), (1, 2), 0)]
+    "kernel, stride, padding",
+    [(2, 2, 0), (3, 2, 1), (3, 1, 1), ((2, 3), (1, 2), 0), ((2, 3), (2, 1), (1, 0))],
 )
 @pytest.mark.parametrize("pool", [max_pool, average_pool])
 def test_pooling(pool, kernel, stride, padding):

@@ -170,7 +170,10 @@ def test_state_restores_exactly(kind):
     for state in ({}, {"p": np.ones(1)}, {"q": np.ones(3)}, {"p": np.ones(3), "q": np.ones(3)}):
         with pytest.raises(ValueError, match="other names or shapes"):
             c.load_state_dict(state)
-    np.testing.assert_array_equal(c.state_dict()["p"], a.state_dict()["p"])
+    np.testing.assert_array_equal(c.state_dict()["p"], last := a.state_dict()["p"])
+    before = last.copy()
+    advance(a, p, range(6, 7))
+    np.testing.assert_array_equal(last, before)
 
 
 def test_schedule_corners():

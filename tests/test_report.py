@@ -356,6 +356,11 @@ def test_the_loss_written_out_is_the_library_s():
     values = written_out(z1, z2, 0.3)
     assert values["right"] == pytest.approx(float(ms.nt_xent(Tensor(z1), Tensor(z2), 0.3)))
     assert len({round(v, 6) for v in values.values()}) == len(values)
+    z, i = np.concatenate([z1, z2]), np.arange(12)
+    s = z @ z.T / 0.3
+    both = np.log(np.exp(s).sum(axis=1)) - s[i, (i + 6) % 12]
+    name = "embeddings are not normalised, self-similarity is not masked"
+    assert values[name] == pytest.approx(both.mean())
 
 
 @pytest.mark.parametrize(
@@ -453,6 +458,9 @@ def test_a_probe_of_an_earlier_step_is_left_out(sound, tmp_path):
     (tmp_path / "run" / "probe.json").write_text(json.dumps(probe | {"step": 3}))
     facts = read(tmp_path / "run")
     assert not facts.files["probe"] and any("of another step" in words for words in facts.missing)
+    probe["rows"] = dict(list(probe["rows"].items())[:1])  # a figure without its controls
+    (tmp_path / "run" / "probe.json").write_text(json.dumps(probe))
+    assert not read(tmp_path / "run").files["probe"]
 
 
 def edited(sound, folder, rows=None, **metrics):

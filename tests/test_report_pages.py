@@ -443,9 +443,12 @@ def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
 def test_the_profile_is_of_the_run_s_own_network(run, monkeypatch, tmp_path):
     facts = report.read(run)
     facts.path, facts.run.model.encoder.stem = tmp_path, "cifar"
+    facts.config = replace(facts.config, batch_size=64, device="cuda:0")
     timed = Mock(return_value={"events": []})
     monkeypatch.setattr("minisimclr.report.facts.profile", timed)
-    assert facts.profile == {} and timed.call_args.args[:4] == ("resnet_small", "cifar", 8, 16)
+    assert facts.profile == {} and timed.call_args.args == ("resnet_small", "cifar", 8, 16, 32)
+    given = timed.call_args.kwargs  # on a GPU's run, too, where there may be none now
+    assert (given["device"], given["thread_count"]) == ("cpu", facts.config.threads) == ("cpu", 1)
 
 
 def test_tiles_and_the_comparison_show_the_figures_they_name(run):
@@ -717,6 +720,15 @@ def test_the_views_after_the_step_have_the_loss_after_it(step):
     assert float(ms.nt_xent(*after, TEMPERATURE)) == pytest.approx(step.loss_after, rel=1e-6)
 
 
+def test_the_views_after_the_step_are_one_batch_too(dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(walkthrough, "nt_xent", lambda *z: seen.extend(z[:2]) or ms.nt_xent(*z))
+    walk(np.asarray(dataset.images[::40]))
+    z = np.concatenate([each.data for each in seen])
+    assert z.dtype == np.float64  # by the readable passes, which the page shows
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-9)  # not of running statistics
+
+
 def test_nobody_observes_after_a_walk_that_failed(monkeypatch):
     monkeypatch.setattr(walkthrough, "training_step", Mock(side_effect=ValueError("of a test")))
     with pytest.raises(ValueError, match="of a test"):
@@ -726,6 +738,10 @@ def test_nobody_observes_after_a_walk_that_failed(monkeypatch):
 
 def test_a_walkthrough_names_its_seed(dataset):
     assert b"LARS, seed 3;" in report.build_walkthrough(dataset, 2, seed=3)
+    model = Model.build("resnet_small", "small", 0, seed=3, d_out=2)
+    w = np.linalg.norm(model.encoder.conv1.weight.data)
+    step = walk(np.asarray(dataset.images[:2]), seed=3)
+    assert step.weights["encoder.conv1.weight"]["w"] == pytest.approx(w)
 
 
 def test_titles_and_captions_are_escaped():

@@ -60,6 +60,8 @@ def test_ndarray_on_the_left_defers_to_tensor():
     assert isinstance(y, Tensor)
     with pytest.raises(TypeError, match="operand is None"):
         y * None
+    a, b = randn(2, 3), randn(3, 2)
+    np.testing.assert_array_equal((a @ Tensor(b)).data, a @ b)
     with pytest.raises(ValueError, match=r"matmul needs matrices, not shapes \(3,\) and \(3, 2\)"):
         y @ Tensor(np.ones((3, 2)))
 
@@ -332,6 +334,8 @@ def test_the_gradient_of_a_power_at_zero():
 def test_linear_gradients():
     gradcheck(linear, randn(5, 3), randn(2, 3, seed=1), randn(2, seed=2))
     gradcheck(linear, randn(5, 3), randn(2, 3, seed=1))
+    for a, b in ((3, 4), (2, 4, 5)), ((2, 3, 4), (4, 5)):  # one matrix for a stack
+        gradcheck(lambda a, b: a @ b, randn(*a), randn(*b, seed=1))
 
 
 @settings(max_examples=50, deadline=None)

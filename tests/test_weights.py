@@ -501,6 +501,8 @@ def test_no_network_has_so_few_or_many_channels(width, tmp_path):
 def test_arrays_of_another_byte_order_are_written_as_all(tmp_path):
     safetensors.write(tmp_path / "a", {"x": np.arange(3, dtype=">f4")}, {})
     assert weights.read(tmp_path / "a").fetch("x").tolist() == [0, 1, 2]
+    safetensors.write(tmp_path / "b", {"x": np.asfortranarray([[0, 1], [2, 3]])}, {})
+    assert weights.read(tmp_path / "b").fetch("x").tolist() == [[0, 1], [2, 3]]
 
 
 def test_the_side_of_stored_pictures_is_rounded():
