@@ -68,20 +68,26 @@ def server(monkeypatch):
         server.shutdown()
 
 
-def whole(content=CONTENT, etag='"v1"', breaks_at=None, ranges=True, mark="ETag"):
-    """A server that can resume; with `breaks_at` it closes after so many bytes of an answer."""
+def whole(content=CONTENT, etag='"v1"', breaks_at=None, ranges=True, mark="ETag", most=None):
+    """A server that can resume; with `breaks_at` it closes after so many bytes of an answer. A
+    range has `most` bytes.
+    """
 
     def answer(handler):
-        begin, headers = 0, {mark: etag} if etag else {}
+        headers = {mark: etag} if etag else {}
         wanted = handler.headers.get("Range")
         if ranges and wanted and handler.headers.get("If-Range") in (None, etag):
             begin = int(wanted.removeprefix("bytes=").rstrip("-"))
             if begin >= len(content):
                 return handler.reply(416, {"Content-Length": 0})
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        headers["Content-Length"] = len(content) - begin
-        part = content[begin:][:breaks_at]
-        return handler.reply(206 if begin else 200, headers, part)
+            end = min(begin + (most or len(content)), len(content))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+            return handler.reply(
+                206, headers | {"Content-Length": end - begin}, content[begin:end][:breaks_at]
+            )
+        headers["Content-Length"] = len(content)
+        part = content[:breaks_at]
+        return handler.reply(200, headers, part)
 
     return answer
 
@@ -129,6 +135,15 @@ def test_wrong_file_in_place_is_replaced(server, tmp_path):
     (tmp_path / "images.tar").write_bytes(b"half")
     server.answers["file"] = whole()
     assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_a_range_may_hold_less_than_was_asked_for(sha256, server, tmp_path):
+    server.answers["file"] = whole(breaks_at=120_000, most=100_000)
+    download(server.url + "file", path := tmp_path / "images.tar", len(CONTENT), sha256)
+    assert path.read_bytes() == CONTENT
+    wanted = [request.get("Range") for request in server.requests]
+    assert wanted == [None, "bytes=120000-", "bytes=220000-"]
 
 
 @pytest.mark.parametrize(

@@ -80,19 +80,19 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
             part.unlink(missing_ok=True)
         raise
     with response, part.open("ab") as file:
-        resumed = (response.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-        if response.status != 206 or not resumed:  # the whole file comes: new, or not resumable
-            have = 0
+        span = response.headers["Content-Range"] or ""  # bytes FIRST-LAST/WHOLE
+        if response.status != 206 or not span.startswith(f"bytes {have}-"):
+            have = 0  # the whole file comes: new, or not resumable
             file.truncate(0)
             mark.unlink(missing_ok=True)
+            if response.status == 206:
+                raise ConnectionError("sent another part than was asked for")
             etag = response.headers["ETag"] or "W/"  # a weak one does not vouch for every byte
             if version := response.headers["Last-Modified"] if etag[:2] == "W/" else etag:
                 mark.write_text(version)
-            if response.status == 206:
-                mark.unlink(missing_ok=True)
-                raise ConnectionError("sent another part than was asked for")
         length = response.headers["Content-Length"]
-        total = have + int(length) if length else size
+        whole = span.rpartition("/")[2] if have else ""  # an answer may hold less than all the rest
+        total = int(whole) if whole.isdecimal() else have + int(length) if length else size
         if total > size:
             raise DataError(f"{url}: offers {total:,} bytes where {size:,} are expected")
         began, had = time.monotonic(), have
@@ -105,7 +105,7 @@ def fetch(url: str, part: Path, mark: Path, size: int, progress: Progress | None
             file.write(block)
             if progress:
                 progress(have, total)
-    if length and have < total:
+    if (length or whole.isdecimal()) and have < total:
         raise ConnectionError(f"closed after {have:,} of {total:,} bytes")
 
 
