@@ -315,6 +315,8 @@ def test_a_member_is_no_other_by_another_spelling(tmp_path, names):
     path = layout.tar(tmp_path / "a.tar", [(name, b"x") for name in names])
     with pytest.raises(DataError, match="twice"):
         list(members(path))
+    one = layout.tar(tmp_path / "b.tar", [(f"./{names[0]}", b"x")])  # as `tar -c .` names them
+    assert list(members(one)) == [("a/x", b"x")]
 
 
 def test_setuid_and_old_members_are_only_read(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import minisimclr as ms
 from minisimclr import run as runs
 from minisimclr import simclr, train
-from minisimclr.embed import open_data, probe_run
+from minisimclr.embed import control, open_data, probe_run
 from minisimclr.errors import DivergedError, Interrupted
 from minisimclr.nn import ResNet
 from minisimclr.ops import loss as losses
@@ -385,7 +385,8 @@ def test_a_loss_that_no_mistake_explains_is_no_fault(sound):
     facts.files["metrics"][0]["loss"] = 9.0
     found = verdict.another_loss(facts)
     assert (found.level, found.title) == (WARNING, "Step 1 cannot be repeated")
-    assert "the log says 9.0000." in found.evidence
+    right = written_out(*facts.first_z, facts.config.temperature)["right"]
+    assert f"has the loss {right:.4f}; the log says 9.0000." in found.evidence
 
 
 @pytest.mark.parametrize("t, high", [(0.029, False), (0.03, None), (2, None), (2.1, True)])
@@ -492,7 +493,9 @@ def test_weights_may_rest_while_the_rate_rises(steps, level, sound, config):
     facts = replace(read(sound), config=replace(config, warmup_epochs=2.0))  # 4 of 8 steps
     facts.files["metrics"] = [row | {"lr": 0.01} for row in facts.files["metrics"][:steps]]
     facts.__dict__["movement"] = 1e-4
-    assert facts.total == 8 and level_of(verdict.frozen(facts)) == level
+    facts.files["metrics"][-1]["lr"] = 0.002  # it falls again at the end
+    assert facts.total == 8 and level_of(found := verdict.frozen(facts)) == level
+    assert not found or found.evidence.startswith("The highest rate of 5 steps was 0.01.")
 
 
 @pytest.mark.parametrize("times, level", [(1.9, FAULT), (2.1, WARNING)])
@@ -512,8 +515,9 @@ def test_a_tenth_above_the_chance_line_is_above_it(above, title, sound, tmp_path
 
 @pytest.mark.parametrize("gap, level", [(0.005, FAULT), (0.05, None)])
 def test_views_that_differ_by_a_hundredth_are_the_same(gap, level, sound):
-    facts, x = read(sound), np.full((4, 8, 8, 3), 0.5, np.float32)
-    facts.__dict__["first_views"] = (None, None, (x, x + gap))
+    facts, (x, other) = read(sound), np.full((2, 4, 8, 8, 3), 0.5, np.float32)
+    other[0, 0, 0, 0] += gap  # as of pictures that are mostly black
+    facts.__dict__["first_views"] = (None, None, (x, other))
     for row in facts.files["metrics"]:
         row["accuracy"] = 0.5
     assert level_of(verdict.identical_views(facts)) == level
@@ -552,6 +556,8 @@ def test_a_loss_on_the_chance_line_is_a_fault_after_some_epochs(sound, tmp_path)
     assert telling.level == WARNING and "90.0% of the views found" in telling.evidence
     above = verdict.chance_line(edited(sound, tmp_path / "above", loss=chance + 1, accuracy=0.9))
     assert (above.level, above.title) == (WARNING, "The loss is above its chance line")
+    told = f"The loss is {chance + 1:.3f}; by chance it would be ln(2N-1) = {chance:.3f}."
+    assert above.evidence.startswith(told)
     assert not verdict.chance_line(on).title
     for row in on.files["metrics"]:
         row["epoch"] = 1
@@ -572,11 +578,12 @@ def test_features_gain_if_they_clearly_beat_every_control(own, other, level, sou
 
 def test_views_are_judged_by_the_first_steps_and_only_with_their_pictures(sound):
     facts = read(sound)
-    for first, later, level in ((0.98, 1.0, None), (1.0, 0.5, FAULT)):
+    for first, later, level in ((0.98, 1.0, None), (0.994, 0.5, FAULT)):
         for row in facts.files["metrics"]:
             row["accuracy"] = first if row["step"] <= 3 else later
         found = verdict.identical_views(facts)
         assert (found and found.level) == level
+    assert found.evidence == "Before any learning 99% of the views found their partner."
     assert verdict.identical_views(replace(read(sound), dataset=None)) is None
 
 
@@ -599,11 +606,16 @@ def test_features_that_are_merely_weak_have_not_collapsed(rank, spread, level, s
     facts.__dict__["epochs"] = [{"effective_rank": rank, "uniformity": spread}]
     found = verdict.collapse(facts)
     assert (found and found.level) == level
+    told = f"rank of {rank:.2f} (1: all on one line); uniformity of the embeddings is {spread:.2f}"
+    assert not found or told in found.evidence
 
 
 def test_labels_are_cleared_by_one_system_that_is_clearly_above_chance(sound, tmp_path):
     rows = dict.fromkeys(("SimCLR", "random encoder", "raw pixels"), 0.4)  # 0.3 to 0.5
-    assert verdict.labels(edited(sound, tmp_path / "a", rows))
+    facts = edited(sound, tmp_path / "a", rows)
+    facts.files["probe"] |= {"test": 23, "controls": {"chance": 0.35}}  # of unequal classes
+    said = "at chance, 35.0%, on 23 pictures: SimCLR 40.0%, random encoder 40.0%, raw pixels 40.0%."
+    assert verdict.labels(facts).evidence.endswith(said)
     assert not verdict.labels(edited(sound, tmp_path / "b", rows | {"raw pixels": 0.45}))
 
 
@@ -632,7 +644,9 @@ def test_chance_is_a_control_too(sound, tmp_path):
     rows = {"SimCLR": 0.5, "random encoder": 0.1, "raw pixels": 0.1}
     facts = edited(sound, tmp_path / "run", rows)
     facts.files["probe"]["controls"]["chance"] = 0.45
-    assert verdict.features_gain(facts).title.endswith("the control, chance")
+    found = verdict.features_gain(facts)
+    assert found.title.endswith("the control, chance")
+    assert "Top-1 is 50.0%, 1.1 times chance; chance: 45.0%" in found.evidence
 
 
 def test_a_run_whose_pictures_are_gone_ended_with_its_last_epoch(sound, config, tmp_path):
@@ -689,6 +703,8 @@ def test_features_are_the_trained_network_s_then_the_fresh_one_s(sound):
     views = ms.augment.center_view(facts.dataset.images[facts.test_rows], facts.config.image_size)
     np.testing.assert_allclose(h, facts.run.model.encode(views), rtol=1e-4, atol=1e-5)
     assert not np.allclose(fresh_h, h, rtol=1e-2)
+    fresh = control(facts.run, facts.dataset)  # calibrated, as for the probe
+    np.testing.assert_allclose(fresh_h, fresh.encode(views), rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_batch_is_that_of_the_run_s_seed(sound):

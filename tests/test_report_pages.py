@@ -139,8 +139,9 @@ def test_below_a_view_stands_how_it_was_made(run, monkeypatch):
     cards = []
     monkeypatch.setattr(panels, "card", lambda *given, mark: cards.append(given) or "")
     panels.augmentation(facts := report.read(run))
-    _, drawn, pair = facts.first_views
+    images, drawn, pair = facts.first_views
     for i in range(6):
+        np.testing.assert_array_equal(cards[3 * i][0], images[i])
         for k, (pixels, _, name, *words) in enumerate(cards[3 * i + 1 : 3 * i + 3]):
             assert (name, words) == (f"{i + 1}{'ab'[k]}", described(drawn, k, i, 16))
             np.testing.assert_array_equal(pixels, pair[k][i])
@@ -156,7 +157,8 @@ def test_the_report_is_whole_and_self_contained(page):
     assert "Not shown" not in page
     assert reader.tables >= len(reader.charts)
     for words in ("chance, ln(2N-1)", "roofline", "✓ same", "Trust ratios", "mirrored", "--lr 0.5",
-                  "resnet_small on pictures0, 16 px, batches of 32, 3 epochs, lars"):  # fmt: skip
+                  "resnet_small on pictures0, 16 px, batches of 32, 3 epochs, lars",
+                  "lars, temperature 0.2<"):  # fmt: skip
         assert words in page
     cosines = page[page.index("<caption>epoch 1</caption>") :].partition("</table>")[0]
     middles = [float(x) for x in re.findall(r'scope="row">([-\d.]+)', cosines)]
@@ -247,6 +249,9 @@ def test_pictures_without_labels_are_of_no_class(run, monkeypatch):
     monkeypatch.setattr(panels, "row", lambda *_, **named: "")
     assert "same class" not in panels.neighbours(facts)
     assert set(said) == {("no label",)} and len(said) == 6 * (1 + 2 * 5)
+    monkeypatch.setattr(panels, "scatter", lambda *given, **_: said.append([*given[3]]) or "")
+    panels.feature_map(facts)
+    assert said[-1] == ["no label"]
 
 
 def test_of_many_classes_some_are_shown(run, drawn):
@@ -258,6 +263,10 @@ def test_of_many_classes_some_are_shown(run, drawn):
     assert re.findall('alt="Query: (.)"', panels.neighbours(facts)) == [*"adgjm"]
     panels.feature_map(facts)
     assert [*drawn[0][0][3]] == [*"abcdefghijkl"]
+    facts.__dict__["test_h"] = (np.eye(14)[labels[facts.test_rows]],)
+    panels.feature_map(facts)  # of which each class is a point
+    points = [{*zip(*where, strict=True)} for where in drawn[1][0][3].values()]
+    assert {len(each) for each in points} == {1} and len(set.union(*points)) > 1
 
 
 def test_the_command_of_a_run_can_be_typed(run):
@@ -386,6 +395,10 @@ def test_axes_are_what_they_are_called(run, drawn):
         for key, (_, shares) in zip(("positives", "negatives"), pairs.values(), strict=True):
             assert shares == pytest.approx(np.array(end[key]) / sum(end[key]))
         assert [*pairs] == ["same picture", "different"]
+    drawn.clear()
+    del facts.epochs[1]  # as one whose figures are no numbers
+    panels.sphere(facts)
+    assert drawn[1][0][2]["effective rank"][0] == [1, 3]
 
 
 def test_one_batch_is_compared_as_the_loss_sees_it(run, monkeypatch):
@@ -453,7 +466,7 @@ def test_the_profile_is_of_the_run_s_own_network(run, monkeypatch, tmp_path):
 
 def test_tiles_and_the_comparison_show_the_figures_they_name(run):
     facts = report.read(run)
-    facts.files["probe"] |= {"top1": 0.61, "ci95": [0.51, 0.71]}
+    facts.files["probe"] |= {"top1": 0.61, "ci95": [0.51, 0.71], "controls": {"chance": 0.4}}
     facts.total = 1234
     last, tiles = facts.epochs[-1], report.tiles(facts)
     for value, name in (
@@ -462,7 +475,7 @@ def test_tiles_and_the_comparison_show_the_figures_they_name(run):
         (f"{last['loss']:.2f}", f"loss (chance {last['chance']:.2f})"),
         (f"{last['accuracy']:.0%}", "contrastive accuracy"),
         (f"{last['views/s']:,.0f}", "views per second"),
-        ("61.0%", "probe top-1 (chance 33.3%)"),
+        ("61.0%", "probe top-1 (chance 40.0%)"),
     ):
         assert f"<div><b>{value}</b><span>{name}</span></div>" in tiles
     said = escape(report.headline(report.judge(facts))[1])
@@ -492,16 +505,18 @@ def test_bars_and_table_show_the_probe_s_figures(run, monkeypatch):
     drawn, tables = [], []
     monkeypatch.setattr(panels, "bars", lambda *given: drawn.append(given) or "")
     monkeypatch.setattr(panels, "table", lambda *given: tables.append(given) or "")
-    panels.probe(facts := report.read(run))
+    facts = report.read(run)
+    facts.files["probe"] |= {"test": 23, "controls": {"chance": 0.4}}  # of unequal classes
+    panels.probe(facts)
     ((_, unit, values, ranges),) = drawn
     probe, rows = facts.files["probe"], facts.files["probe"]["rows"]
-    shares = {name: row["top1"] for name, row in rows.items()} | {"chance": 1 / 3}
+    shares = {name: row["top1"] for name, row in rows.items()} | {"chance": 0.4}
     assert unit == "%" and values == pytest.approx({n: 100 * v for n, v in shares.items()})
     ends = [*(row["ci95"] for row in rows.values()), [probe["controls"]["chance"]] * 2]
     np.testing.assert_allclose(ranges, 100 * np.array(ends))
     ((title, head, cells),) = tables
     assert title == f"{probe['labels']} labels, {probe['test']} tests, 3 classes"
-    assert head[3:5] == ("top-5", "kNN")
+    assert head[:5] == ("system", "top-1", "95 % interval", "top-5", "kNN")
     said = ["{:.1%} \u2013 {:.1%}".format(*row["ci95"]) for row in rows.values()]
     assert [interval for _, _, interval, *_ in cells] == said and len(set(said)) > 1
     for (name, top1, _, *more), (system, row) in zip(cells, rows.items(), strict=True):
@@ -747,8 +762,8 @@ def test_a_walkthrough_names_its_seed(dataset):
 def test_titles_and_captions_are_escaped():
     assert "<h3>&lt;b&gt;</h3>" in panels.row(title="<b>")
     assert b"&lt;b&gt;" in document("kind", "t", "<b>", "", [])
-    page = charts.table("<", ("a",), []) + panels.code("a", "<")
-    assert "<<" not in page and '"<"' not in page and "<figcaption>&lt;" in page
+    page = charts.table("<", ("<b>", "<b>"), [("<b>", "<b>")]) + panels.code("<b>", "<")
+    assert not any(raw in page for raw in ("<b>", "<<", '"<"')) and "<figcaption>&lt;" in page
     assert '<div class="card yes">' in panels.card(np.zeros((8, 8, 3), np.uint8), "a", mark="yes")
 
 
@@ -762,6 +777,7 @@ def test_settings_have_origins_and_the_machine_is_told(run):
 
 def test_marks_of_both_directions_are_their_own(run, drawn):
     facts = report.read(run)
+    facts.config = replace(facts.config, batch_size=64)  # of which no more than 32 are timed
     assert "A step of 32 pictures" in panels.hot_spots(facts)
     ops, (given, named) = facts.profile["ops"], drawn[-1]
     step = sum(op["seconds"] for op in ops)
@@ -940,9 +956,11 @@ def test_runs_that_are_equal_or_have_not_begun_are_compared(run):
 def test_curves_of_a_comparison_are_what_they_are_called(run, monkeypatch):
     drawn, epochs = {}, report.read(run).epochs
     monkeypatch.setattr(report.compare, "lines", lambda *a, **_: drawn.update({a[0]: a[2]}) or "")
-    report.compare.curves({"a": report.read(run)})
+    facts = report.read(run)
+    del facts.epochs[1], epochs[1]  # as one whose figures are no numbers
+    report.compare.curves({"a": facts})
     for key in ("loss", "alignment", "uniformity"):
-        assert drawn[key]["a"] == ([1, 2, 3], [end[key] for end in epochs])
+        assert drawn[key]["a"] == ([1, 3], [end[key] for end in epochs])
 
 
 def drawn_by(monkeypatch, module, make):
@@ -1036,7 +1054,8 @@ def test_names_that_differ_only_at_their_ends_stay_whole():
 
 
 def test_a_flag_is_not_broken_at_the_end_of_a_line():
-    box = report.verdict_box([Finding(WARNING, "It is <b>.", "Title", "Try --crop-min 0.1")], [])
+    box = report.verdict_box([Finding(WARNING, "It is <b>.", "<i>", "Try --crop-min 0.1")], [])
+    assert "<i>" not in box  # a title may name a control of probe.json
     assert 'It is &lt;b&gt;. Try <span class="flag">--crop-min</span> 0.1</li>' in box
 
 
@@ -1201,8 +1220,8 @@ def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
         return ""
 
     monkeypatch.setattr(walkthrough, "table", table)
-    monkeypatch.setattr(walkthrough, "matrix", lambda *given: marked.append(given[-1]) or "")
-    walkthrough.terms(step)
+    monkeypatch.setattr(walkthrough, "matrix", lambda *given: marked.append(given) or "")
+    assert f"Loss: {step.loss:.4f}." in walkthrough.terms(step)
     for i, j, own, among, term, p in tables[0]:
         assert {i, j} == {f"{i[0]}a", f"{i[0]}b"}
         assert (term, p) == pytest.approx((among - own, np.exp(-term)), rel=1e-5)
@@ -1217,7 +1236,10 @@ def test_the_walkthrough_s_tables_agree_with_each_other(step, monkeypatch):
     for part in (walkthrough.encoder, walkthrough.head, walkthrough.similarity):
         part(step)
     assert all([row[0] for row in rows] == step.names for rows in tables)
-    np.testing.assert_array_equal(marked[0], step.partner)
+    ((_, shown, names, partner),) = marked
+    np.testing.assert_array_equal(partner, step.partner)
+    np.testing.assert_array_equal(shown, step.s)  # over the temperature, as its title says
+    assert names == step.names
     h, z, units = ([row[1:] for row in rows] for rows in tables)
     np.testing.assert_allclose(h, step.seen["h"][:, :6])
     np.testing.assert_allclose(z, step.seen["z"])

@@ -40,7 +40,9 @@ def assert_state(net, state, names=None):
 
 
 def write_keras(path, state, norms=("gamma", "beta", "moving_mean", "moving_variance")):
-    """A state dict of InceptionV3 as Keras 2 writes it: numbered from 1, layers in any order."""
+    """A state dict of InceptionV3 as Keras 2 writes it: numbered from 1, layers in any order; and
+    after a network of separable convolutions, whose norms count on.
+    """
     convolutions = [n for n, a in state.items() if a.ndim == 4]
     layers = [(f"conv2d_{i}", {"kernel:0": state[n].transpose(2, 3, 1, 0)})
               for i, n in enumerate(convolutions, 1)]  # fmt: skip
@@ -49,7 +51,7 @@ def write_keras(path, state, norms=("gamma", "beta", "moving_mean", "moving_vari
     for i, n in enumerate(convolutions, 1):
         bn = n.removesuffix("conv.weight") + "bn."
         arrays = {f"{key}:0": state[bn + ours[key]] for key in norms}
-        layers.append((f"batch_normalization_{i}", arrays))
+        layers.append((f"batch_normalization_{i + 27}", arrays))
     with h5py.File(path, "w") as f:
         for layer, arrays in sorted(layers):
             for name, array in arrays.items():
