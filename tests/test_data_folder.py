@@ -819,7 +819,8 @@ def test_numbers_of_arrays_are_what_they_say(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="file cannot be made"):
         from_arrays(tmp_path / "file" / "b.h5", images)
     (photo := tmp_path / "dog.jpg").write_bytes(b"a picture")
-    with pytest.raises(ConfigError, match=r"dog\.jpg is there and no data set: choose another"):
+    said = r"dog\.jpg is there, and no sound data set: choose another, or delete it"
+    with pytest.raises(ConfigError, match=said):
         from_arrays(photo, images)
     assert photo.read_bytes() == b"a picture"
     assert asdict(Options(labels_per_class=np.int64(3)))["labels_per_class"].__class__ is int

@@ -132,7 +132,7 @@ def from_arrays(
     testing: Any = None, labels_per_class: int | None = None,
 ) -> Dataset:  # fmt: skip
     """Publish pictures (N, S, S, 3) uint8 as the cache file `path`, which can be named as a data
-    set from then on; open it.
+    set from then on; open it. A data set that is there is replaced, another file is not.
 
     labels (N,): positions in class_names (None: the numbers), -1 where unknown. testing (N,) bool:
     those for testing (None: a fifth of each class); the rest is split as in a folder. Raises
@@ -172,7 +172,7 @@ def from_arrays(
     )  # fmt: skip
     make_folder(path.parent)
     if path.exists() and not load_if_valid(path):
-        raise ConfigError(f"{path} is there and no data set: choose another name")
+        raise ConfigError(f"{path} is there, and no sound data set: choose another, or delete it")
     recipe = {"source": "arrays", "size": side, "options": asdict(options)}
     with locked(path):
         cache.build(path, path.stem, plan, recipe, None)
