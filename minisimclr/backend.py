@@ -259,7 +259,7 @@ def sized_by_first(device: str) -> Iterator[None]:
     """Within the block, the first of many equal steps, a GPU's memory pool holds only what is in
     use; afterwards it keeps, in one piece, the most that was in use and no longer is.
 
-    By itself it takes up to a quarter more. Arrays that outlive the block hold on to their pieces.
+    By itself it takes about a quarter more. Arrays that outlive the block hold on to their pieces.
     """
     pool = None if device == "cpu" else cupy().get_default_memory_pool()
     if pool is None or cupy().cuda.get_allocator() != pool.malloc:  # someone else's, or no pool

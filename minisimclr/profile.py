@@ -104,7 +104,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def roofline(device: str, n: int = 2048, length: int = 1 << 25) -> dict[str, float]:
-    """This machine's measured peaks: matrix product n^3 (flop/s), sum of two vectors (byte/s)."""
+    """This machine's measured peaks: matrix product n^3 (flop/s), a vector plus itself (byte/s)."""
     xp = xp_of(to_device(np.zeros(1, np.float32), device))
     a, b = xp.ones((n, n), xp.float32), xp.ones(length, xp.float32)
     c, total = xp.empty_like(a), xp.empty_like(b)

@@ -152,7 +152,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is and how its learning rate moves; all in steps."""
+    """How long a run is, in steps, and how its learning rate moves."""
 
     steps_per_epoch: int
     total: int

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import inf
@@ -148,6 +149,38 @@ def start_step(run: Run, plan: Plan, images: Array) -> tuple[Step, dict[str, Any
     return step, line | {"chance": chance_loss(config.batch_size), "lr": optimizer.lr}
 
 
+def finished_steps(
+    run: Run, plan: Plan, arriving: Iterator[Array], device: str, deadline: float, stop: dict
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], bool]]:
+    """Take steps to the end, a deadline or a signal: yields each one's log line, its times, and
+    whether the epoch or the training ends with it.
+    """
+    # A GPU is asked for the next step before the last one's figures are read, so it never waits.
+    open_steps: deque[tuple[Step, dict, float]] = deque()
+    first, mark = run.step, 0.0  # mark: when the previous step was read
+    while run.step < plan.total and not run.stopped:
+        begin = time.perf_counter()
+        mark = mark if open_steps else begin
+        images = next(arriving)  # (N, S, S, 3) uint8
+        waited = time.perf_counter() - begin
+
+        with backend.sized_by_first(device) if run.step == first else nullcontext():
+            open_steps.append((*start_step(run, plan, images), waited))
+        late = time.monotonic() >= deadline and run.step < plan.total
+        run.stopped = stop.get("signal", "time limit" if late else "")
+        last = bool(run.stopped) or run.step % plan.steps_per_epoch == 0
+
+        while len(open_steps) > (0 if last or device == "cpu" else 1):
+            step, line, waited = open_steps.popleft()
+            if not step.finite:
+                raise run.diverged(line["step"], DIVERGED.format(**step.figures))
+            seconds = time.perf_counter() - mark
+            mark += seconds
+            timing = {"step": line["step"], "seconds": seconds, "data_wait": waited}
+            timing["views_per_second"] = 2 * len(images) / seconds
+            yield line | step.figures, timing, last and not open_steps
+
+
 def train(
     run: Run, dataset: Dataset, plan: Plan, device: str, time_limit: float | None, notify: Notify
 ) -> None:
@@ -156,61 +189,35 @@ def train(
     source = batches(dataset.images, pool, n, config.seed, start_step=run.step)
     arriving = uploaded((batch for _, batch, _ in source), device)
     deadline = time.monotonic() + (inf if time_limit is None else time_limit)
-    learned, took = run.begun(plan), []  # what each step of this epoch gave, and its time
-    # A GPU is asked for the next step before the last one's figures are read, so it never waits.
-    open_steps: deque[tuple[Step, dict, dict]] = deque()
-    first, warned, mark = run.step, False, 0.0  # mark: when the previous step was read
+    learned, took, warned = run.begun(plan), [], False  # each step of this epoch, and its time
     with (
         np.errstate(over="ignore", invalid="ignore"),  # steps that are not finite are reported
         stop_signals() as stop,
         (run.path / "metrics.jsonl").open("ab", 0) as metrics,
         (run.path / "timings.jsonl").open("ab", 0) as timings,
     ):
-        while run.step < plan.total and not run.stopped:
-            begin = time.perf_counter()
-            if not open_steps:
-                mark = begin
-            images = next(arriving)  # (N, S, S, 3) uint8
-            waited = time.perf_counter() - begin
-
-            with backend.sized_by_first(device) if run.step == first else nullcontext():
-                step, line = start_step(run, plan, images)
-            open_steps.append((step, line, {"step": run.step, "seconds": 0.0, "data_wait": waited}))
-            end_of_epoch = run.step % plan.steps_per_epoch == 0
-            if time.monotonic() >= deadline and run.step < plan.total:
-                run.stopped = "time limit"
-            run.stopped = stop.get("signal", run.stopped)
-            last = end_of_epoch or run.stopped
-
-            while len(open_steps) > (0 if last or device == "cpu" else 1):
-                step, line, timing = open_steps.popleft()
-                if not step.finite:
-                    raise run.diverged(line["step"], DIVERGED.format(**step.figures))
-                line |= step.figures
-                timing["seconds"] = seconds = time.perf_counter() - mark
-                mark += seconds
-                learned.append((line["loss"], line["accuracy"]))
-                took.append((seconds, timing["data_wait"]))
-                timing["views_per_second"] = 2 * n / seconds
-                if closing := last and not open_steps:
-                    calibrate_run(run, dataset, device)
-                if closing and end_of_epoch:
-                    line |= monitor(run, dataset, device)
-                log_line(metrics, line)
-                log_line(timings, timing)
-                if closing:
-                    run.save()
-                notify("step", line | timing | {"steps": plan.total})
+        for line, timing, closing in finished_steps(run, plan, arriving, device, deadline, stop):
+            learned.append((line["loss"], line["accuracy"]))
+            took.append((timing["seconds"], timing["data_wait"]))
+            end_of_epoch = closing and run.step % plan.steps_per_epoch == 0
+            if closing:
+                calibrate_run(run, dataset, device)
+            if end_of_epoch:
+                line |= monitor(run, dataset, device)
+            log_line(metrics, line)
+            log_line(timings, timing)
+            if closing:
+                run.save()
+            notify("step", line | timing | {"steps": plan.total})
             if end_of_epoch:
                 means = epoch_means(learned, took, n)
                 learned, took = [], []
                 notify("epoch", line | means | {"epochs": config.epochs})
-                mean, chance = means["mean_loss"], chance_loss(n)
+                mean, chance = means["mean_loss"], line["chance"]
                 wanted = line["epoch"] > 2 and run.step > plan.warmup and not warned
                 if mean > chance - 0.01 and (wanted or run.step == plan.total):
-                    found = means["mean_accuracy"], 1 / (2 * n - 1)
+                    warned, found = True, (means["mean_accuracy"], 1 / (2 * n - 1))
                     notify("warning", {"text": ON_CHANCE_LINE.format(mean, chance, *found)})
-                    warned = True
         run.stopped = stop.get("signal", run.stopped)  # perhaps while the last step was saved
 
 
@@ -247,7 +254,7 @@ def monitor(run: Run, dataset: Dataset, device: str) -> dict[str, Any]:
     z1, z2 = run.model.project(h1), run.model.project(h2)
     if not all(xp_of(seen).isfinite(seen).all() for seen in (h1, z1, z2)):
         raise run.diverged(run.step, "the network's outputs are not finite")
-    cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, D) (D, N) -> (N, N)
+    cosines = to_host(unit(z1) @ unit(z2).T).clip(-1, 1)  # (N, d_out) (d_out, N) -> (N, N)
     positive = np.eye(len(cosines), dtype=bool)
     line: dict[str, Any] = {
         "alignment": alignment(z1, z2),

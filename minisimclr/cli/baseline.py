@@ -13,7 +13,7 @@ from .options import FILE, JSON, setting_option, write_json
 @click.option("--data", default="stanford-dogs", help="Data set: a name or a path.")
 @click.option(
     "--image-size", type=int, metavar="S",
-    help="Stored side, in px.  [default: 80 for stanford-dogs, 299 for a path]",
+    help="Stored side, in px.  [default: 80 for stanford-dogs, 40 for toydogs, 299 for a path]",
 )  # fmt: skip
 @click.option("--block", default="mixed8", help="Block whose output is classified.")
 @click.option("--trials", type=click.IntRange(1), default=20, help="Settings to try.")

@@ -20,7 +20,8 @@ from .options import BLOCK, DEVICE, FILE, JSON, VIEW, say, write_json
 @VIEW
 @click.option(
     "--image-size", type=int, metavar="S",
-    help="Stored side, in px, for WEIGHTS.  [default: 80 for stanford-dogs, else as they need]",
+    help="Stored side, in px, for WEIGHTS.  "
+    "[default: 80 for stanford-dogs, 40 for toydogs, else as they need]",
 )  # fmt: skip
 @BLOCK
 @DEVICE

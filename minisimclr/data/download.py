@@ -36,7 +36,7 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part, mark = (path.with_name(f".{path.name}.{kind}") for kind in ("part", "mark"))
     with locked(path):
-        if path.exists() and sha256 in (None, file_sha256(path)):
+        if path.exists() and (not sha256 or sha256 == file_sha256(path)):
             return
         for attempt in range(ATTEMPTS):
             try:
@@ -54,7 +54,7 @@ def download(
             except OSError as error:  # of a full disk it does not say where
                 error.filename = error.filename or str(part)
                 raise
-        if sha256 not in (None, file_sha256(part)):
+        if sha256 and sha256 != file_sha256(part):
             had = part.stat().st_size
             part.unlink()
             raise DataError(f"{url}: the {had:,} bytes there do not have the SHA-256 {sha256}")

@@ -2,8 +2,9 @@
 
 Channels lie in planes (3, n, S, S), so every operation runs over long contiguous rows, mostly in
 place. Resizing and blur are matrix products, block by block of output pixels, with only the input
-pixels under each block: products with all of them would be three to six times as large. The hue
-comes from a formula without cases, because choosing elementwise costs NumPy more than arithmetic.
+pixels under each block: resizing with all of them would be 1.7 times the work for views of 32 px,
+3.6 for 64 and 13 for 224. The hue comes from a formula without cases, because choosing elementwise
+costs NumPy more than arithmetic.
 Views are sorted: for the crops by size, so that small ones gather few pixels; then by the order of
 their colour operations, so that one call does many: two threads that make many short calls spend
 their time waiting for the interpreter's lock.
@@ -100,11 +101,11 @@ def _crop(
     taps, weight = _bands(top, down, np.zeros(n, bool), size, height)  # (n, b, T), (n, b, T, B)
     x = images[which[:, None, None], taps].astype(np.float32)  # (n, b, T, W, 3)
     x = x.reshape(*taps.shape, -1).swapaxes(2, 3)  # (n, b, W 3, T)
-    x = _side_by_side(x, weight).reshape(n, width, 3, -1)  # (n, W, 3, S)
+    x = _side_by_side(x, weight).reshape(n, width, 3, -1)  # (n, W, 3, b B): S, then repeats
     taps, weight = _bands(left, across, flips, size, width)
     weight *= np.float32(1 / 255)
-    x = x[np.arange(n)[:, None, None], taps].transpose(0, 3, 1, 4, 2)  # (n, 3, b, S, T)
-    x = _side_by_side(x, weight[:, None])[:, :, :size, :size]  # (S, T) @ (T, B)
+    x = x[np.arange(n)[:, None, None], taps].transpose(0, 3, 1, 4, 2)  # (n, 3, b, b B, T)
+    x = _side_by_side(x, weight[:, None])[:, :, :size, :size]  # (b B, T) @ (T, B)
     return x.swapaxes(0, 1)
 
 
@@ -198,7 +199,7 @@ def _hue(x: np.ndarray, turns: np.ndarray) -> None:
     sign = (green - blue).view(np.uint32)
     sign &= np.uint32(1 << 31)
     sixths /= spread.clip(1e-12, 1)
-    # The same as copysign, since nothing here is negative, in less than half the time.
+    # The same as copysign but for rounding errors below 0, in less than half the time.
     np.bitwise_xor(sixths.view(np.uint32), sign, out=sixths.view(np.uint32))
     sixths += 6 * turns
     whole = np.divide(sixths, 6, out=sign.view(np.float32))

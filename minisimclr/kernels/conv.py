@@ -1,8 +1,8 @@
 """The passes of a convolution for NumPy, each by the method that costs least for its shape.
 
     1x1                       a matrix product on the pixels as they lie in memory
-    3x3, stride 1             Winograd, where its tiles save multiplications (winograd.py); it makes
-                              the two gradients together
+    3x3, stride 1             Winograd, where its tiles cost less (winograd.py): the output, or the
+                              two gradients together
     anything else             im2col in blocks that stay in cache
 
 Each thread has its own part of the work, and single-threaded BLAS. That is faster than one thread

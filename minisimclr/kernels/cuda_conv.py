@@ -43,7 +43,8 @@ def cuda_conv_input_gradient(gy, w, x_shape, stride, padding):
 
 def tile_grid(x: Array, w_shape: tuple, size: Pair, stride: Pair) -> Pair | None:
     """Rows and columns of tiles in an image of `size` outputs; None where they do not pay. They
-    must halve the multiplications, FF a tile for 9 a pixel, and hold fewer numbers than patches.
+    must halve the multiplications, FF a tile for 9 a pixel, and hold fewer numbers than patches
+    where they are whole.
     """
     (kh, kw, c, o), grid = w_shape, (-(-size[0] // 4), -(-size[1] // 4))
     pays = 2 * FF * grid[0] * grid[1] <= 9 * size[0] * size[1] and o < 3 * c

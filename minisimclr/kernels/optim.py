@@ -1,4 +1,4 @@
-"""The optimizer's passes, and sums of gradients, for NumPy: in blocks that stay in cache, on all
+"""The optimizer's update, in blocks that stay in cache, and sums of gradients, for NumPy, on all
 threads.
 """
 
