@@ -16,15 +16,15 @@ from .ops.loss import nt_xent
 from .tensor import Function, Parameter, Tensor, gradcheck, no_grad
 
 if TYPE_CHECKING:
-    from . import data, embed, probe, simclr, train, weights
+    from . import baseline, compare, data, embed, finetune, probe, report, simclr, train, weights
     from .train import pretrain
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Function", "Parameter", "Tensor", "TrainConfig", "augment", "data", "embed", "gradcheck",
-    "kernels", "nn", "no_grad", "nt_xent", "ops", "optim", "pretrain", "probe", "schedule",
-    "simclr", "train", "weights",
+    "Function", "Parameter", "Tensor", "TrainConfig", "augment", "baseline", "compare", "data",
+    "embed", "finetune", "gradcheck", "kernels", "nn", "no_grad", "nt_xent", "ops", "optim",
+    "pretrain", "probe", "report", "schedule", "simclr", "train", "weights",
 ]  # fmt: skip
 
 

@@ -193,6 +193,7 @@ def colour_jitter(x: Array, factors: np.ndarray, orders: np.ndarray) -> Array:
     Values are clipped to [0, 1] after each of the four, so their order matters.
     """
     xp = xp_of_views(x)
+    factors, orders = (np.broadcast_to(drawn, (len(x), 4)) for drawn in (factors, orders))
     x, factors = x.copy(), xp.asarray(factors)
     for place in range(4):
         for kind, adjust in enumerate((brightness, contrast, saturation, hue)):
@@ -253,7 +254,7 @@ def blur(x: Array, sigmas: np.ndarray) -> Array:
     At the border the kernel is cut off and renormalised; the authors' black padding darkens it.
     """
     xp = xp_of_views(x)
-    chosen = np.flatnonzero(sigmas)
+    chosen = np.flatnonzero(sigmas := np.broadcast_to(sigmas, len(x)))
     weight = gaussian(xp.asarray(sigmas[chosen]), x.shape[1])
     x, rows = x.copy(), xp.asarray(chosen)
     x[rows] = separable(x[rows], weight, weight)

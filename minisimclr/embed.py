@@ -171,7 +171,7 @@ def check_block(net: Module, block: str | None) -> None:
         raise ConfigError(f"block {block!r}: InceptionV3 has {', '.join(BLOCKS)}, others none")
 
 
-def open_weights(path: Path, block: str | None) -> tuple[Module, Preprocessing]:
+def open_weights(path: str | Path, block: str | None) -> tuple[Module, Preprocessing]:
     """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
     net = network(stored := read(path))
     check_block(net, block)
@@ -204,7 +204,7 @@ def calibrated(net: Module, preprocessing: Preprocessing, dataset: Dataset) -> M
 
 
 def probe_weights(
-    path: Path, dataset: Dataset, block: str | None, labels: int | None, device: str,
+    path: str | Path, dataset: Dataset, block: str | None, labels: int | None, device: str,
     notify: Notify,
 ) -> dict[str, Any]:  # fmt: skip
     """How well published weights do on a data set, beside random ones of the same network."""
@@ -214,7 +214,7 @@ def probe_weights(
         return published(net, preprocessing, dataset, block, device, notify)
 
     systems = by(net), lambda: by(calibrated(network(read(path)), preprocessing, dataset))
-    return probe(dataset, path.name, *systems, labels, notify=notify)
+    return probe(dataset, Path(path).name, *systems, labels, notify=notify)
 
 
 class Encoder(NamedTuple):

@@ -88,6 +88,7 @@ class SGD:
         """The parameters that have a gradient, with their names. ValueError for another's shape."""
         found = [(name, p) for name, p in self.parameters.items() if p.grad is not None]
         for name, p in found:
+            p.data = xp_of(p.data).asarray(p.data)  # of a scalar, NumPy's functions make a number
             if p.shape != (shape := getattr(p.grad, "shape", None)):
                 raise ValueError(f"{name} has shape {p.shape}, and its gradient {shape}")
         return found

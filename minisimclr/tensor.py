@@ -119,13 +119,14 @@ class Tensor:
         return float(self.data.item())
 
     item = __float__
+    T = property(lambda self: self.transpose())  # all axes reversed, as NumPy does
 
     def __format__(self, spec: str) -> str:
         return format(self.numpy(), spec) if spec else repr(self)
 
     def __repr__(self) -> str:
         history = f", by {type(self.creator).__name__}" if self.creator else ""
-        return f"Tensor({self.data}{history})"
+        return f"{type(self).__name__}({self.data}{history})"
 
     def backward(self, gradient: Array | None = None) -> None:
         """Add d(self)/d(leaf) times `gradient` (default 1, for a scalar) to every leaf's `.grad`.
@@ -190,7 +191,7 @@ class Function:
             out.requires_grad, out.creator = True, self
             each = zip(inputs, self.needs, strict=True)
             self.parents = tuple((x.creator or x) if need else None for x, need in each)
-            self.shapes, self.y_dtype = tuple(a.shape for a in arrays), y.dtype
+            self.shapes, self.y_dtype = tuple(a.shape for a in arrays), out.dtype
         return out
 
     def __reduce__(self) -> Any:
@@ -269,9 +270,9 @@ def gradcheck(
 
     fn maps Tensors to a Tensor, J is its matrix of derivatives, and backward applies J's transpose:
     for random u and v, u . (J v), which takes two forwards, must equal (J.T u) . v. Inputs and u
-    are read-only meanwhile. Raises AssertionError naming the input: for wrong gradients or, rarely,
-    right ones of a function that has a kink, as ReLU has at 0, or bends sharply within `eps` of the
-    point; then another seed or a smaller `eps` may pass.
+    are read-only meanwhile; parameters in fn get gradients, too. Raises AssertionError naming the
+    input: for wrong gradients or, rarely, right ones of a function that has a kink, as ReLU has
+    at 0, or bends sharply within `eps` of the point; then another seed or `eps` may pass.
     """
     rng = np.random.default_rng(seed)
     points = [np.array(a, np.float64) for a in arrays]

@@ -275,6 +275,11 @@ def test_jitter_keeps_each_image_to_its_order():
         for kind in order:
             image = ops[kind](image, factors[0, kind]).clip(0, 1)
         np.testing.assert_allclose(our, image[0], atol=1e-6)
+    one = augment.colour_jitter(x, factors[0], orders[:1])  # the same for all
+    np.testing.assert_array_equal(one, augment.colour_jitter(x, factors, orders[[0] * 24]))
+    for few in (factors[:23], orders), (factors, orders[:23]):
+        with pytest.raises(ValueError, match="broadcast"):
+            augment.colour_jitter(x, *few)
 
 
 def test_greyscale_equals_pillow():
@@ -290,6 +295,9 @@ def test_blur_equals_scipy():
     x, sigmas = floats(3, 60), np.float32([1.3, 0, 0.4])
     ours = augment.blur(x, sigmas)
     np.testing.assert_array_equal(ours[1], x[1])
+    np.testing.assert_allclose(augment.blur(x, 1.3)[0], ours[0], atol=1e-6)  # the same for all
+    with pytest.raises(ValueError, match="broadcast"):
+        augment.blur(x, sigmas[:2])
     for i in (0, 2):
         kernel = np.exp(
             -0.5 * (np.arange(-3, 4) / sigmas[i]) ** 2

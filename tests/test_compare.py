@@ -490,7 +490,7 @@ def test_views_have_the_side_that_was_asked_for(run, dataset, monkeypatch):
 def test_simclrv2_has_a_linear_head_on_its_frozen_features(run, dataset, tmp_path, monkeypatch):
     weights.save(run.model.encoder, file := tmp_path / "w", weights.Preprocessing(16))
     stored, net = weights.read(file), weights.encoder(file)
-    probed = embed.probe_weights(file, dataset, None, None, "cpu", nothing)
+    probed = embed.probe_weights(str(file), dataset, None, None, "cpu", nothing)
     monkeypatch.setattr(weights, "read", lambda _: stored._replace(format=compare.TENSORFLOW))
     monkeypatch.setattr(weights, "encoder", lambda _: net)
     part = Comparison(run, dataset, simclrv2=file).on_simclrv2()

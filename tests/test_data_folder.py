@@ -771,6 +771,7 @@ def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_
         ({"images": 3}, r"not \(\)"),
         ({"labels": [0, 1]}, r"\(4,\) integers .* not \(2,\)"),
         ({"labels": [0, 1, 0, 1.0]}, "float64"),
+        ({"labels": ["a", "b", "b", "c"]}, "names: class_names, labels = np.unique"),
         ({"labels": [0, 1, 2, -2]}, "-2 to 2"),
         ({"labels": [0, 1, 2, 3], "class_names": ["a", "b"]}, "0 to 3, and there are 2"),
         ({"labels": [0, 1, 2, 2085620]}, r"not numbers such as 2085620: class_names, lab"),

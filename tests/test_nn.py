@@ -223,6 +223,9 @@ def test_loading_is_strict_and_all_or_nothing():
     np.testing.assert_array_equal(
         net.conv1.weight.data, ms.nn.resnet10(width=4, seed=1).conv1.weight.data
     )
+    net.fc = ms.nn.Linear(32, 10, bias=False, rng=np.random.default_rng(0))
+    with pytest.raises(DataError, match=r"1 unexpected \(fc.bias\)"):
+        net.load_state_dict(net.state_dict() | {"fc.bias": np.zeros(10)})
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -395,11 +398,14 @@ def test_modules_that_nobody_would_find_are_refused():
 def test_a_parameter_is_not_replaced_by_what_would_not_be_trained():
     layer = ms.nn.Linear(3, 3, rng=np.random.default_rng(0))
     for other in (layer.weight * 2, Tensor(np.ones((3, 3)), requires_grad=True), np.ones((3, 3))):
-        with pytest.raises(TypeError, match=r"^weight is a Parameter: change its \.data"):
+        with pytest.raises(TypeError, match=r"^weight must be a Parameter .* change \.data"):
             layer.weight = other
     layer.weight = Parameter(np.ones((3, 3), np.float32))
     layer.bias = None  # taken away
     layer.other = layer.weight * 2  # no parameter before
+    with pytest.raises(TypeError, match=r"^scale must be a Parameter to be trained"):
+        layer.scale = Tensor(np.ones(3), requires_grad=True)
+    layer.constant = Tensor(np.ones(3))
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
 
 

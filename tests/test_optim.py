@@ -122,10 +122,10 @@ def test_what_is_no_named_parameter_is_refused():
 @pytest.mark.parametrize("kind", [SGD, LARS])
 def test_a_number_in_place_of_an_array_is_not_left_behind(kind):
     p = Parameter(np.array(2.0, np.float32), adapt=False)
-    p.data = 0.5 * p.data  # NumPy makes a number of it
+    p.data = p.data.clip(0, 0.5)  # NumPy makes a number of it
     p.grad = np.ones((), np.float32)
-    with pytest.raises(TypeError, match="item assignment"):
-        kind([("p", p)], 0.1).step()
+    kind([("p", p)], 0.1).step()
+    assert isinstance(p.data, np.ndarray) and p.data == np.float32(0.5) - np.float32(0.1)
 
 
 def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():

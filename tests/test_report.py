@@ -43,7 +43,7 @@ def sound(config, tmp_path_factory):
 
 def test_a_sound_run_has_no_fault(sound):
     assert faults(sound) == {}
-    level, words = headline(found := judge(read(sound)))
+    level, words = headline(found := judge(read(str(sound))))
     assert "The run stopped before its end" not in [finding.title for finding in found]
     assert level != FAULT
     assert words

@@ -555,7 +555,7 @@ def test_parameters_of_the_module_itself_and_of_a_single_layer_are_kept(tmp_path
         def __init__(self, seed):
             rng = np.random.default_rng(seed)
             self.place = ms.Parameter(rng.standard_normal((1, 4, 3), np.float32))
-            self.mix = nn.Linear(3, 3, rng=rng)
+            self.fc = nn.Linear(3, 3, rng=rng)  # a classifier's name, but the module's own
 
     for i, (first, second) in enumerate(
         [(Mixer(0), Mixer(1)), [nn.Linear(3, 4, rng=np.random.default_rng(i)) for i in range(2)]]

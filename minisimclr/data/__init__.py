@@ -148,12 +148,12 @@ def from_arrays(
     labels = np.full(n, -1) if labels is None else np.asarray(labels)
     chosen = np.zeros(n, bool) if testing is None else np.asarray(testing)
     whole = labels.dtype.kind in "iu" and chosen.dtype == bool
+    way_out = "class_names, labels = np.unique(labels, return_inverse=True)"
     if not (whole and labels.shape == chosen.shape == (n,)):
-        given = f"{labels.shape} {labels.dtype} and {chosen.shape} {chosen.dtype}"
+        given = f"{labels.shape} {labels.dtype} and {chosen.shape} {chosen.dtype}; names: {way_out}"
         raise ConfigError(f"labels are ({n},) integers and testing is ({n},) bool, not {given}")
     low, high = int(labels.min()), int(labels.max())
     if class_names is None and high >= max(n, MANY):
-        way_out = "class_names, labels = np.unique(labels, return_inverse=True)"
         raise ConfigError(f"labels are positions from 0, not numbers such as {high}: {way_out}")
     # A set or dict, which may have another order than the labels, has no parts: an error.
     names = list(map(str, range(high + 1) if class_names is None else class_names[:]))

@@ -46,10 +46,11 @@ class Module:
         return self.forward(x, *others, **named)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A Parameter gives way to another, or to None: to be trained, it must be one."""
-        other = value is not None and not isinstance(value, Parameter)
-        if other and isinstance(vars(self).get(name), Parameter):
-            raise TypeError(f"{name} is a Parameter: change its .data, or assign another Parameter")
+        """A Parameter gives way to another, or to None; what needs a gradient must be one."""
+        leaf = isinstance(value, Tensor) and value.requires_grad and value.creator is None
+        to_be = (leaf or isinstance(vars(self).get(name), Parameter)) and value is not None
+        if to_be and not isinstance(value, Parameter):
+            raise TypeError(f"{name} must be a Parameter to be trained: assign one or change .data")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -65,9 +66,7 @@ class Module:
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, Parameter):
-                continue
-            elif (ids := held(value)) and ids - self._reached():
+            elif (ids := held(value) - {id(value)}) and ids - self._reached():
                 raise TypeError(f"what {name} holds is not found: use Sequential or attributes")
 
     def _reached(self) -> set[int]:
@@ -152,12 +151,12 @@ class Module:
         """Raise DataError naming the first differences unless a state dict of `shapes` fits.
 
         `origin` is what the message calls the state dict. Accepted: a missing num_batches_tracked,
-        and what else a classifier (`fc.*`) has.
+        and what a classifier (`fc.*`) has, if this module has none.
         """
-        own = self.shapes()
+        own, has_fc = self.shapes(), "fc" in vars(self)
         differences = {
             "missing": [n for n in own if n not in shapes and not n.endswith("batches_tracked")],
-            "unexpected": [n for n in shapes if n not in own and not n.startswith("fc.")],
+            "unexpected": [n for n in shapes if n not in own and (n[:3] != "fc." or has_fc)],
             "of another shape": [
                 f"{n}: shape {shapes[n]} for {s}" for n, s in own.items() if shapes.get(n, s) != s
             ],
@@ -184,16 +183,13 @@ class Module:
         self._replace(arrays)
 
 
-GROUPS = list, tuple, set, dict
-
-
 def held(value: Any) -> set[int]:
-    """The ids of the modules and parameters that a value is or, in GROUPS, as a partial or a bound
-    method, holds at any depth.
+    """The ids of the modules and parameters that a value is or, in a list, tuple, set or dict, as a
+    partial or a bound method, holds at any depth.
     """
     if isinstance(value, partial):
         value = value.func, value.args, value.keywords
-    if isinstance(value, GROUPS):
+    if isinstance(value, (list, tuple, set, dict)):
         return set().union(*map(held, value.values() if isinstance(value, dict) else value))
     value = getattr(value, "__self__", value)
     return {id(value)} if isinstance(value, (Module, Parameter)) else set()
@@ -209,7 +205,7 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 class Sequential(Module):
     """Modules, or functions such as relu, applied one after another. They are named "0", "1", ...;
-    the first is also net[0].
+    the first is also net[0]. What a function calls is not searched for parameters.
     """
 
     def __init__(self, *steps: Callable[[Tensor], Tensor]):

@@ -271,7 +271,7 @@ for _name, _method in {
     "log": lambda self: Log()(self),
     "relu": lambda self: relu(self),
 }.items():
-    _method.__qualname__ = f"Tensor.{_name}"  # what errors call it
+    _method.__name__, _method.__qualname__ = _name, f"Tensor.{_name}"  # for errors and help()
     setattr(Tensor, _name, _method)
 for _name in ("__lt__", "__le__", "__gt__", "__ge__"):
     setattr(Tensor, _name, Tensor.__eq__)  # which explains why not

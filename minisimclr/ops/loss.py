@@ -90,8 +90,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     twice this). Raises ValueError for a temperature that is not positive, or shapes that do not
     match.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if isinstance(temperature, Tensor) or not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, not {temperature}")
     if z1.shape != z2.shape or z1.ndim != 2 or not len(z1):
         raise ValueError(f"nt_xent needs two (N, D) embeddings, not {z1.shape} and {z2.shape}")
     return NTXent(temperature)(concatenate([z1, z2]))

@@ -212,8 +212,9 @@ def is_going(path: Path) -> bool:
         return isinstance(error, BlockingIOError)
 
 
-def read(path: Path, notify: Notify = quiet) -> Facts:
+def read(path: str | Path, notify: Notify = quiet) -> Facts:
     """The run at `path`. Raises DataError if there is none."""
+    path = Path(path)
     likes = {"config": {None: {"value": object, "origin": object}}, "env": {}, "probe": PROBE}
     files = {name: read_json(path / f"{name}.json", like) for name, like in likes.items()}
     facts = Facts(path, read_config(path), files, is_going(path), notify=notify)

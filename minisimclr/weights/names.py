@@ -90,7 +90,7 @@ def prefixed(module: Module, stored: Stored) -> dict[str, str]:
     if more:
         raise DataError(TWO.format(stored.path, best, *more))
     names = [name.removeprefix(best) for name in stored.specs if name.startswith(best)]
-    return {name: best + name for name in names if not re.fullmatch(SKIPPED, name)}
+    return {name: best + name for name in names if name in own or not re.fullmatch(SKIPPED, name)}
 
 
 def numbered(module: Module, stored: Stored) -> dict[str, str]:
