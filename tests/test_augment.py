@@ -340,16 +340,16 @@ def test_views_above_32_px_are_blurred(version, side):
 @pytest.mark.parametrize(
     "height, width, size", [(40, 40, 32), (50, 70, 48), (20, 30, 40), (20, 30, 38), (9, 7, 8)]
 )
-@pytest.mark.parametrize("n", [1, 37])
-def test_version_in_use_equals_reference(n, height, width, size):
+@pytest.mark.parametrize("n, strength", [(1, 1.0), (37, 1.0), (37, 5.0)])  # hues: a whole turn
+def test_version_in_use_equals_reference(n, strength, height, width, size):
     images = photos(n, height, width)
     images[0] //= 64  # darkness and exact greys have no hue
     images[-1] = images[-1, ..., :1]
-    views = draw_views(3, 1, n, height, width, strength=1.0)
+    views = draw_views(3, 1, n, height, width, strength)
     expected = apply_views.dispatch(object)(images, views, size)
     for ours, theirs in zip(apply_views(images, views, size), expected, strict=True):
         assert ours.dtype == np.float32 and ours.flags.c_contiguous
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * strength**2)  # rounding is multiplied
 
 
 @given(st.integers(1, 9), st.integers(4, 50), st.integers(4, 50), st.integers(2, 40),
@@ -423,6 +423,34 @@ def test_shares_of_a_large_batch_do_not_change_views(monkeypatch):
     monkeypatch.setattr(minisimclr.kernels.augment, "SHARE", 3 * 48 * 48, raising=False)
     for ours, theirs in zip(apply_views(images, views, 48), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_shares_are_equal_and_no_larger_than_said(monkeypatch):
+    """In numbers of views, and of those whose colours change, which take the time."""
+    fast, before, calls = minisimclr.kernels.augment, threads(), {}
+
+    def spy(name, count):
+        f, seen = getattr(fast, name), calls.setdefault(name, [])
+        monkeypatch.setattr(fast, name, lambda *args: seen.append(count(args)) or f(*args))
+
+    images, views = photos(9, 20, 30), draw_views(3, 1, 9, 20, 30)
+    jittered = np.count_nonzero((views.factors != (1, 1, 1, 0)).any(axis=2))
+    spy("_crops", lambda args: len(args[1]))
+    spy("_crop", lambda args: len(args[1]))
+    spy("_jitter", lambda args: len(args[1]))
+    monkeypatch.setattr(fast, "SHARE", 4 * 3 * 12 * 12)
+    try:
+        set_threads(2)
+        apply_views(images, views, 12)
+        assert len(calls["_crops"]) == 6 and sum(calls["_crops"]) == 18
+        assert max(calls["_crops"]) <= 4
+        assert sum(calls["_jitter"]) == jittered and set(calls["_jitter"]) == {2, 3}
+        calls["_crop"].clear()
+        monkeypatch.setattr(fast, "GROUP", 2 * 3 * (20 * 30 + 12 * 12))
+        apply_views(images, views, 12)
+    finally:
+        set_threads(before)
+    assert sum(calls["_crop"]) == 18 and max(calls["_crop"]) == 2
 
 
 def test_threads_do_not_change_views():

@@ -418,6 +418,13 @@ def test_grey_pixels_have_no_hue(cupy):
     compare(on_device(augment.apply_views, args, cupy), reference(augment.apply_views, args))
 
 
+def test_hues_may_turn_a_whole_turn(cupy):
+    images = np.random.default_rng(0).integers(0, 256, (9, 20, 20, 3), np.uint8)
+    args = images, augment.draw_views(0, 0, 9, 20, 20, 5.0), 12
+    assert abs(args[1].factors[..., 3]).max() > 0.8
+    compare(on_device(augment.apply_views, args, cupy), reference(augment.apply_views, args))
+
+
 def test_bfloat16_costs_two_digits(cupy):
     """Errors of the three passes of convolutions, beside float64: of the norm, 0.1 to 1 %. The
     gradient of a weight is float32, as the weight is.
@@ -636,6 +643,8 @@ def test_activations_in_bfloat16_take_half_the_memory(cupy):
     assert whole.dtype == half.dtype == np.float32
     assert 0.5 < kept(half) / kept(whole) < 0.55  # which winners of the pooling keep from 0.5
     assert 1e-4 < distance(host(half.data), host(whole.data)) < 3e-2
+    pooled = host(half.data)  # means of many pixels, not rounded again
+    assert (pooled.astype(BFLOAT16).astype(np.float32) != pooled).mean() > 0.5
     half.sum().backward()
     assert {p.grad.dtype.name for _, p in net.named_parameters()} == {"float32"}
     assert not any(a.dtype == BFLOAT16 for a in net.state_dict().values())

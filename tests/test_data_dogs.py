@@ -140,6 +140,9 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
         "int8": np.array([[-3], [120]], np.int8),
         "int16": np.array([[-3], [300]], np.int16),
         "uint16": np.array([[3], [40_000]], np.uint16),
+        "uint32": np.array([[3], [4_000_000_000]], np.uint32),
+        "int64": np.array([[-3], [1 << 40]]),  # NumPy's own, on most machines
+        "uint64": np.array([[3], [1 << 63]], np.uint64),
         "float32": np.array([[0.1], [-7]], np.float32),
         "words": np.array(["a", "bc", "é", "long " * 9], object)[:, None],
     }
@@ -150,6 +153,15 @@ def test_matlab_numbers_and_text_as_scipy_writes_them():
         assert ours["words"] == list(values["words"][:, 0])
         for name in values.keys() - {"words"}:
             np.testing.assert_array_equal(ours[name], values[name].ravel())
+
+
+@pytest.mark.parametrize("kind, encoding", [(1, "latin-1"), (2, "latin-1"), (4, "utf-16-le"),
+                                            (16, "utf-8"), (17, "utf-16-le")])  # fmt: skip
+def test_matlab_text_in_each_of_its_encodings(kind, encoding):
+    letters = layout.element(kind, "Zwergschnäuzer".encode(encoding))
+    head = layout.mat([], LABELS[:0], deflate=False)[:128]
+    content = head + layout.matrix(4, (1, 14), letters, "breed")
+    assert matlab.load(content, ("breed",)) == {"breed": "Zwergschnäuzer"}
 
 
 def test_what_is_no_matrix_is_passed_over():

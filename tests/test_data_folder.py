@@ -101,6 +101,17 @@ def test_a_sample_without_pretrain_is_not_of_pictures_to_test_with(tmp_path):
     np.testing.assert_array_equal(np.sort(dataset.sample(9), 0), np.sort(labelled, 0))
 
 
+@pytest.mark.parametrize(
+    "counts, name", [((2, 5, 113), "pretrain"), ((1, 2, 117), "labelled"), ((1, 1, 118), "test")]
+)
+def test_a_sample_is_of_pretrain_however_large_other_splits_are(counts, name, pictures):
+    dataset = open_dataset(pictures, 20)
+    dataset = replace(dataset, splits=np.repeat(np.arange(3, dtype=np.uint8), counts))
+    seen = {image.tobytes() for image in dataset.sample(2)}
+    assert len(seen) == 2
+    assert seen <= {image.tobytes() for image in dataset.images[dataset.split(name)]}
+
+
 def test_a_class_alone_is_nothing_to_learn(tmp_path):
     for i in range(10):
         save(tmp_path / "images" / f"{i}.png", 9 * i)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import tracemalloc
 from itertools import islice
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisimclr.data import batches
+from minisimclr.data import batches, loader
 from minisimclr.data.loader import permutation
 from minisimclr.errors import ConfigError
 
@@ -103,6 +104,22 @@ def test_permutations_are_uniform():
 def test_impossible_batches_are_refused_at_once(options):
     with pytest.raises(ConfigError, match="batch size"):
         batches(IMAGES, INDICES, **({"batch_size": 10, "seed": 1} | options))
+
+
+def test_the_order_of_an_epoch_is_drawn_once_and_not_kept(monkeypatch):
+    drawn, kept, images = [], [], np.zeros((30_000, 1, 1, 3), np.uint8)
+    once = loader.permutation
+    monkeypatch.setattr(loader, "permutation", lambda *a: drawn.append(a[1]) or once(*a))
+    tracemalloc.start()
+    try:
+        for step, *_ in batches(images, np.arange(30_000), 3_000, seed=1):
+            kept.append(tracemalloc.get_traced_memory()[0])
+            if step == 120:
+                break
+    finally:
+        tracemalloc.stop()
+    assert len(drawn) <= 2 * 13  # perhaps by both threads
+    assert kept[-1] < kept[20] + 5 * 240_000  # bytes of an order
 
 
 def test_fetched_ahead_and_no_further():

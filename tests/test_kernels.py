@@ -36,6 +36,7 @@ from minisimclr.augment import draw_views
 from minisimclr.errors import ConfigError
 from minisimclr.kernels import norm as fast_norm
 from minisimclr.kernels import winograd
+from minisimclr.kernels.registry import in_blocks
 from minisimclr.ops.conv import conv_gradients, conv_output, conv_weight_gradient, output_size
 from minisimclr.ops.norm import gradient_sums, moments
 from minisimclr.ops.pool import max_pool_output
@@ -275,6 +276,33 @@ def test_same_numbers_in_many_small_blocks(name, threads, monkeypatch):
     shrink(monkeypatch, SIZES)
     for args in SAMPLES[name]():
         check(passes()[name], args)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_pass_shares_its_work_among_the_threads(name, monkeypatch):
+    shrink(monkeypatch, SIZES)
+    before, parts, once = cores.threads(), [], cores._side_by_side
+    monkeypatch.setattr(
+        cores, "_side_by_side", lambda work, given: parts.append(len(given)) or once(work, given)
+    )
+    cores.set_threads(2)
+    try:
+        for args in SAMPLES[name]():
+            outcome(passes()[name], args)
+    finally:
+        cores.set_threads(before)
+    assert 2 in parts
+
+
+def test_blocks_are_of_each_thread_s_part():
+    before, seen = cores.threads(), []
+    cores.set_threads(2)
+    try:
+        in_blocks(seen.append, 11, 4)
+    finally:
+        cores.set_threads(before)
+    starts = sorted((some.start, some.stop) for some in seen)
+    assert starts == [(0, 4), (4, 6), (6, 10), (10, 11)]
 
 
 @pytest.mark.parametrize("name", SAMPLES)

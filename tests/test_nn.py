@@ -242,6 +242,12 @@ def test_no_two_layers_start_with_the_same_numbers():
         assert len({tuple((some / some[0]).round(2)) for some in drawn}) == len(drawn)
 
 
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet34", "resnet50"])
+def test_networks_have_cifar_s_stem_and_64_channels_unless_told(name):
+    net = getattr(ms.nn, name)()
+    assert net.stem == "cifar" and net.conv1.weight.shape == (3, 3, 3, 64)
+
+
 def test_batch_norms_start_as_torch_s_do():
     head = ms.nn.ProjectionHead(4, 4, 4)
     for net in ms.nn.resnet18(width=2), ms.nn.resnet50(width=2), head, ms.nn.inception_v3():

@@ -413,6 +413,12 @@ def test_an_epoch_is_the_mean_of_its_own_steps(sound):
             assert end[figure] == pytest.approx(np.mean([row[figure] for row in steps]))
         rates = [speed[row["step"]] for row in steps]
         assert end["views/s"] == pytest.approx(np.median(rates))
+    files = facts.files | {
+        "metrics": [facts.files["metrics"][-1] | {"step": k, "epoch": 1} for k in (1, 2, 3)],
+        "timings": [{"step": k, "views_per_second": v} for k, v in ((1, 9.0), (2, 300), (3, 320))],
+    }
+    (end,) = replace(facts, files=files).epochs
+    assert end["views/s"] == 300  # the first step, a slow one, does not count
 
 
 def test_of_many_test_pictures_some_of_each_class_are_shown(sound, monkeypatch):

@@ -142,8 +142,10 @@ def test_below_a_view_stands_how_it_was_made(run, monkeypatch):
     images, drawn, pair = facts.first_views
     for i in range(6):
         np.testing.assert_array_equal(cards[3 * i][0], images[i])
-        for k, (pixels, _, name, *words) in enumerate(cards[3 * i + 1 : 3 * i + 3]):
+        assert cards[3 * i][1:] == (f"Picture {i + 1}", f"picture {i + 1}")
+        for k, (pixels, alt, name, *words) in enumerate(cards[3 * i + 1 : 3 * i + 3]):
             assert (name, words) == (f"{i + 1}{'ab'[k]}", described(drawn, k, i, 16))
+            assert alt == f"View {name}: {', '.join(words)}"
             np.testing.assert_array_equal(pixels, pair[k][i])
 
 
@@ -448,6 +450,8 @@ def test_the_roof_is_in_the_units_of_the_marks_below_it(run, drawn):
     (_, _, shares), _ = drawn[0]
     slowest, step = facts.profile["ops"][0], sum(op["seconds"] for op in facts.profile["ops"])
     assert next(iter(shares.values())) == pytest.approx(100 * slowest["seconds"] / step)
+    ten = facts.profile["ops"][:10]
+    assert [*shares] == [f"{op['name']} {op['direction']}" for op in ten] and len(shares) == 10
     network = {"encoder": "resnet_small", "image_size": 16, "batch_size": 32, "threads": 1}
     assert any(op["name"].endswith(" 3>8") for op in facts.profile["ops"])
     assert network.items() <= facts.profile.items()
@@ -808,6 +812,9 @@ def test_words_behind_charts_have_their_figures():
     assert "a from 1 to 2" in charts.lines("t", "x", {"a": ([0, 1, 2], [1, 3, 2])})
     assert "; l 3.5" in charts.lines("t", "x", {"a": ([1, 2], [3, 4])}, level=("l", 3.5))
     assert "t, %: a 1.5, b 2" in charts.bars("t", "%", {"a": 1.5, "b": 2.0})
+    assert "Points of a, b: t, x and y" in charts.scatter(
+        "t", "x", "y", dict.fromkeys("ab", ([1], [2]))
+    )
 
 
 def test_three_epochs_are_the_ends_and_the_middle():
@@ -1014,6 +1021,30 @@ def test_each_of_many_lines_and_marks_has_a_look_of_its_own(monkeypatch):
     assert len({(line.get_color(), line.get_linestyle()) for line in lines.lines}) == 12
     marks = ((c.get_facecolor()[0], c.get_paths()[0].vertices) for c in points.collections)
     assert len({(tuple(colour), shape.tobytes()) for colour, shape in marks}) == 12
+    assert all(c.get_alpha() > 0.5 for c in points.collections)
+
+
+def test_curves_and_histograms_are_told_apart(monkeypatch):
+    def show():
+        charts.lines("t", "x", {name: (range(40), range(40)) for name in "ab"})
+        charts.lines("t", "x", {name: ([-0.5, 0.5], [1, 2]) for name in "ab"}, fill=True)
+
+    curves, histograms = drawn_by(monkeypatch, charts, show)
+    looks = [(line.get_marker(), line.get_markevery()) for line in curves.lines]
+    assert looks == [("o", 2), ("s", 2)]
+    areas, edges = histograms.patches[::2], histograms.patches[1::2]
+    colours = [area.get_facecolor()[:3] for area in areas]
+    assert colours == [edge.get_edgecolor()[:3] for edge in edges] and len({*colours}) == 2
+
+
+def test_epochs_are_whole_and_names_of_weights_stand_upright(monkeypatch):
+    def show():
+        charts.lines("t", "epoch", {"a": ([1, 2], [3, 4])})
+        charts.lines("t", "weight", {"a": (["conv1", "conv2"], [3, 4])})
+
+    epochs, weights = drawn_by(monkeypatch, charts, show)
+    assert all(tick == round(tick) for tick in epochs.get_xticks())
+    assert {label.get_rotation() for label in weights.get_xticklabels()} == {90}
 
 
 def test_a_large_matrix_names_some_of_its_views(monkeypatch):
@@ -1072,6 +1103,9 @@ def test_the_numbers_behind_a_chart_are_named_as_its_axes():
     assert re.findall(r'scope="col">([^<]*)', both) == ["name", "x", "y"]
     rows = [["1", "3"], ["2", "–"], ["4", "1,234"]]
     assert [re.findall("<td>([^<]*)", row) for row in both.split("<tr>")[2:]] == rows
+    apart = charts.points("t", "x", "y", {"a": ([1, 2], [3, 4]), "b": ([2, 3], [5, 6])})
+    cells = [re.findall("<td>([^<]*)", row) for row in apart.split("<tr>")[2:]]
+    assert cells == [["1", "3"], ["2", "4"], ["2", "5"], ["3", "6"]]
 
 
 def test_values_are_written_for_people():

@@ -140,6 +140,7 @@ def test_the_plan_follows_the_settings(settings, peak):
     assert [plan.rate(step) for step in (0, 5, 10, 30)] == pytest.approx(
         [0, peak / 2, peak, peak / 2]
     )
+    assert Plan.of(replace(config, warmup_epochs=1.26), 2660).warmup == 6  # to the nearest
 
 
 def test_views_follow_the_settings():
@@ -252,6 +253,13 @@ def test_the_monitor_s_figures_are_those_of_the_checkpoint(finished, config):
         assert abs(expected - counts).sum() <= 2 + pairs.sum() // 1000  # at the ends of bins
 
 
+def test_of_many_images_256_are_monitored(config):
+    dataset, rows = open_dataset(config.data, 20), np.arange(300) % 72
+    many = replace(dataset, images=dataset.images[rows], splits=np.zeros(300, np.uint8))
+    line = train.monitor(new_run(None, config), many, "cpu")
+    assert (sum(line["positives"]), sum(line["negatives"])) == (256, 256 * 255)
+
+
 def test_times_are_kept_for_every_step(finished, config):
     lines = list(map(json.loads, (finished.path / "timings.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines] == list(range(1, finished.step + 1))
@@ -306,6 +314,9 @@ def test_all_that_the_last_digits_depend_on_is_told(name, tmp_path):
     began = json.loads((run.path / "env.json").read_text())
     (run.path / "env.json").write_text(json.dumps(began | {name: "other"}))
     assert run.differences() == f"{name} other, now {str(began[name]).partition(' (')[0]}"
+    others = dict.fromkeys(began.keys() & {"python", "platform", "cores", "started"}, "other")
+    (run.path / "env.json").write_text(json.dumps(began | others))
+    assert len(others) == 4 and run.differences() == ""
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_the_network_is_found_by_shape(tmp_path, make):
     "make, stem",
     [
         (nn.resnet_small, "small"),
-        (nn.resnet18, "cifar"),
+        *((make, "cifar") for make in (nn.resnet10, nn.resnet18, nn.resnet34, nn.resnet50)),
         (lambda width: nn.resnet18("imagenet", width), "imagenet"),
     ],
 )
@@ -285,6 +285,15 @@ def test_the_stem_of_foreign_weights_is_the_usual_one(tmp_path, make, stem):
     """Of `small` and `cifar` only the stride differs, which no shape shows."""
     safetensors.write(tmp_path / "a.safetensors", make(width=4).state_dict(), {})
     assert weights.encoder(tmp_path / "a.safetensors")[0].stem == stem
+
+
+def test_networks_may_be_four_times_as_wide_as_usual(tmp_path):
+    wide = {n: tuple(64 * k if k > 3 else k for k in s)
+            for n, s in nn.resnet_small(width=4).shapes().items()}  # fmt: skip
+    stored = Stored(
+        tmp_path, "safetensors", {n: Spec(s, "float32") for n, s in wide.items()}, Mock()
+    )
+    assert weights.network(stored).shapes() == wide
 
 
 def test_large_networks_of_others_take_large_pictures(tmp_path):
@@ -311,6 +320,10 @@ def test_weights_are_for_one_stem(tmp_path):
         weights.load(nn.resnet_small(width=4), path)
     with pytest.raises(DataError, match=r"is for the stem 'simclr', and this .* 'imagenet'"):
         weights.load(nn.resnet50("imagenet", 1), SIMCLR)
+    config = ms.TrainConfig(encoder="resnet10", stem="small", width=2)  # not the usual one
+    run = new_run(make_run_folder(tmp_path / "run", config, {}), config)
+    run.save()
+    assert weights.encoder(run.path)[0].stem == "small"
 
 
 def test_what_does_not_fit_is_told_and_changes_nothing(tmp_path):

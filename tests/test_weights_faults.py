@@ -597,10 +597,18 @@ def test_arrays_that_the_network_has_no_place_for_are_told(tmp_path):
 
 def test_small_whole_numbers_of_pth(tmp_path):
     torch = pytest.importorskip("torch")
-    small = {"a": torch.tensor([-1], dtype=torch.int8), "b": torch.tensor([200], dtype=torch.uint8)}
+    small = {"a": torch.tensor([-1], dtype=torch.int8), "b": torch.tensor([200], dtype=torch.uint8),
+             "c": torch.tensor([-300], dtype=torch.int16),
+             "d": torch.tensor([70_000], dtype=torch.int32)}  # fmt: skip
     torch.save(small, tmp_path / "a.pth")
     stored = weights.read(tmp_path / "a.pth")
-    assert [stored.fetch(name).tolist() for name in "ab"] == [[-1], [200]]
+    assert [stored.fetch(name).tolist() for name in "abcd"] == [[-1], [200], [-300], [70_000]]
+
+
+def test_numbers_beside_the_tensors_may_be_large():
+    tree = {"seed": 1 << 40, "negative": -(1 << 63), "lr": 0.1, "epoch": 70_000, "best": None}
+    kept = [value for value in tree.values() if value is not None]
+    assert [*unpickle(pickle.dumps(tree, 2)).values()] == [*kept, None]
 
 
 def test_a_text_may_be_remembered_after_many_others():

@@ -15,8 +15,9 @@ import numpy as np
 from ..errors import DataError
 
 MAX_BYTES = 64 << 20  # of one inflated variable; the official ones have 1.2 MB at most
-# By the type of an element; 14 is an array, 15 a deflated element.
-NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+# By the type of an element; 14 is an array, 15 a deflated element. NumPy's letters: b is int8, Q
+# uint64.
+NUMBERS = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "bBhHiIfdqQ", strict=True))
 TEXT = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
 MATRIX, DEFLATED = 14, 15
 CELL, CHAR = 1, 4  # classes of arrays
@@ -75,7 +76,7 @@ def array(data: bytes, names: tuple[str, ...] = ()) -> tuple[str, Any]:
         kind, body = next(parts)
         if flags[0] == CHAR:
             return name, body.decode(TEXT[kind])
-        value = np.frombuffer(body, NUMBERS[kind])
+        value = np.frombuffer(body, "<" + NUMBERS[kind])
     if len(value) != math.prod(n for (n,) in struct.iter_unpack("<i", shape)):
         raise ValueError(f"{name} has {len(value)} values, but claims another number")
     return name, value
