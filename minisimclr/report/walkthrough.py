@@ -238,7 +238,7 @@ def forces(w: Walk) -> str:
         angles = [float(np.degrees(np.arctan2(v[i, 1], v[i, 0]))) for v in (u, w.u_after)]
         cells.append((name, names[w.partner[i]], -w.force[i, w.partner[i]], names[hardest],
                       w.force[i, hardest], float(np.linalg.norm(ways[i])), *angles))  # fmt: skip
-    head = ("view", "pulled to", "pull", "pushed most by", "push", "|dL/dz||z|", "degrees", "after")
+    head = "view", "pulled to", "pull", "pushed most by", "push", "|dL/dz| |z|", "degrees", "after"
     data = table("Forces, and the place on the circle before and after", head, cells)
     alt = "The views on a circle with arrows towards their partners and away from others"
     return excerpt(NTXent.backward) + chart(alt, data, draw, 4.8, 4.6)
