@@ -20,7 +20,7 @@ from .backend import Array, choose_device, to_device, to_host, xp_of
 from .cores import set_threads
 from .data import BUILT_IN, Dataset, cache_folder, open_dataset
 from .errors import ConfigError, DataError
-from .files import write_bytes
+from .files import sha256, write_bytes
 from .nn import InceptionV3, Module, ResNet
 from .nn.inception import BLOCKS
 from .probe import Extract, probe, unit
@@ -57,7 +57,8 @@ def open_data(run: Run, data: str | None, notify: Notify = quiet) -> Dataset:
     name, side = run.config.data if data is None else data, run.config.image_size * 5 // 4
     dataset = open_dataset(name, side, preparing(notify))
     if data is None:
-        run.check_data(dataset, "to use them all the same, name them in the command")
+        seen = "though the run may have been trained on some that are for testing now"
+        run.check_data(dataset, f"to use them all the same, name them in the command, {seen}")
     return dataset
 
 
@@ -108,12 +109,10 @@ def probe_run(
     notify: Notify = quiet,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run's encoder has learned, compared with its controls (see extractor, probe.probe)."""
-
-    def by(model: Model) -> Extract:
-        return extractor(run, model, dataset, view, notify)
-
-    systems = by(run.model), lambda: by(control(run, dataset))
-    return probe(dataset, "SimCLR", *systems, labels, notify=notify) | {"step": run.step}
+    how = dataset, view, notify
+    systems = extractor(run, run.model, *how), lambda: extractor(run, control(run, dataset), *how)
+    about = {"step": run.step, "truth": sha256(dataset.labels.tobytes())}
+    return probe(dataset, "SimCLR", *systems, labels, notify=notify) | about
 
 
 def sight(net: Module, preprocessing: Preprocessing, block: str | None, device: str) -> See:

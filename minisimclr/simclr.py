@@ -106,31 +106,30 @@ def training_step(
 def calibrate(module: Module, x: Array, batch_size: int) -> None:
     """Set a network's running statistics to the mean of those of batches of the views x.
 
-    A last, shorter batch is left out, unless it is the only one. Statistics kept in training lag
-    behind fast-moving weights; after few steps, and with random weights, they still hold the 0 and
-    1 they began with (Wu & Johnson 2021, arXiv:2105.07576, "precise" batch norm).
+    A last, shorter batch is left out, unless it is the only one; a layer that `forward` does not
+    reach keeps its statistics. Statistics kept in training lag behind fast-moving weights; after
+    few steps, and with random weights, they still hold the 0 and 1 they began with (Wu & Johnson
+    2021, arXiv:2105.07576, "precise" batch norm).
     """
     modes = [(layer, vars(layer).get("training", True)) for _, layer in module.named_modules()]
-    norms = [m for _, m in module.named_modules() if isinstance(m, BatchNorm)]
-    before = [(m.momentum, m.num_batches_tracked) for m in norms]
-    statistics = [(a, a.copy()) for m in norms for a in (m.running_mean, m.running_var)]
+    norms = {m for _, m in module.named_modules() if isinstance(m, BatchNorm)}
+    before = [(m, m.momentum, m.num_batches_tracked) for m in norms]
+    statistics = [(m, a, a.copy()) for m in norms for a in (m.running_mean, m.running_var)]
     module.train()
     try:
         if not module.training:
             raise RuntimeError("calibrate() takes the statistics of batches: not in evaluating()")
-        for running, _ in statistics:
+        for m, running, _ in statistics:
             running.fill(0)  # else a rounding error of the old ones would stay
-        for k, start in enumerate(range(0, max(1, len(x) - batch_size + 1), batch_size)):
-            for m in norms:
-                m.momentum = 1 / (1 + k)
+            m.momentum, m.num_batches_tracked = None, 0 * m.num_batches_tracked
+        for start in range(0, max(1, len(x) - batch_size + 1), batch_size):
             with no_grad():
                 module(Tensor(x[start : start + batch_size]))
-    except BaseException:
-        for running, old in statistics:
-            running[...] = old
-        raise
+        statistics = [kept for kept in statistics if not kept[0].num_batches_tracked]
     finally:  # after Ctrl-C, too
-        for m, kept in zip(norms, before, strict=True):
-            m.momentum, m.num_batches_tracked = kept
+        for _, running, old in statistics:  # all of them, or those of layers that saw no batch
+            running[...] = old
+        for m, momentum, count in before:
+            m.momentum, m.num_batches_tracked = momentum, count
         for layer, training in modes:
             vars(layer)["training"] = training

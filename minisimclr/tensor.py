@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import singledispatch
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from .backend import Array, to_host, xp_of
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
+_adding = Lock()  # to the gradient of a leaf, which threads may share
 
 # A profiler's: observer(function, "forward" or "backward", run, arrays) returns run(*arrays).
 observer: Callable[[Function, str, Callable, tuple], Any] | None = None
@@ -76,10 +78,6 @@ class Tensor:
     def dtype(self) -> np.dtype:
         return self.data.dtype
 
-    @property
-    def ndim(self) -> int:
-        return self.data.ndim
-
     def numpy(self) -> np.ndarray:
         """The values on the host."""
         return to_host(self.data)
@@ -119,6 +117,7 @@ class Tensor:
         return float(self.data.item())
 
     item = __float__
+    ndim = property(lambda self: self.data.ndim)
     T = property(lambda self: self.transpose())  # all axes reversed, as NumPy does
 
     def __format__(self, spec: str) -> str:
@@ -228,8 +227,9 @@ def _backpropagate(root: Function, gradient: Array) -> None:
                 continue
             assert (seen := getattr(gx, "shape", gx)) == shape, f"{who}: gradient {seen} of {shape}"
             if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into
-                gx = gx.astype(parent.dtype)  # a copy
-                parent.grad = xp_of(gx).asarray(gx if parent.grad is None else parent.grad + gx)
+                with _adding:
+                    gx = gx + (0 if parent.grad is None else parent.grad)  # a new array
+                    parent.grad = xp_of(gx).asarray(gx, parent.dtype)
                 continue
             gx = gx.astype(parent.y_dtype, copy=False)
             if parent in owned:

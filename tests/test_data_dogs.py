@@ -619,6 +619,15 @@ def test_boxes_are_for_crops_of_boxes(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --annotation-tar goes with --crop boxes\n"
 
 
+def test_a_damaged_cache_is_not_offered_in_its_own_place(dogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    archives = stanford_dogs.in_folder(dogs)
+    path = prepare("stanford-dogs", 16, archives=archives, allow_unverified=True).path
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"with 16 px: run .*16` \(with --crop boxes"):
+        open_dataset("stanford-dogs", 16)
+
+
 def test_official_name_wants_official_archives(dogs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     archives = stanford_dogs.in_folder(dogs)

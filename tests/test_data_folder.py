@@ -275,6 +275,16 @@ def test_a_split_without_classes_keeps_its_test_pictures_out(tmp_path):
     assert [len(dataset.split(n)) for n in ("pretrain", "labelled", "test")] == [4, 0, 2]
 
 
+def test_splits_inside_classes_are_pointed_out(tmp_path):
+    for i, name in enumerate(("a/train/1", "a/test_set/2", "b/train/3", "b/test_set/4")):
+        save(tmp_path / f"{name}.png", i)
+    with pytest.warns(UserWarning, match="splits in classes do not count: move them up"):
+        assert open_dataset(tmp_path, 16).class_names == ("a", "b")
+    shutil.move(tmp_path / "b/test_set", tmp_path / "b/east")
+    shutil.move(tmp_path / "a/test_set", tmp_path / "a/west")
+    assert len(open_dataset(tmp_path, 16).images) == 4  # and no warning
+
+
 def test_classes_inside_another_folder_are_pointed_out(tmp_path):
     for name in ("images/a/1.png", "images/b/2.png"):
         save(tmp_path / name)
@@ -304,6 +314,8 @@ def test_what_does_not_count(tmp_path, capsys):
     dataset = open_dataset(tmp_path, 16)
     assert dataset.file_names == ("a/1.jpg", "a/2.webp", "b/3.TIF", "c/1.jpg", "c/2.webp")
     assert dataset.notes == {"ignored_files": 3}  # README and twice labels.csv
+    shutil.copy(tmp_path / "a/1.jpg", tmp_path / "a/6.JFIF")  # as Windows' browsers save them
+    assert "a/6.JFIF" in open_dataset(tmp_path, 16).file_names
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,21 @@ def test_draft_changes_little(test_data):
     assert 0 < np.mean(changes) < 1.5
 
 
+@pytest.mark.parametrize(
+    "width, height, px", [(641, 961, 40), (809, 1601, 40), (1201, 807, 40), (97, 97, 8)]
+)
+def test_a_draft_whose_last_pixel_is_not_whole_is_cropped_as_the_original(width, height, px):
+    soft = 3 * px // 10, 9 * px // 20, 3
+    colours = np.random.default_rng(0).integers(0, 256, soft, dtype=np.uint8)
+    image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(buffer := io.BytesIO(), "JPEG", quality=97, subsampling=0)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = left, top, left + side, top + side
+    whole = np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box)).astype(int)
+    assert abs(decode(buffer.getvalue(), px) - whole).mean() < 1  # 4 to 10 with a crop that is off
+
+
 def test_a_draft_keeps_one_and_a_half_times_the_side():
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     content = encode(Image.fromarray(noise), "JPEG")

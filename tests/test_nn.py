@@ -528,6 +528,40 @@ def test_calibrate_in_batches_takes_the_mean_of_whole_ones(n):
         assert np.isfinite(getattr(net.bn1, name)).all()
 
 
+def test_calibrate_leaves_alone_what_forward_does_not_reach():
+    """As in a module that holds a projector and hands out what its encoder says."""
+    model = Model.build("resnet_small", "small", 4, seed=0)
+    model.head(model.encoder(Tensor(rand(8, 16, 16, 3, dtype=np.float32))))
+    model.forward, before = model.encoder.forward, model.head.state_dict()
+    vars(model)["shared"] = model.head.bn1  # found twice
+    model.head.bn1.num_batches_tracked = np.zeros((), np.int64)  # as published weights may have it
+    calibrate(model, rand(16, 16, 16, 3, seed=1, dtype=np.float32), 8)
+    after = model.head.state_dict()
+    for name in before:
+        if "running" in name:
+            np.testing.assert_array_equal(after[name], before[name], name)
+    assert model.head.bn1.num_batches_tracked == 0 and model.head.bn1.momentum == 0.1
+
+
+def test_calibrate_weighs_every_use_of_a_layer_alike():
+    net = ms.nn.BatchNorm(2)
+    twice = ms.nn.Sequential(lambda x: net(x) + net(x + 10))
+    twice.net = net
+    x = rand(12, 2, dtype=np.float32)
+    calibrate(twice, x, 4)
+    np.testing.assert_allclose(net.running_mean, x.mean(axis=0) + 5, rtol=1e-6)
+
+
+def test_without_momentum_statistics_are_those_of_all_batches():
+    torch = pytest.importorskip("torch")
+    ours, theirs = ms.nn.BatchNorm(3, momentum=None), torch.nn.BatchNorm1d(3, momentum=None)
+    for seed in range(4):
+        x = rand(5, 3, seed=seed, dtype=np.float32)
+        ours(Tensor(x)), theirs(torch.tensor(x))
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6)
+
+
 def test_encoding_in_one_thread_leaves_the_training_of_another_alone():
     model = Model.build("resnet_small", "small", 4, seed=0).train()
     x = Tensor(rand(4, 8, 8, 3, dtype=np.float32))

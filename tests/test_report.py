@@ -294,6 +294,7 @@ def test_shuffled_labels_are_named(sound, config, tmp_path, monkeypatch):
     dataset = open_data(run, None)
     shuffled = np.random.default_rng(3).permutation(dataset.labels)
     result = probe_run(run, replace(dataset, labels=shuffled))
+    result["truth"] = read(sound).files["probe"]["truth"]  # as if they were mixed up inside
     (run.path / "probe.json").write_text(json.dumps(result))
     title = "The probe's labels do not belong to its pictures"
     assert title not in faults(run.path)  # so few pictures may be at chance for other reasons
@@ -749,3 +750,28 @@ def test_an_epoch_whose_end_is_damaged_is_not_counted_to_the_next(sound):
     for end in facts.epochs:
         own = [row["loss"] for row in rows if row["epoch"] == end["epoch"]]
         assert end["loss"] == pytest.approx(np.mean(own))
+
+
+def test_a_probe_of_labels_that_were_put_right_since_is_left_out(sound, tmp_path, monkeypatch):
+    path = shutil.copytree(sound, tmp_path / "run")
+    facts = read(path)
+    assert facts.files["probe"]["truth"]
+    mended = replace(facts.dataset, labels=np.roll(facts.dataset.labels, 1))
+    assert mended.identity == facts.dataset.identity  # so training may go on
+    monkeypatch.setattr("minisimclr.report.facts.open_training_data", lambda *_: mended)
+    facts = read(path)
+    assert facts.run and not facts.files["probe"]
+    assert any("or other labels" in words for words in facts.missing)
+    probe = json.loads((path / "probe.json").read_text())
+    del probe["truth"]  # one of an earlier version
+    (path / "probe.json").write_text(json.dumps(probe))
+    assert read(path).files["probe"]
+
+
+def test_a_probe_of_data_that_changed_is_still_shown(sound, monkeypatch):
+    data = read(sound).dataset
+    other = replace(data, fingerprint="0" * 64, labels=np.roll(data.labels, 1))
+    monkeypatch.setattr("minisimclr.report.facts.open_training_data", lambda *_: other)
+    facts = read(sound)
+    assert facts.run is facts.dataset is None and facts.files["probe"]
+    assert [words for words in facts.missing if "probe" in words] == []

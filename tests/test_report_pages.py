@@ -960,6 +960,15 @@ def test_runs_that_are_equal_or_have_not_begun_are_compared(run):
         report.compare.curves({"new": new})
 
 
+def test_a_comparison_tells_of_data_that_changed_between_its_runs(run):
+    old, new = report.read(run), report.read(run)
+    new.path, old.missing = run / "again", ["The data set has changed since <this> run."]
+    page = report.build_comparison([old, new]).decode()
+    check(page)
+    said = f"{run.name}: The data set has changed since &lt;this&gt; run."
+    assert page.index(said) < page.index("What came of it") and page.count(said) == 1
+
+
 def test_curves_of_a_comparison_are_what_they_are_called(run, monkeypatch):
     drawn, epochs = {}, report.read(run).epochs
     monkeypatch.setattr(report.compare, "lines", lambda *a, **_: drawn.update({a[0]: a[2]}) or "")

@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import iadd, imul, isub, itruediv, matmul, mul, truediv
 
@@ -235,6 +236,13 @@ def test_the_gradient_of_a_leaf_is_like_its_data(fn):
     before = x.grad[0, 1]
     x.grad[0, 0] = 7  # as clipping does: one number, and no other
     assert x.grad[0, 1] == x.grad[2, 3] == before != 7
+
+
+def test_threads_that_share_a_leaf_lose_no_gradient():
+    leaf = Tensor(np.ones((512, 512), np.float32), requires_grad=True)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: (leaf * 1.0).sum().backward(), range(40)))
+    assert (leaf.grad == 40).all()
 
 
 def test_the_gradient_of_a_single_number_is_an_array_too():

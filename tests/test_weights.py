@@ -16,7 +16,7 @@ from minisimclr.augment import center_view
 from minisimclr.errors import ConfigError, DataError
 from minisimclr.run import make_run_folder, new_run
 from minisimclr.tensor import Tensor, no_grad
-from minisimclr.weights import safetensors
+from minisimclr.weights import names, safetensors
 from minisimclr.weights.stored import Spec, Stored
 from minisimclr.weights.tf_bundle import masked_crc32c
 
@@ -162,6 +162,18 @@ def test_pth_equals_torch(tmp_path, wrapped):
     assert_state(net, state)
 
 
+def test_a_view_that_torch_negates_as_it_reads_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    net = nn.resnet10(width=4)
+    tensors = {n: torch.tensor(a) for n, a in random_state(net).items()}
+    zeros = torch.zeros_like(tensors["conv1.weight"])
+    tensors["conv1.weight"] = torch.complex(zeros, -tensors["conv1.weight"]).conj().imag
+    assert tensors["conv1.weight"].is_neg()  # stored with the other sign
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="_rebuild_tensor_v2"):
+        weights.load(net, tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_floats_are_cast(tmp_path, dtype):
     torch = pytest.importorskip("torch")
@@ -199,6 +211,21 @@ def test_keras_gives_inception_up_to_mixed8(tmp_path):
         weights.load(other, tmp_path / "k.h5")
     with pytest.raises(ConfigError, match=r"'mixed12': this model has .* mixed10$"):
         weights.load(other, tmp_path / "k.h5", until="mixed12")
+
+
+def test_a_resnet_made_with_keras_is_not_taken_for_torchvision_s(tmp_path):
+    state = nn.resnet18("cifar", width=8).state_dict()
+    kernels = names.as_made([name for name, array in state.items() if array.ndim == 4])
+    means = names.as_made([name for name in state if name.endswith(names.MEAN)])
+    with h5py.File(tmp_path / "k.h5", "w") as f:
+        for i, name in enumerate(kernels):
+            f[f"conv2d_{i}/kernel:0"] = state[name].transpose(2, 3, 1, 0)
+        for i, name in enumerate(means):
+            for ours, theirs in names.NORM.items():
+                norm = f"batch_normalization_{i}/{theirs}:0"
+                f[norm] = state[name.replace(names.MEAN, ours)]
+    with pytest.raises(DataError, match="20 convolutions are no network of ours"):
+        weights.encoder(tmp_path / "k.h5")
 
 
 def test_a_whole_keras_model_is_read_without_its_optimizer(tmp_path):

@@ -12,22 +12,26 @@ from .display import Display
 from .options import FILE, JSON, SHEET, say, write_json
 
 NAME = click.argument("name", metavar="NAME|PATH")
-SIZE = click.option("--image-size", type=int, metavar="S", help="Stored side, px: 5/4 of a view's.")
 SPLITS = ("pretrain", "labelled", "test")
 MOST = 20  # lines of a list
+
+
+def size_option(usual: str) -> Any:
+    said = f"Stored side, px: 5/4 of a view's.  [default: {usual}]"
+    return click.option("--image-size", type=int, metavar="S", help=said)
 
 
 @click.group()
 def data() -> None:
     """Prepare, check and show data sets.
 
-    Data sets are toydogs, stanford-dogs, and folders of pictures.
+    Data sets are toydogs, stanford-dogs, folders of pictures, and cache files.
     """
 
 
 @data.command()
 @NAME
-@SIZE
+@size_option("80, toydogs 40")
 @click.option("--crop", type=click.Choice(["centre", "boxes"]), default="centre", help="Part kept.")
 @click.option("--skip-bad", is_flag=True, help="Leave out bad pictures: 1 % at most, or one.")
 @click.option("--labels-per-class", type=int, metavar="N", help="Label N per class, not a fifth.")
@@ -58,7 +62,7 @@ def prepare(
 
 @data.command()
 @NAME
-@SIZE
+@size_option("that made last")
 @JSON
 def verify(name, image_size, json_file) -> None:
     """Check every byte of a prepared cache.
@@ -74,7 +78,7 @@ def verify(name, image_size, json_file) -> None:
 
 @data.command()
 @NAME
-@SIZE
+@size_option("that made last")
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw samples of up to 12 classes.")
 @JSON
 def info(name, image_size, sheet, json_file) -> None:

@@ -25,9 +25,9 @@ ENCODER = click.argument("encoder", type=FILE, metavar="RUN|WEIGHTS")
 def embed(encoder, path, out, block, device) -> None:
     """Write the features that a RUN or WEIGHTS give to pictures.
 
-    PATH, if not the RUN's own data, is a folder or the name of a data set. A .npy file holds the
-    features (n, D) alone, in the order of the data set; an .h5 file also file_names, labels and
-    class_names. Features are h, which the probe sees, and not z, which the loss sees.
+    PATH is a folder or the name of a data set; WEIGHTS need it, a RUN has data of its own. A .npy
+    file holds the features (n, D) alone, in the order of the data set; an .h5 file also file_names,
+    labels and class_names. Features are h, which the probe sees, and not z, which the loss sees.
     """
     from .. import embed as library
 
@@ -41,7 +41,7 @@ def embed(encoder, path, out, block, device) -> None:
 @click.command()
 @ENCODER
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=FILE)
-@click.option("--data", help="Search here, not in the RUN's own data: a name or a folder.")
+@click.option("--data", help="Name or folder to search; WEIGHTS need it.  [default: the RUN's]")
 @click.option("--count", default=5, type=click.IntRange(1), help="Neighbours of each image.")
 @click.option("--sheet", type=SHEET, metavar="FILE.png", help="Draw them, too, in a new file.")
 @BLOCK

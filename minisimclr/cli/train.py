@@ -61,7 +61,7 @@ def settle(ctx: click.Context, preset: str | None, config: Path | None) -> tuple
 
 @click.command(epilog="Settings come from flags, then MINISIMCLR_* variables, --config, --preset.")
 @setting_options
-@click.option("--out", type=FILE, help="Run folder to make.")
+@click.option("--out", type=FILE, help="Run folder to make.  [default: runs/TIME-ENCODER]")
 @click.option("--resume", type=FILE, help="Run folder to continue.")
 @click.option("--config", type=FILE, help="TOML file of settings.")
 @click.option(

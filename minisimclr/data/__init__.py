@@ -62,7 +62,7 @@ def open_dataset(
             warnings.warn(said, stacklevel=2)
         return cached
     made = load_if_valid(path)
-    sizes = [] if made else other_sizes(path)
+    sizes = [] if made else [other for other in other_sizes(path) if other != path]
     known = made, *map(load_if_valid, sizes[::-1])
     options = next((each.options for each in known if each), DEFAULTS)
     if str(name_or_path) != "stanford-dogs":

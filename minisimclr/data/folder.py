@@ -43,8 +43,8 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
     if not pictures:
         raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)})")
     tests = for_testing(root, pictures)
-    depth = 1 if tests else 0  # of the class folders
-    inner = [() if tests and split_name(p) in LOOSE else p[depth:] for p in pictures]
+    # From the class folders on.
+    inner = [() if tests and split_name(p) in LOOSE else p[bool(tests) :] for p in pictures]
     classes = sorted({parts[0] for parts in inner if len(parts) > 1})
     loose = [p for p, parts in zip(pictures, inner, strict=True) if len(parts) == 1]
     if classes and loose:
@@ -52,10 +52,13 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
         raise DataError(f"{said} are in none: move them")
 
     def plan() -> Plan:
+        inside = {split_name(parts[1:]) for parts in inner}
         if len(classes) == 1 and not tests and all(len(parts) > 2 for parts in inner):
             said = f"{root} has one class, {classes[0]!r}: if the folders in it are the classes"
             deepest = os.path.commonpath([root.joinpath(*parts[:-2]) for parts in inner])
             warnings.warn(f"{said}, name {deepest}", stacklevel=2)
+        elif not tests and inside & {*TRAINS} and inside & {*TESTS, *CHECKS}:
+            warnings.warn(f"{root}: splits in classes do not count: move them up", stacklevel=2)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get("".join(parts[:1]), -1) for parts in inner], np.int64)
         testing = np.array([split_name(parts) in tests for parts in pictures]) if tests else None
@@ -63,14 +66,12 @@ def source(root: Path, options: Options, progress: Progress | None = None) -> So
         def jobs(size: int) -> Iterator[Job]:
             return ((i, decode_file, (root.joinpath(*p), size)) for i, p in enumerate(pictures))
 
-        names = ["/".join(parts) for parts in pictures]
-        notes = {"ignored_files": len(found) - len(pictures)}
+        names, ignored = ["/".join(parts) for parts in pictures], len(found) - len(pictures)
         splits = split_classes(labels, testing, classes, options.labels_per_class)
-        return Plan(names, labels, classes, splits, jobs, notes)
+        return Plan(names, labels, classes, splits, jobs, {"ignored_files": ignored})
 
     listing = [(os.sep.join(parts), *found[parts]) for parts in pictures]  # noqa: PTH118
-    identity = sha256(repr(listing).encode())
-    return Source(root.resolve().name, identity, plan)
+    return Source(root.resolve().name, sha256(repr(listing).encode()), plan)
 
 
 def split_name(parts: tuple[str, ...]) -> str:

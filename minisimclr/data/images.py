@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from ..errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-FILTER = "bicubic, JPEG draft down to 1.5 times the side"
+SUFFIXES = (".jpg", ".jfif", ".tif", ".pgm", *(f".{name.lower()}" for name in FORMATS))
+FILTER = "bicubic, JPEG draft at a whole scale down to 1.5 times the side"
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 51_000_000  # 50-megapixel cameras have up to 8,688 x 5,792
 MIN_SIDE, MAX_ASPECT = 8, 20
@@ -43,11 +43,11 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             check_dimensions(*image.size, box)
             x, y, side = square(*image.size, box)
-            gain = max(1.0, side / (DRAFT_GAP * size))
-            full_width = image.width
+            gain, full_width = max(1.0, side / (DRAFT_GAP * size)), image.width
             if gain > 1:
                 image.draft(None, (int(image.width / gain), int(image.height / gain)))
-            x, y, side = (v * image.width / full_width for v in (x, y, side))
+            scale = -(-full_width // image.width)  # 1, 2, 4 or 8: a draft's sides are rounded up
+            x, y, side = (v / scale for v in (x, y, side))
             bounds = (x, y, min(x + side, image.width), min(y + side, image.height))
             small = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, bounds)
             small.info = image.info  # boxes refer to the picture as stored, so turning is last

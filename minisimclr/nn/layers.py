@@ -53,11 +53,12 @@ class BatchNorm(Module):
 
     With a residual and relu=True, it computes the end of a ResNet block in the same two passes.
     beta=False leaves out the shift, as the last layer of SimCLR's projection head does.
+    momentum=None: running statistics are the mean of those of all batches so far.
     """
 
     buffers = ("running_mean", "running_var", "num_batches_tracked")
 
-    def __init__(self, c: int, eps: float = 1e-5, momentum: float = 0.1, beta: bool = True):
+    def __init__(self, c: int, eps: float = 1e-5, momentum: float | None = 0.1, beta: bool = True):
         self.eps, self.momentum = eps, momentum
         self.weight = Parameter(np.ones(c, np.float32), adapt=False)
         self.bias = Parameter(np.zeros(c, np.float32), adapt=False) if beta else None
@@ -70,9 +71,10 @@ class BatchNorm(Module):
             self.num_batches_tracked = self.num_batches_tracked + 1
         beta = Tensor(0 * self.weight.data) if self.bias is None else self.bias
         running = self.running_mean, self.running_var
-        return batch_norm(
-            x, self.weight, beta, running, self.training, self.momentum, self.eps, residual, relu
-        )
+        mean_of_all = 1 / max(1, int(self.num_batches_tracked))
+        momentum = mean_of_all if self.momentum is None else self.momentum
+        given = running, self.training, momentum, self.eps, residual, relu
+        return batch_norm(x, self.weight, beta, *given)
 
 
 class Dropout(Module):

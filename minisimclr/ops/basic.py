@@ -109,7 +109,7 @@ class Log(Function):
 
 
 def relu_gradient(gy: Array, y: Array) -> Array:
-    """gy where the output y was positive, else 0"""
+    """gy where the output y was positive, else 0 (NaN where gy is infinite: a product is fast)"""
     return gy * (y > 0)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from ..errors import ConfigError
 from .charts import Series, lines
 from .facts import Facts
-from .page import Missing, document, row, table
+from .page import Missing, document, paragraph, row, table
 from .verdict import headline, judge
 
 KEYS = ("loss", "accuracy", "alignment", "uniformity", "effective_rank")
@@ -22,7 +22,8 @@ def build_comparison(facts: list[Facts]) -> bytes:
         depth += 1
     runs = {"/".join(part[-depth:]): each for part, each in zip(parts, facts, strict=True)}
     sections = [partial(section, runs) for section in (results, differences, curves)]
-    return document("comparison", f"{len(runs)} runs compared", ", ".join(runs), "", sections)
+    notes = "".join(paragraph(f"{n}: {said}") for n, each in runs.items() for said in each.missing)
+    return document("comparison", f"{len(runs)} runs compared", ", ".join(runs), notes, sections)
 
 
 def results(runs: dict[str, Facts]) -> str:

@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..data import Dataset, batches
 from ..embed import control, extractor
 from ..errors import ConfigError, DataError
-from ..files import fits, locked, read_json, write_bytes
+from ..files import fits, locked, read_json, sha256, write_bytes
 from ..probe import stratified
 from ..profile import profile
 from ..run import Plan, Run, new_run, open_run, read_config
@@ -243,16 +243,15 @@ def read(path: str | Path, notify: Notify = quiet) -> Facts:
         return facts
     run.config = replace(run.config, device="cpu")
     facts.missing += [str(note.message) for note in notes]
-    if (files["probe"] or {}).get("step", run.step) != run.step:
-        files["probe"] = None
-        facts.missing.append("Its probe is of another step: minisimclr probe makes a new one.")
-    if not facts.dataset:
-        return facts
-    if not run.step:
-        facts.missing.append("There is no checkpoint yet.")
-    elif not facts.dataset.identity.startswith(run.trained_on):
+    if (data := facts.dataset) and not data.identity.startswith(run.trained_on):
         facts.missing.append("The data set has changed since this run: its pictures are left out.")
-        facts.dataset, facts.total = None, 0
-    else:
+        facts.dataset, facts.total, data = None, 0, None
+    probe, truth = files["probe"] or {}, data and sha256(data.labels.tobytes())
+    if run.step != probe.get("step", run.step) or truth not in (None, probe.get("truth", truth)):
+        files["probe"] = None
+        facts.missing.append("Its probe is of another step or other labels: run minisimclr probe.")
+    if data and run.step:
         facts.run = run
+    elif data:
+        facts.missing.append("There is no checkpoint yet.")
     return facts

@@ -132,8 +132,9 @@ def network(stored: Stored) -> Module:
     # Flat kernels come after mixed3, and Keras' names say nothing.
     if any(s[2] != s[3] for s in shapes) or any("Conv2d_1a_3x3" in n for n in stored.specs):
         return InceptionV3()
-    if (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
-        large = "simclr" if stored.format == names.TENSORFLOW else "imagenet"
+    # ResNets made with Keras pad and normalise otherwise.
+    large = {names.TENSORFLOW: "simclr", names.KERAS: ""}.get(stored.format, "imagenet")
+    if large and (name := CONVOLUTIONS.get(len(shapes))) and 0 < width <= 1024:
         stem = large if side == 7 else "small" if name == "resnet_small" else "cifar"
         with damage_reported(stored.path):
             return ENCODERS[name](stored.metadata.get("stem", stem), width)

@@ -122,8 +122,8 @@ def meaning(*parts: Any) -> Any:
             return {}
         case Name("torch._utils _rebuild_parameter"), (Tensor() as tensor, *_):
             return tensor
-        case Name("torch._utils _rebuild_tensor_v2"), (Storage() as s, offset, shape, strides, *_):
-            return Tensor(s, offset, shape, strides)
+        case Name("torch._utils _rebuild_tensor_v2"), (Storage() as s, offset, shape, steps, _, _):
+            return Tensor(s, offset, shape, steps)  # a seventh would say: negated or conjugated
         case (("storage", Name(text), str() as key, *_),):
             return Storage(DTYPES[text.removeprefix("torch ").removesuffix("Storage")], key)
     name = getattr(parts[0], "text", "something unknown")[:100]
