@@ -404,7 +404,7 @@ def test_modules_that_nobody_would_find_are_refused():
 def test_a_parameter_is_not_replaced_by_what_would_not_be_trained():
     layer = ms.nn.Linear(3, 3, rng=np.random.default_rng(0))
     for other in (layer.weight * 2, Tensor(np.ones((3, 3)), requires_grad=True), np.ones((3, 3))):
-        with pytest.raises(TypeError, match=r"^weight must be a Parameter .* change \.data"):
+        with pytest.raises(TypeError, match=r"^weight must be a Parameter .* use \.data"):
             layer.weight = other
     layer.weight = Parameter(np.ones((3, 3), np.float32))
     layer.bias = None  # taken away
@@ -616,3 +616,9 @@ def test_calibrate_leaves_every_layer_in_its_mode(sound):
     with evaluating(), pytest.raises(RuntimeError, match=r"not in evaluating\(\)"):
         model.calibrate(rand(4, 8, 8, 3, dtype=np.float32), 4)
     assert [m.training for _, m in model.named_modules()] == modes
+
+
+def test_a_classifier_that_was_taken_away_may_be_in_a_state():
+    net = ms.nn.Linear(3, 2, rng=np.random.default_rng(0))
+    net.fc = None
+    net.load_state_dict(net.state_dict() | {"fc.weight": np.zeros((5, 2), np.float32)})

@@ -50,7 +50,7 @@ class Module:
         leaf = isinstance(value, Tensor) and value.requires_grad and value.creator is None
         to_be = (leaf or isinstance(vars(self).get(name), Parameter)) and value is not None
         if to_be and not isinstance(value, Parameter):
-            raise TypeError(f"{name} must be a Parameter to be trained: assign one or change .data")
+            raise TypeError(f"{name} must be a Parameter to be trained: assign one, or use .data")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -153,7 +153,7 @@ class Module:
         `origin` is what the message calls the state dict. Accepted: a missing num_batches_tracked,
         and what a classifier (`fc.*`) has, if this module has none.
         """
-        own, has_fc = self.shapes(), "fc" in vars(self)
+        own, has_fc = self.shapes(), getattr(self, "fc", None) is not None
         differences = {
             "missing": [n for n in own if n not in shapes and not n.endswith("batches_tracked")],
             "unexpected": [n for n in shapes if n not in own and (n[:3] != "fc." or has_fc)],
