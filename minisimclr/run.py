@@ -28,7 +28,7 @@ from .backend import choose_device
 from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
-from .errors import ConfigError, DataError, DivergedError, OutputError
+from .errors import ConfigError, DataError, DivergedError, OutputError, typed
 from .files import handling, read_json, rename, require_writable, sync, write_bytes
 from .kernels import chosen
 from .optim import LARS, SGD
@@ -57,7 +57,7 @@ class Run:
         """
         path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.encoder}"
         if out and out.exists():
-            way = f", or go on with --resume {out}" if (out / "config.json").exists() else ""
+            way = f", or go on with {typed('--resume', str(out))}" * (out / "config.json").exists()
             raise ConfigError(f"{out} exists already: name another --out{way}")
         if not path.exists():  # else `pretrain` finds another name beside it
             require_writable(path)

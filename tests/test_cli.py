@@ -259,6 +259,21 @@ def test_a_narrow_terminal_gets_no_bar_that_would_not_fit(monkeypatch, capfd):
         assert ("preparing data" in capfd.readouterr().err) == display.terminal == shown
 
 
+def test_the_time_left_does_not_follow_the_clock(monkeypatch):
+    """A laptop that slept, or a clock that is set, moves `time`; the work has not become slower."""
+    clock, passed = [1000.0], [50.0]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: passed[0])
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 9)))
+    display = Display()
+    display.terminal = True
+    for done in range(1, 20):
+        display.on_progress(done, 100, "training")
+        clock[0] += 7200 if done == 9 else 2
+        passed[0] += 2
+    assert display.bar.eta == pytest.approx(2 * 81, rel=0.2)
+
+
 def test_ctrl_c_in_the_probe_says_that_training_is_done(trained, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -386,6 +401,8 @@ def test_only_a_run_can_be_gone_on_with(trained, tmp_path):
     out, _ = trained
     assert f"go on with --resume {out}" in run("train", "--out", out).stderr
     assert "--resume" not in run("train", "--out", tmp_path).stderr
+    odd = shutil.copytree(out, tmp_path / "my first run")
+    assert f"go on with {typed('--resume', str(odd))}\n" in run("train", "--out", odd).stderr
 
 
 @pytest.mark.parametrize(
@@ -702,6 +719,7 @@ def test_nobody_has_to_read_what_is_said(code):
 def test_the_time_left_is_right_from_the_second_step(terminal, monkeypatch):
     now = 1e9
     monkeypatch.setattr("time.time", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     screen, display = terminal(100), Display()
     for label in ("features", "trials"):  # of each bar from its own beginning
         for done in (1, 2):
@@ -716,6 +734,7 @@ def test_the_time_left_is_that_of_what_is_done_now(first, left, monkeypatch):
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((100, 24)))
     now = 1e9
     monkeypatch.setattr("time.time", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     display = Display()
     for done in range(1, 41):  # in ten seconds each
         now += 10

@@ -86,14 +86,14 @@ class Display:
             unknown = iter(int, 1)  # which has no length, and from which nothing is taken
             look: Any = {"item_show_func": lambda x: x, "file": sys.stderr, "width": width}
             self.bar = click.progressbar(unknown, total or None, label, **look)
-            self.began, self.first = time.time(), done
+            self.began, self.first = time.monotonic(), done
         item = shown(item)
         while len(item) > room:  # a bar wider than the terminal takes a new line at each step
             item = item.rpartition("  ")[0]
         # Its time left is reckoned from `start` as if all had been done since then, but what was
         # done before a resumption was not.
-        now = time.time()
-        self.bar.start = now - (now - self.began) * done / max(1, done - self.first)
+        spent = time.monotonic() - self.began  # not by the clock, which a sleep moves on
+        self.bar.start = time.time() - spent * done / max(1, done - self.first)
         self.bar.update(done - self.bar.pos, item)
         if 0 < total <= done:
             self.close_bar()
