@@ -190,7 +190,8 @@ def xp_of_views(x: Array):
 def colour_jitter(x: Array, factors: np.ndarray, orders: np.ndarray) -> Array:
     """Brightness, contrast, saturation and hue by factors (N, 4), in each image's order (N, 4).
 
-    Values are clipped to [0, 1] after each of the four, so their order matters.
+    Factors or an order (4,) are for all images. Values are clipped to [0, 1] after each of the
+    four, so their order matters.
     """
     xp = xp_of_views(x)
     factors, orders = (np.broadcast_to(drawn, (len(x), 4)) for drawn in (factors, orders))
@@ -251,7 +252,8 @@ def greyscale(x: Array, chosen: np.ndarray) -> Array:
 def blur(x: Array, sigmas: np.ndarray) -> Array:
     """Gaussian blur of images (N, S, S, 3) with a kernel of about S / 10 px; sigma 0: no blur.
 
-    At the border the kernel is cut off and renormalised; the authors' black padding darkens it.
+    One sigma is for all images. At the border the kernel is cut off and renormalised; the authors'
+    black padding darkens it.
     """
     xp = xp_of_views(x)
     chosen = np.flatnonzero(sigmas := np.broadcast_to(sigmas, len(x)))

@@ -227,9 +227,9 @@ def _backpropagate(root: Function, gradient: Array) -> None:
                 continue
             assert (seen := getattr(gx, "shape", gx)) == shape, f"{who}: gradient {seen} of {shape}"
             if isinstance(parent, Tensor):  # a leaf: its gradient must be its own, to write into
+                gx = gx.astype(parent.dtype)  # a copy
                 with _adding:
-                    gx = gx + (0 if parent.grad is None else parent.grad)  # a new array
-                    parent.grad = xp_of(gx).asarray(gx, parent.dtype)
+                    parent.grad = xp_of(gx).asarray(gx if parent.grad is None else parent.grad + gx)
                 continue
             gx = gx.astype(parent.y_dtype, copy=False)
             if parent in owned:
