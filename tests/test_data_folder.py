@@ -764,6 +764,15 @@ def test_pictures_in_memory_are_split_like_a_folder_and_trained_on(pictures, tmp
         open_dataset(path).verify()
 
 
+def test_names_of_classes_may_be_bytes(tmp_path):
+    """As np.unique makes them of those in an HDF5 file, and as CIFAR-10 has them."""
+    names, labels = np.unique([b"cat", "hérisson".encode(), b"cat"], return_inverse=True)
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    for given in names, list(names):
+        made = from_arrays(tmp_path / "mine.h5", images, labels, given)
+        assert made.class_names == ("cat", "hérisson")
+
+
 def test_pictures_in_memory_may_be_split_before_or_have_no_labels(pictures, tmp_path):
     images = open_dataset(pictures, 20).images[:40]
     testing = np.arange(40) >= 30

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, TiffImagePlugin
 
 from minisimclr.data.images import contact_sheet, decode, decode_file, font_for
 from minisimclr.errors import DataError
@@ -57,6 +57,38 @@ def test_grey_of_12_bits_is_as_bright_as_of_16():
     sixteen = decode(tiff(16, bytes.fromhex("ffff0080" * 12)), 24)
     assert twelve.max() == 255 and 120 < twelve[:, 1].mean() < 140
     np.testing.assert_array_equal(twelve, sixteen)
+
+
+def deep_tiff(bits: tuple[int, ...], **tags: int | tuple[int, ...]) -> bytes:
+    """24 x 24 px, uncompressed, each colour in a plane of its own."""
+    places = tuple(24 * 24 * 2 * plane for plane in range(len(bits)))
+    directory = TiffImagePlugin.ImageFileDirectory_v2()  # counts places from its own end
+    known = {256: 24, 257: 24, 258: bits, 259: 1, 262: 2 if len(bits) > 1 else 1, 273: places}
+    known |= {277: len(bits), 278: 24, 279: (24 * 24 * 2,) * len(bits)}
+    known |= {int(tag.strip("_")): value for tag, value in tags.items()}
+    for tag, value in known.items():
+        directory[tag] = value
+    planes = len(bits) * (RAMP.astype("<u2") * 257).tobytes()
+    return struct.pack("<2sHI", b"II", 42, 8) + directory.tobytes(8) + planes
+
+
+def test_planes_of_16_bits_are_not_misread():
+    """Pillow takes each byte of an uncompressed one for a pixel, and says nothing."""
+    np.testing.assert_array_equal(decode(deep_tiff((16,)), 24), grey(RAMP))
+    with pytest.raises(DataError, match="uncompressed planes of 16 bits: save it with 8"):
+        decode(deep_tiff((16, 16, 16), _284=2), 24)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_numbers_with_a_sign_are_refused(bits):
+    """Of 16 bits, they were said to have 32; of 8, -1 was white."""
+    with pytest.raises(DataError, match="32 bits or signed ones: save it unsigned"):
+        decode(deep_tiff((bits,), _339=2), 24)
+
+
+def test_a_tiff_that_pillow_cannot_read_is_not_called_none():
+    with pytest.raises(DataError, match=r"none of JPEG, .* that Pillow can read"):
+        decode(deep_tiff((16, 16, 16, 16, 16), _338=(0, 0)), 24)
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -156,7 +156,8 @@ def from_arrays(
     if class_names is None and high >= max(n, MANY):
         raise ConfigError(f"labels are positions from 0, not numbers such as {high}: {way_out}")
     # A set or dict, which may have another order than the labels, has no parts: an error.
-    names = list(map(str, range(high + 1) if class_names is None else class_names[:]))
+    called = range(high + 1) if class_names is None else class_names[:]
+    names = [os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in called]
     if len(set(names)) < len(names):
         raise ConfigError(f"several classes are called {Counter(names).most_common(1)[0][0]!r}")
     if not -1 <= low <= high < len(names):
@@ -245,10 +246,8 @@ def cache_path(name_or_path: str | Path, image_size: int | None = None) -> tuple
     default = toydogs.IMAGE_SIZE if stem == "toydogs" else DEFAULT_SIZE
     size = default if image_size is None else image_size
     if size not in SIZES:
-        raise ConfigError(
-            f"pictures cannot be stored with {size} px: choose {SIZES[0]} to {SIZES[-1]} "
-            "(training views have 4/5 of that)"
-        )
+        said = f"pictures cannot be stored with {size} px: choose {SIZES[0]} to {SIZES[-1]}"
+        raise ConfigError(f"{said} (training views have 4/5 of that)")
     if stem not in BUILT_IN:
         try:
             with suppress(FileNotFoundError, NotADirectoryError):

@@ -20,11 +20,11 @@ from ..errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jfif", ".tif", ".pgm", *(f".{name.lower()}" for name in FORMATS))
 FILTER = "bicubic, JPEG draft at a whole scale down to 1.5 times the side"
-MAX_BYTES = 64 << 20
-MAX_PIXELS = 51_000_000  # 50-megapixel cameras have up to 8,688 x 5,792
+MAX_BYTES, MAX_PIXELS = 64 << 20, 51_000_000  # 50-megapixel cameras have up to 8,688 x 5,792
 MIN_SIDE, MAX_ASPECT = 8, 20
 DRAFT_GAP = 1.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 while that leaves 1.5 times the wanted side
-BITS, PHOTOMETRIC = 258, 262  # tags of TIFF: BitsPerSample, PhotometricInterpretation
+# Tags of TIFF: BitsPerSample, Compression, PhotometricInterpretation and so on.
+BITS, COMPRESSION, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 259, 262, 284, 339
 CAPTION, SHOWN = 150, 80  # px of a contact sheet; a picture there has at least so many
 # Of macOS, Linux and Windows, those of most scripts first.
 FONTS = ("Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "msyh.ttc", "arial.ttf")
@@ -57,7 +57,8 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"cannot be decoded (none of {', '.join(FORMATS)})") from error
+        kinds = ", ".join(FORMATS)
+        raise DataError(f"cannot be decoded (none of {kinds} that Pillow can read)") from error
     except Exception as error:  # on junk, Pillow raises whatever its parsers stumble over
         raise DataError(f"cannot be decoded ({str(error) or type(error).__name__})") from error
 
@@ -79,10 +80,8 @@ def check_dimensions(width: int, height: int, box: Box | None) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(f"has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(
-            f"has {width} x {height} pixels: both sides must have {MIN_SIDE} "
-            f"and neither more than {MAX_ASPECT} times the other"
-        )
+        said = f"has {width} x {height} pixels: both sides must have {MIN_SIDE}"
+        raise DataError(f"{said} and neither more than {MAX_ASPECT} times the other")
     if box and box[4:] != (width, height):
         raise DataError(f"has {width} x {height} pixels, its annotation says {box[4]} x {box[5]}")
 
@@ -98,10 +97,13 @@ def square(width: int, height: int, box: Box | None) -> tuple[float, float, floa
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode that FORMATS can hold to RGB."""
-    if image.format == "TIFF" and image.mode in ("I", "F"):  # whatever is white in them
-        raise DataError("has pixels of 32 bits: save it with 8 or 16")
+    tags = getattr(image, "tag_v2", {})  # of TIFF, whose raw planes of 16 bits Pillow misreads
+    if tags and (image.mode in ("I", "F") or 2 in tags.get(SAMPLE_FORMAT, ())):  # no known white
+        raise DataError("has pixels of 32 bits or signed ones: save it unsigned, with 8 or 16")
+    if tags.get(PLANAR) == 2 and 16 in tags.get(BITS, ()) and tags.get(COMPRESSION, 1) == 1:
+        raise DataError("has uncompressed planes of 16 bits: save it with 8, or compressed")
     if image.mode.startswith("I"):  # grey of 16 bits; in TIFF perhaps of 12, or with 0 as white
-        tags, levels = getattr(image, "tag_v2", {}), np.asarray(image)
+        levels = np.asarray(image)
         grey = (levels >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8)
         grey = grey if tags.get(PHOTOMETRIC) != 0 else 255 - grey
         grey[levels == image.info.get("transparency", -1)] = 255
