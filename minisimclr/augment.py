@@ -130,8 +130,7 @@ def two_views(
     images: Array, seed: int, step: int, size: int, strength: float = 0.5
 ) -> tuple[Array, Array]:
     """Two random views of images (N, H, W, 3) uint8, each (N, size, size, 3) float32 in [0, 1]."""
-    n, height, width = batch_shape(images)
-    return apply_views(images, draw_views(seed, step, n, height, width, strength), size)
+    return apply_views(images, draw_views(seed, step, *batch_shape(images), strength), size)
 
 
 def center_view(images: Array, size: int) -> Array:
@@ -255,8 +254,8 @@ def blur(x: Array, sigmas: np.ndarray) -> Array:
     One sigma is for all images. At the border the kernel is cut off and renormalised; the authors'
     black padding darkens it.
     """
-    xp = xp_of_views(x)
-    chosen = np.flatnonzero(sigmas := np.broadcast_to(sigmas, len(x)))
+    xp, sigmas = xp_of_views(x), np.broadcast_to(sigmas, len(x))
+    chosen = np.flatnonzero(sigmas)
     weight = gaussian(xp.asarray(sigmas[chosen]), x.shape[1])
     x, rows = x.copy(), xp.asarray(chosen)
     x[rows] = separable(x[rows], weight, weight)

@@ -77,10 +77,11 @@ def prune(folder: Path) -> None:
 
 
 def prefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays as `prefix`/name."""
     return {f"{prefix}/{name}": array for name, array in arrays.items()}
 
 
 def unprefixed(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays below `prefix`, without it."""
-    cut = len(prefix) + 1
-    return {name[cut:]: a for name, a in arrays.items() if name.startswith(f"{prefix}/")}
+    start = f"{prefix}/"
+    return {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}

@@ -172,7 +172,8 @@ def check_block(net: Module, block: str | None) -> None:
 
 def open_weights(path: str | Path, block: str | None) -> tuple[Module, Preprocessing]:
     """The network with the weights in a file. Raises ConfigError for a block that it lacks."""
-    net = network(stored := read(path))
+    stored = read(path)
+    net = network(stored)
     check_block(net, block)
     try:
         return net, load(net, stored, block)

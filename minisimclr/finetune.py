@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .augment import center_view, crop_resize, draw_views
+from .augment import batch_shape, center_view, crop_resize, draw_views
 from .backend import choose_device, to_device, to_host, xp_of
 from .data import Dataset, Progress, batches
 from .data.source import choose
@@ -71,8 +71,7 @@ def fit(
     optimizer = LARS(classifier.named_parameters(), peak, weight_decay=0.0)
     total, sound = recipe.epochs * (len(rows) // n), True
     for step, batch, chosen in islice(batches(dataset.images, rows, n, seed), total):
-        height, width = batch.shape[1:3]
-        views = draw_views(seed, step, n, height, width, stream=STREAM)
+        views = draw_views(seed, step, *batch_shape(batch), stream=STREAM)
         images = to_device(batch, recipe.device)  # (n, S, S, 3) uint8
         x = crop_resize(images, views.boxes[0], views.flips[0], recipe.size).clip(0, 1)
         loss = cross_entropy(classifier(Tensor(x)), dataset.labels[chosen])
@@ -80,7 +79,8 @@ def fit(
         loss.backward()
         optimizer.lr = warmup_cosine(step, peak, 0, total)
         seen = loss.data + optimizer.gradient_square()
-        optimizer.step(ok := xp_of(seen).isfinite(seen))
+        ok = xp_of(seen).isfinite(seen)
+        optimizer.step(ok)
         sound = ok & sound  # read only once an epoch, so a GPU is not kept waiting
         if (step + 1) % (len(rows) // n) == 0 and not sound:
             return None

@@ -94,9 +94,11 @@ class SGD:
         return found
 
     def decay_of(self, p: Parameter) -> float:
+        """Its weight decay: none for biases and batch norm."""
         return self.weight_decay if p.adapt else 0.0
 
     def rate_of(self, name: str, p: Parameter) -> Any:
+        """Its rate, a number on the host or on its device; subclasses may have their own."""
         return self.lr
 
     def gradient_square(self) -> Array:

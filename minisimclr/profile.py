@@ -136,6 +136,7 @@ class Recorder:
             tensor.observer = None
 
     def observe(self, function: Function, direction: str, run: Callable, arrays: tuple) -> Any:
+        """Run one operation and note it; returns what it returned (see tensor.observer)."""
         name, read = describe(function, direction, arrays), sum(a.nbytes for a in arrays)
         if direction == "backward" and getattr(function, "source", None):  # which has its input
             read += prod(function.shapes[0]) * arrays[0].itemsize

@@ -171,6 +171,7 @@ class Plan:
         return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
 
     def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
         return warmup_cosine(step, self.peak, self.warmup, self.total)
 
 

@@ -94,12 +94,12 @@ def resume(
     device: to use instead of the run's own.
     """
     path = Path(path)
-    config = replace(kept := read_config(path), device=device or kept.device)
+    config = read_config(path)
+    config = replace(config, device=device or config.device)
     set_threads(config.threads)
     device, reason = choose_device(config.device)
     dataset = dataset or open_training_data(config, notify)
-    with ExitStack() as held:
-        held.enter_context(backend.precision(config.precision, device, reason))
+    with backend.precision(config.precision, device, reason), ExitStack() as held:
         try:
             held.enter_context(locked(path / "run", wait=False))
         except BlockingIOError as error:

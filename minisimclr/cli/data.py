@@ -96,6 +96,7 @@ def facts(dataset: Any) -> dict[str, Any]:
     """The figures of a data set, for people and for JSON."""
     names, splits = dataset.file_names, dataset.splits
     duplicates = [(i, j) for i, j in enumerate(dataset.duplicate_of.tolist()) if i != j]
+    across = [[names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]]
     return {
         "name": dataset.name,
         "path": str(dataset.path),
@@ -107,9 +108,7 @@ def facts(dataset: Any) -> dict[str, Any]:
         **asdict(dataset.options),
         **dataset.notes,
         "duplicates": len(duplicates),
-        "duplicates_across_splits": [
-            [names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]
-        ],
+        "duplicates_across_splits": across,
         "sha256": dataset.fingerprint,
     }
 
@@ -139,13 +138,14 @@ def show(values: dict[str, Any], json_file: str | None) -> None:
     if write_json(json_file, values):
         return
     for key, value in values.items():
-        rows = list(value.items()) if isinstance(value, dict) else value
-        many = isinstance(rows, list)
-        say(f"{key.replace('_', ' '):>24}  {len(rows) if many else value}")
-        some = rows[:MOST] if isinstance(value, list) else rows if many else []
-        for first, second in some:
+        many = isinstance(value, (dict, list))
+        say(f"{key.replace('_', ' '):>24}  {len(value) if many else value}")
+        if not many:
+            continue
+        rows = value.items() if isinstance(value, dict) else value[:MOST]
+        for first, second in rows:
             if isinstance(second, dict):
                 second = "  ".join(f"{k} {v:>5}" for k, v in second.items())
             say(f"{'':>24}  {first}  {second}")
-        if many and len(some) < len(rows):
-            say(f"{'':>24}  and {len(rows) - len(some):,} more, which --json shows")
+        if len(rows) < len(value):
+            say(f"{'':>24}  and {len(value) - len(rows):,} more, which --json shows")

@@ -153,14 +153,17 @@ class Comparison:
         return counts | {name: made[name] for name in FIGURES if name in made}
 
     def linear(self, extract: Extract) -> Row:
+        """The figures of a linear head on frozen features."""
         X, test_X, y = extract(self.train), extract(self.test), self.dataset.labels
         return self.figures(measure(X, y[self.train], test_X, y[self.test], notify=self.notify))
 
     def dense(self, extract: Extract) -> Row:
+        """The figures of dense layers on frozen features, tuned by random search."""
         found = baseline.baseline(self.dataset, extract, self.trials, 100, 0, self.notify)
         return self.figures(found)
 
     def features(self, file: Path | None) -> Extract:
+        """Features by InceptionV3 with the weights in a file; None: random ones."""
         return baseline.inception(self.dataset, file, BLOCK, self.run.config.device, self.notify)
 
     def on_inception(self) -> Part:
@@ -269,9 +272,8 @@ class Comparison:
     def efficiency(self, X: np.ndarray, test_X: np.ndarray, per_class: int | None) -> Row:
         """top1 of linear heads on features X, each with a different draw of the labels."""
         y, test_y = self.dataset.labels[self.train], self.dataset.labels[self.test]
-        draws = [
-            some_of_each(y, per_class or len(y), seed) for seed in range(DRAWS if per_class else 1)
-        ]
+        seeds = range(DRAWS if per_class else 1)
+        draws = [some_of_each(y, per_class or len(y), seed) for seed in seeds]
         top1 = [measure(X[xp_of(X).asarray(r)], y[r], test_X, test_y)["top1"] for r in draws]
         return {"labels": len(draws[0]), "top1": top1}
 

@@ -76,7 +76,7 @@ def spread(values: list[float]) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds as people say them."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
-    return (
-        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{hours} h"
-    )
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{round(seconds / 3600, 1)} h"

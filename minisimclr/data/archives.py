@@ -57,6 +57,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def check(member: tarfile.TarInfo, name: str) -> None:
+    """Raise DataError for a member (its path normalised: `name`) that no data set needs."""
     if name.startswith(("/", "../")):
         raise DataError(f"{member.name!r} points out of the archive")
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -154,9 +154,8 @@ def fill(
     return {}
 
 
-def chunks(jobs: Iterable[Job], total: int) -> Iterator[list[Job]]:
+def chunks(jobs: Iterator[Job], total: int) -> Iterator[list[Job]]:
     """`total` jobs in lists, each for one message."""
-    jobs = iter(jobs)
     while chunk := list(islice(jobs, max(1, min(CHUNK, total // CHUNKS)))):
         yield chunk
 

@@ -73,8 +73,9 @@ def official(
     from .download import download  # seldom needed, and it loads all of http and ssl
 
     archives, hashes = dict(given), {}
-    for name in ("images", "lists", "annotation")[: 3 if options.crop == "boxes" else 2]:
-        size, right = OFFICIAL[name]
+    for name, (size, right) in OFFICIAL.items():
+        if name == "annotation" and options.crop != "boxes":
+            continue
         if name not in archives:
             archives[name] = folder / sha256(url.encode())[:8] / f"{name}.tar"
             address = f"{url.rstrip('/')}/{name}.tar"

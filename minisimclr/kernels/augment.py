@@ -58,13 +58,13 @@ def apply_views_sorted(images, views, size):
 
 @crop_resize.register(np.ndarray)
 def crop_resize_planes(images, boxes, flips, size):
-    out = np.empty((batch_shape(images, boxes)[0], size, size, 3), np.float32)
+    n, _, _ = batch_shape(images, boxes)
+    out = np.empty((n, size, size, 3), np.float32)
 
     def work(i: slice) -> None:
-        which = np.arange(i.start, i.stop)
-        out[i] = _interleaved(_crops(images, which, boxes[i], flips[i], size))
+        out[i] = _interleaved(_crops(images, np.arange(n)[i], boxes[i], flips[i], size))
 
-    in_blocks(work, len(images), GROUP // (3 * size**2))
+    in_blocks(work, n, GROUP // (3 * size**2))
     return out
 
 

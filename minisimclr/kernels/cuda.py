@@ -58,6 +58,10 @@ def tiles(x: Array) -> tuple[tuple[int, int], tuple]:
 
 
 def tile_sums(x: Array, *args: Any) -> Array:
+    """Of each tile of x (..., C): mean and M2 or, given gy, the sums of g and of g (x - mean).
+
+    args: gy, y, g and the mean, or None, as norm.cu's kernel takes them. Returns (tiles, 2, C).
+    """
     grid, shape = tiles(x)
     part = cupy().empty((grid[1], 2, x.shape[-1]), np.float32)
     launch("norm", "tile_sums", grid, (CHANNELS, LANES), x, *args, part, *shape)
@@ -65,6 +69,7 @@ def tile_sums(x: Array, *args: Any) -> Array:
 
 
 def merged(x: Array, part: Array, variance: Array | None, eps: float) -> tuple[Array, Array]:
+    """Mean and variance (C,) of all of x or, given the variance, the sums of g and g x^."""
     (wide, _), shape = tiles(x)
     first, second = (cupy().empty(x.shape[-1], np.float32) for _ in range(2))
     given = part, variance, eps, first, second, *shape
@@ -73,6 +78,7 @@ def merged(x: Array, part: Array, variance: Array | None, eps: float) -> tuple[A
 
 
 def apply(kernel: str, x: Array, *args: Any, out: Array | None = None) -> Array:
+    """Run a kernel of norm.cu that makes one number of each in x (..., C), in `out` if given."""
     grid, shape = tiles(x)
     out = cupy().empty(x.shape, x.dtype) if out is None else out
     launch("norm", kernel, grid, (CHANNELS, LANES), x, *args, out, *shape)
@@ -134,6 +140,7 @@ def table_of(optimizer: SGD, plain: bool = False) -> tuple[Array, list[Array]]:
 
 
 def squares(rows: Array, count: int) -> Array:
+    """Shares of |w|^2 and |g + decay w|^2 of `count` parameters: (count, SHARES, 2)."""
     part = cupy().empty((count, SHARES, 2), np.float32)
     launch("optim", "squares", (SHARES, count), (THREADS,), rows, part)
     return part

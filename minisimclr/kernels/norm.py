@@ -78,15 +78,15 @@ def _moments(x):
         return over_blocks(work, c, rows)
 
     total, squares = sums_about(None)
-    m2 = squares - total * (total / m)
+    mean = total / m
+    m2 = squares - total * mean
     # Where the mean is far larger than the spread, m2 is a small difference of large sums. At ten
     # times, m2 has lost two or three of its seven digits. From there on, sum squares of deviations
     # from this mean, which despite rounding is near enough to the true one.
     if (m2 < 1e-2 * squares).any():
-        near = total / m
-        total, squares = sums_about(np.tile(near, k))
-        return near + total / m, (squares - total * (total / m)).clip(0) / m
-    return total / m, m2 / m
+        total, squares = sums_about(np.tile(mean, k))
+        return mean + total / m, (squares - total * (total / m)).clip(0) / m
+    return mean, m2 / m
 
 
 @for_float32(scale_shift)
@@ -135,7 +135,8 @@ def _gradient_sums(gy, x, mean, variance, eps, y):
 @for_float32(input_gradient)
 def _input_gradient(g, x, mean, variance, eps, gamma, sum_g, sum_gxhat, count, out=None):
     k, (gs, xs, gx) = long_rows(g, x, out)
-    scale = gamma * (inv_std := inverse_std(variance, eps))
+    inv_std = inverse_std(variance, eps)
+    scale = gamma * inv_std
     a, b = scale / -count * sum_g, scale / -count * sum_gxhat * inv_std
     # gx = scale g + a + b (x - mean), arranged so that two rows of constants fewer are read
     scale, b, rest = np.tile(scale, k), np.tile(b, k), np.tile(a - b * mean, k)

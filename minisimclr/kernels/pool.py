@@ -48,9 +48,8 @@ def _max_pool_input_gradient(gy, argmax, x_shape, kernel, stride, padding):
     def work(some: slice) -> None:
         g, winner = gy[some], argmax[some]
         mask, part = np.empty(g.shape, bool), np.empty_like(g)
-        parts = (
-            np.multiply(g, np.equal(winner, k, out=mask), out=part) for k in range(prod(kernel))
-        )
+        won = (np.equal(winner, k, out=mask) for k in range(prod(kernel)))
+        parts = (np.multiply(g, here, out=part) for here in won)
         gx[some] = sum_windows(parts, g, gx[some].shape, kernel, stride, padding)
 
     in_blocks(work, len(gy), BLOCK // prod(gy.shape[1:]))

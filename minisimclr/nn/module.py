@@ -63,6 +63,9 @@ class Module:
         return vars(self).get("training", True) and not _evaluating.get()
 
     def children(self) -> Iterator[tuple[str, Module]]:
+        """(attribute, module) of each child, in definition order. Raises TypeError for a list,
+        dict, function or the like with modules or parameters that no attribute leads to.
+        """
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value

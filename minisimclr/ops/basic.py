@@ -159,6 +159,8 @@ class Sum(Function):
 
 
 class Reshape(Function):
+    """The same numbers, in the same order, in another shape"""
+
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
 
@@ -240,6 +242,7 @@ def cast(x: Tensor, dtype: Any) -> Tensor:
 
 
 def concatenate(tensors: list[Tensor] | tuple[Tensor, ...], axis: int = 0) -> Tensor:
+    """Tensors joined along one axis; their other axes agree."""
     return Concatenate(axis)(*tensors)
 
 

@@ -13,11 +13,13 @@ from .conv import Padding, Pair, pair, sum_windows, windows
 
 
 def pads(padding: int | Pair | Padding) -> Padding:
+    """((top, bottom), (left, right)) of one number, of (rows, columns), or of all four."""
     rows, columns = pair(padding)
     return pair(rows), pair(columns)
 
 
 def pooled_size(x_shape: tuple, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
+    """(OH, OW): how often a window fits into a padded image (N, H, W, C). Raises ValueError."""
     if min(stride) < 1 or any(k <= max(p) for k, p in zip(kernel, padding, strict=True)):
         given = f"kernel {kernel}, padding {padding}, stride {stride}"
         raise ValueError(f"pooling: {given}: kernel must exceed padding, stride must be at least 1")

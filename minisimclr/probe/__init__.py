@@ -162,8 +162,9 @@ def knn_score(
     unit_X, unit_test = unit(finite(X)), unit(finite(test_X))
     classes, rows = np.unique(labels_of(X, y), return_inverse=True)
     test_y = labels_of(test_X, test_y, classes)
-    rows, K, right, most = xp.asarray(rows), len(classes), 0, max(1, min(512, 2**24 // len(X)))
-    for start in range(0, len(test_X), most):  # as many images as memory has similarities for
+    rows, K, right = xp.asarray(rows), len(classes), 0
+    most = max(1, min(512, 2**24 // len(X)))  # images whose similarities fit in memory
+    for start in range(0, len(test_X), most):
         part = slice(start, start + most)
         similarity = unit_test[part] @ unit_X.T  # (B, D) (D, N) -> (B, N)
         # CuPy's argpartition may race: lanes of a warp exchange numbers without __syncwarp.

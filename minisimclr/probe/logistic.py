@@ -31,6 +31,7 @@ class LogisticRegression:
         self.C, self.max_iter, self.tol = C, max_iter, tol
 
     def fit(self, X: Array, y: Any) -> "LogisticRegression":
+        """Fit to the features X (N, D) and their labels y (N,); returns itself."""
         return self.solve(Problem(X, y))
 
     @threaded_blas()  # large products and little else
@@ -47,6 +48,7 @@ class LogisticRegression:
         return finite(X) @ self.coef_.T + self.intercept_
 
     def predict(self, X: Array) -> np.ndarray:
+        """The likeliest class (N,) of each row of X (N, D), on the host."""
         return self.classes_[to_host(self.decision_function(X).argmax(1))]
 
     def score(self, X: Array, y: Any) -> float:
@@ -187,6 +189,6 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
 
 def finite(X: Array) -> Array:
     """X (N, D) in float32 or float64 (integers, too). DataError if it is empty or not finite."""
-    if not bool(xp_of(X).isfinite(X).all()) or X.ndim != 2 or X.size == 0:
+    if not xp_of(X).isfinite(X).all() or X.ndim != 2 or X.size == 0:
         raise DataError(f"features {X.shape}: not (N, D), empty or not finite; did training fail?")
     return X.astype(np.promote_types(X.dtype, np.float32), copy=False)

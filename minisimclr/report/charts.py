@@ -75,10 +75,8 @@ def chart(alt: str, data: str, draw: Draw, width: float = 4.8, height: float = 2
 def legend(axes: Any, **look: Any) -> None:
     """What the marks mean, below the chart, where it covers none; the figure grows with it."""
     figure, (marks, names) = axes.figure, axes.get_legend_handles_labels()
-    look |= {
-        "labels": ["\n".join(wrap(name, LINE, break_on_hyphens=False)) for name in names],
-        "fontsize": 8.5,
-    }
+    names = ["\n".join(wrap(name, LINE, break_on_hyphens=False)) for name in names]
+    look |= {"labels": names, "fontsize": 8.5}
     for columns in (3, 2, 1):
         drawn = figure.legend(handles=marks, loc="outside lower center", ncols=columns, **look)
         box = drawn.get_window_extent()

@@ -103,8 +103,9 @@ class Facts:
         speed = {row["step"]: row["views_per_second"] for row in self.files["timings"]}
         ends = []
         for _, group in groupby(self.files["metrics"], lambda row: row["epoch"]):
-            row = (steps := list(group))[-1]
-            if "alignment" in row and fits(row, END):
+            steps = list(group)
+            row = steps[-1]
+            if fits(row, END):
                 means = {k: float(np.mean([r[k] for r in steps])) for k in ("loss", "accuracy")}
                 seen = [speed[r["step"]] for r in steps if r["step"] in speed]
                 ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
@@ -149,7 +150,8 @@ class Facts:
         """
         data = self.need("dataset")
         rows = data.split("test" if len(data.split("test")) else "pretrain")
-        rows = rows[data.labels[rows] >= 0] if (data.labels[rows] >= 0).any() else rows
+        labelled = rows[data.labels[rows] >= 0]
+        rows = labelled if len(labelled) else rows
         if len(rows) < 2:
             raise Missing("there is one picture alone to test with")
         if len(rows) > MOST:

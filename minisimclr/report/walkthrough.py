@@ -196,8 +196,8 @@ def terms(w: Walk) -> str:
     """
     s, i = w.s, np.arange(len(w.names))
     own, among = s[i, w.partner], np.log(np.exp(s).sum(axis=1))
-    columns = (w.names, w.names[len(i) // 2 :] + w.names[: len(i) // 2], own, among, among - own,
-               w.p[i, w.partner])  # fmt: skip
+    partner_names = [w.names[j] for j in w.partner]
+    columns = (w.names, partner_names, own, among, among - own, w.p[i, w.partner])
     head = ("i", "j", "s[i, j]", "log Σ exp s[i, k]", "l(i)", "p[i, j]")
     said = f"Loss: {w.loss:.4f}. A network to which all views look alike has "
     said += f"ln {len(i) - 1} = {np.log(len(i) - 1):.4f}."
@@ -219,8 +219,8 @@ def forces(w: Walk) -> str:
     arrows = ways * (0.5 / (abs(ways).max() or 1))
 
     def draw(axes: Any) -> None:
-        axes.plot(*np.array([np.cos(turn := np.linspace(0, 2 * np.pi, 181)), np.sin(turn)]),
-                  color=MUTED, lw=1)  # fmt: skip
+        turn = np.linspace(0, 2 * np.pi, 181)
+        axes.plot(np.cos(turn), np.sin(turn), color=MUTED, lw=1)
         for i, name in enumerate(names):
             k = i % n
             look = {"color": SERIES[k % 6], "marker": MARKERS[(k + k // 6) % 6], "ls": ""}

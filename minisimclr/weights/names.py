@@ -34,6 +34,7 @@ def axes(stored: Stored, name: str) -> Shape:
 
 
 def torch_shape(stored: Stored, name: str) -> Shape:
+    """The shape of an array of the file in torchvision's layout."""
     return tuple(stored.specs[name].shape[axis] for axis in axes(stored, name))
 
 
