@@ -11,6 +11,14 @@ from PIL import Image
 hypothesis.settings.register_profile("ours", deadline=None)  # machines may be busy
 hypothesis.settings.load_profile("ours")
 
+# Those of the faster versions import them, and so would have them run in all other tests, too.
+WITHOUT = os.environ.get("MINISIMCLR_KERNELS") == "reference"
+collect_ignore = ["test_kernels.py", "test_cuda.py", "test_gpu.py"] if WITHOUT else []
+
+
+def pytest_report_header() -> str | None:
+    return f"MINISIMCLR_KERNELS=reference: without {', '.join(collect_ignore)}" if WITHOUT else None
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-import minisimclr.kernels.augment  # registers the fast versions
-from minisimclr import augment
+from minisimclr import augment, kernels
 from minisimclr.augment import apply_views, center_view, crop_resize, draw_views, two_views
 from minisimclr.cores import set_threads, threads
 from minisimclr.errors import ConfigError
@@ -22,6 +21,7 @@ from minisimclr.weights import Preprocessing
 
 # The readable version and the one in use (the same where kernels are switched off).
 VERSIONS = {"reference": object, "in use": np.ndarray}
+of_the_fast_one = pytest.mark.skipif(kernels.chosen != "fast", reason="MINISIMCLR_KERNELS is set")
 
 
 @pytest.fixture(params=VERSIONS)
@@ -417,17 +417,19 @@ def test_a_batch_may_be_empty(version):
         assert view.shape == (0, 32, 32, 3) and view.dtype == np.float32
 
 
+@of_the_fast_one
 def test_shares_of_a_large_batch_do_not_change_views(monkeypatch):
     images, views = photos(9, 50, 70), draw_views(3, 1, 9, 50, 70, strength=1.0)
     whole = apply_views(images, views, 48)
-    monkeypatch.setattr(minisimclr.kernels.augment, "SHARE", 3 * 48 * 48, raising=False)
+    monkeypatch.setattr(kernels.augment, "SHARE", 3 * 48 * 48)
     for ours, theirs in zip(apply_views(images, views, 48), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@of_the_fast_one
 def test_shares_are_equal_and_no_larger_than_said(monkeypatch):
     """In numbers of views, and of those whose colours change, which take the time."""
-    fast, before, calls = minisimclr.kernels.augment, threads(), {}
+    fast, before, calls = kernels.augment, threads(), {}
 
     def spy(name, count):
         f, seen = getattr(fast, name), calls.setdefault(name, [])

@@ -858,6 +858,17 @@ def test_statistics_are_of_views_as_in_training_whatever_the_test_s_side(model):
     np.testing.assert_allclose(mean, seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
 
 
+def test_statistics_are_of_all_classes_though_images_are_sorted_by_them(model, monkeypatch):
+    colours, seen = Colours(), []
+    rows = np.argsort(colours.labels[:60], kind="stable")  # as those of class folders
+    monkeypatch.setattr(finetune, "MONITORED", 20)
+    monkeypatch.setattr(finetune, "center_view", lambda images, size: seen.append(images) or images)
+    monkeypatch.setattr(finetune, "calibrate", nothing)
+    fit(model, colours, rows, Recipe(1, 16, 16, "cpu"), 0, nothing)
+    (images,) = seen
+    assert len(images) == 20 and {*images.mean((1, 2)).argmax(1).tolist()} == {0, 1, 2}
+
+
 def test_fine_tuning_s_figures_are_the_run_s_beside_its_controls(run, monkeypatch):
     top1 = {finetune.TUNED: 0.75, finetune.SCRATCH: 0.25}
     monkeypatch.setattr(finetune, "tuned", lambda name, *_: {"top1": top1[name]})

@@ -24,6 +24,12 @@ from minisimclr.data.archives import members
 from minisimclr.errors import ConfigError, DataError
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    """What one test prepares with options would be taken for the next, in whatever order."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="module")
 def dogs(tmp_path_factory):
     return layout.write_archives(tmp_path_factory.mktemp("data") / "dogs")
@@ -129,6 +135,15 @@ def test_lists_as_scipy_reads_them(test_data):
         ours = matlab.load(content, ("file_list", "labels"))
         assert ours["file_list"] == [str(x[0]) for x in referee["file_list"][:, 0]], name
         np.testing.assert_array_equal(ours["labels"], referee["labels"][:, 0])
+
+
+def test_lists_may_hold_other_variables_of_any_kind():
+    other = layout.matrix(2, (1, 1), b"", "of_fields")  # a structure, which is not read
+    content = layout.mat(TRAIN, layout.numbered(TRAIN), deflate=False) + other
+    lists = matlab.load(content, ("file_list", "labels"))
+    assert lists["file_list"] == TRAIN and lists["of_fields"] is None
+    with pytest.raises(DataError, match="is a damaged MATLAB file"):
+        matlab.load(content, ("of_fields",))
 
 
 def test_matlab_numbers_and_text_as_scipy_writes_them():
@@ -494,6 +509,7 @@ def test_bad_annotation_is_refused(tmp_path, fault):
 
 def test_largest_of_several_boxes(tmp_path):
     others = (1, 1, 5, 5), (2, 25, 39, 29), (10, 1, 39, 9), (36, 1, 39, 29)  # smaller, longer
+    others += ((1, 1, 39, 10),)  # all round, too
     content = layout.annotation(boxes=(*others[:2], (3, 4, 30, 20), *others[2:]))
     path = layout.tar(tmp_path / "a.tar", [(f"Annotation/{TRAIN[0][:-4]}", content)])
     assert stanford_dogs.read_boxes(path, TRAIN[:1]) == {TRAIN[0]: (3, 4, 30, 20, 40, 30)}
@@ -625,6 +641,15 @@ def test_a_damaged_cache_is_not_offered_in_its_own_place(dogs, tmp_path, monkeyp
     path = prepare("stanford-dogs", 16, archives=archives, allow_unverified=True).path
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"with 16 px: run .*16` \(with --crop boxes"):
+        open_dataset("stanford-dogs", 16)
+
+
+def test_a_cache_made_by_another_filter_is_not_taken(dogs, tmp_path, monkeypatch):
+    archives = stanford_dogs.in_folder(dogs)
+    prepare("stanford-dogs", 16, archives=archives, allow_unverified=True)
+    assert len(open_dataset("stanford-dogs", 16).images) == 31
+    monkeypatch.setitem(data.DECODER, "filter", "of a later version")
+    with pytest.raises(DataError, match="is not prepared with 16 px"):
         open_dataset("stanford-dogs", 16)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import minisimclr as ms
-from minisimclr import augment, backend, compare, doctor, ops, profile, train
+from minisimclr import augment, backend, compare, doctor, kernels, ops, profile, train
 from minisimclr.embed import open_encoder, probe_run, published
 from minisimclr.errors import ConfigError, DivergedError, Interrupted
 from minisimclr.finetune import SCRATCH, TUNED, finetune
@@ -94,6 +94,7 @@ def test_a_loud_leak_is_counted(cupy):
     assert cupy.counter.uploads == [(3,)]
 
 
+@pytest.mark.skipif(kernels.chosen != "fast", reason="MINISIMCLR_KERNELS is set")
 def test_on_a_gpu_a_wait_is_counted_unless_it_was_asked_for():
     from test_gpu import Real
 

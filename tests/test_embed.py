@@ -22,13 +22,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import minisimclr as ms
-from minisimclr import baseline, compare, cores, doctor, embed, finetune, report
+from minisimclr import baseline, compare, cores, doctor, embed, finetune, kernels, report
 from minisimclr.augment import center_view
 from minisimclr.cli import group
 from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
-from minisimclr.kernels import pool, winograd
 from minisimclr.report import facts
 from minisimclr.run import moved, new_run
 from minisimclr.train import pretrain, quiet, resume
@@ -604,6 +603,23 @@ def test_epochs_without_finetuning_are_refused(run):
             call("probe", path, "--epochs", 5)
 
 
+def test_pictures_in_the_current_folder_come_before_those_beside_the_run(tmp_path, monkeypatch):
+    for folder in ("here/photos", "runs/photos", "runs/run"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert moved(tmp_path / "runs/run", "/gone/photos") == str(tmp_path / "here/photos")
+    monkeypatch.chdir(tmp_path)
+    assert moved(tmp_path / "runs/run", "/gone/photos") == str(tmp_path / "runs/photos")
+
+
+def test_an_empty_name_stands_for_no_data_set(run, tmp_path):
+    """As of a variable that is not set: what it stands for would be another data set."""
+    ms.weights.save(run.model.encoder, file := tmp_path / "w", Preprocessing(16))
+    for path in (run.path, file):
+        with pytest.raises(ConfigError, match="a name or a path, and this is empty"):
+            call("probe", path, "--data", "")
+
+
 def test_neighbors_of_no_picture_or_no_run(run, pictures, tmp_path):
     (tmp_path / "note.txt").write_text("not a picture")
     with pytest.raises(DataError, match=r"note\.txt"):
@@ -740,12 +756,13 @@ def test_the_doctor_finds_a_wrong_gradient_of_weights(monkeypatch):
         doctor.gradients()
 
 
+@pytest.mark.skipif(kernels.chosen != "fast", reason="MINISIMCLR_KERNELS is set")
 @pytest.mark.parametrize("place, name, wrong, said", [
-    (winograd, "gradients", lambda gx, gw: (gx, gw * 1.02), r"conv\d\.weight: .* is 2\.0% off"),
-    (pool, "sum_windows", lambda *gx: np.stack(gx) * 1.5, r"conv1\.weight: .* is 50\.0% off"),
+    ("winograd", "gradients", lambda gx, gw: (gx, gw * 1.02), r"conv\d\.weight: .* is 2\.0% off"),
+    ("pool", "sum_windows", lambda *gx: np.stack(gx) * 1.5, r"conv1\.weight: .* is 50\.0% off"),
 ])  # fmt: skip
 def test_the_doctor_finds_a_wrong_gradient_of_a_faster_pass(place, name, wrong, said, monkeypatch):
-    right = getattr(place, name)
+    right = getattr(place := getattr(kernels, place), name)
     monkeypatch.setattr(place, name, lambda *given: wrong(*right(*given)))
     with pytest.raises(AssertionError, match=said):
         doctor.gradients()

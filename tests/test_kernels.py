@@ -480,8 +480,10 @@ def test_training_is_the_same_with_and_without():
     np.testing.assert_allclose(fast, reference, rtol=2e-4)
 
 
-def run_with(choice):
-    code = "import numpy, minisimclr.ops.conv as c; print(numpy.ndarray in c.conv_output.registry)"
+ASK = "import numpy, minisimclr.ops.norm as n; print(numpy.ndarray in n.moments.registry)"
+
+
+def run_with(choice, code=ASK):
     env = {**os.environ, "MINISIMCLR_KERNELS": choice, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
@@ -490,6 +492,14 @@ def test_the_environment_chooses():
     assert run_with("reference").stdout == "False\n"
     assert run_with("fast").stdout == "True\n"
     assert "MINISIMCLR_KERNELS is 'best'" in run_with("best").stderr
+
+
+def test_the_tests_of_a_readable_pass_are_of_no_other():
+    """What they import, as one of the faster passes does, would replace it for all of them."""
+    code = f"import pytest; pytest.main(['--collect-only', '-qq', {str(ROOT / 'tests')!r}]); {ASK}"
+    listed = run_with("reference", code).stdout
+    assert "test_augment.py: " in listed and "test_kernels.py: " not in listed
+    assert listed.endswith("\nFalse\n")
 
 
 def test_parallel_covers_the_range_once_in_order(threads):

@@ -17,6 +17,7 @@ from minisimclr.probe import (
     LogisticRegression,
     Problem,
     alignment,
+    best_of,
     effective_rank,
     features,
     folds,
@@ -426,6 +427,11 @@ def test_correlated_features_take_few_evaluations(monkeypatch):
         assert 0 < len(counts) < most
 
 
+def test_of_equals_the_middle_one_is_best_and_of_two_the_larger():
+    assert best_of("C", (1, 2, 3, 4, 5), [7, 8, 8, 8, 7]) == (3, "")
+    assert best_of("C", (1, 2, 3, 4), [7, 8, 8, 7]) == (3, "")
+
+
 def test_select_c_warns_at_both_edges_of_its_grid():
     X, y = clusters(300, 10, 3, spread=0.6)
     C, _ = select_c(X, y)
@@ -627,6 +633,14 @@ def test_test_images_that_spoil_the_figure_are_told():
     colours.labels[labelled] = colours.labels[labelled].clip(0, 1)
     lost = (colours.labels[rows] == 2).sum()
     with pytest.warns(UserWarning, match=f"{lost} of 70 test .* of classes without labels"):
+        labelled_and_test(colours)
+
+
+def test_test_images_that_were_pre_trained_on_are_told():
+    colours = Colours(240)  # the last 120 are in neither of the two splits
+    rows = colours.split("test")
+    colours.duplicate_of[[130, 140]] = rows[0], 131
+    with pytest.warns(UserWarning, match="1 of 70 test images are in other splits too"):
         labelled_and_test(colours)
 
 
