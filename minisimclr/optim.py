@@ -29,7 +29,7 @@ def trust_ratio(w: Array, g: Array, decay: float, eeta: float) -> Array:
     xp = xp_of(w)
     w_norm = xp.linalg.norm(w.ravel())
     g_norm = xp.linalg.norm((g + decay * w).ravel())
-    return xp.where((w_norm > 0) & (g_norm > 0), eeta * w_norm / xp.maximum(g_norm, 1e-38), 1.0)
+    return xp.where((w_norm > 0) & (g_norm > 0), eeta * w_norm / (g_norm + (g_norm == 0)), 1.0)
 
 
 @singledispatch

@@ -114,20 +114,19 @@ def calibrate(module: Module, x: Array, batch_size: int) -> None:
     modes = [(layer, vars(layer).get("training", True)) for _, layer in module.named_modules()]
     norms = {m for _, m in module.named_modules() if isinstance(m, BatchNorm)}
     before = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    statistics = [(m, a, a.copy()) for m in norms for a in (m.running_mean, m.running_var)]
+    statistics = [(a, a.copy()) for m in norms for a in (m.running_mean, m.running_var)]
     module.train()
     try:
         if not module.training:
             raise RuntimeError("calibrate() takes the statistics of batches: not in evaluating()")
-        for m, running, _ in statistics:
-            running.fill(0)  # else a rounding error of the old ones would stay
+        for m in norms:
             m.momentum, m.num_batches_tracked = None, 0 * m.num_batches_tracked
         for start in range(0, max(1, len(x) - batch_size + 1), batch_size):
             with no_grad():
                 module(Tensor(x[start : start + batch_size]))
-        statistics = [kept for kept in statistics if not kept[0].num_batches_tracked]
+        statistics = []  # the new ones stay
     finally:  # after Ctrl-C, too
-        for _, running, old in statistics:  # all of them, or those of layers that saw no batch
+        for running, old in statistics:
             running[...] = old
         for m, momentum, count in before:
             m.momentum, m.num_batches_tracked = momentum, count

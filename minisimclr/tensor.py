@@ -97,7 +97,7 @@ class Tensor:
             raise TypeError("a leaf is not changed in place: change its .data")
         return NotImplemented
 
-    __iadd__ = __imul__ = __itruediv__ = __isub__
+    __iadd__ = __imul__ = __itruediv__ = __ipow__ = __imatmul__ = __isub__
 
     def __eq__(self, other: object) -> bool:
         raise TypeError("comparing records no graph: compare a Tensor's .data")

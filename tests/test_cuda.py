@@ -195,12 +195,14 @@ def optimized(like, kind, steps=3, dtype=np.float32, ok=(True, True, True)):
 
 
 def followed(like, dtype=np.float32):
-    """Running statistics behind two batches."""
-    rng = np.random.default_rng(0)
+    """Running statistics behind two batches, and behind one of small numbers that replaces them."""
+    rng, seen = np.random.default_rng(0), []
     mean, variance, *batches = (like.asarray(rng.random(300).astype(dtype)) for _ in range(6))
-    for batch in zip(batches[:2], batches[2:], strict=True):
-        norm.update_running(mean, variance, batch, 0.3, 5)
-    return [np.array(host(a)) for a in (mean, variance)]
+    batches = [*zip(batches[:2], batches[2:], strict=True), tuple(1e-6 * a for a in batches[:2])]
+    for batch, momentum in zip(batches, (0.3, 0.3, 1), strict=True):
+        norm.update_running(mean, variance, batch, momentum, 5)
+        seen += [np.array(host(a)) for a in (mean, variance)]
+    return seen
 
 
 def in_every_order(run):
@@ -403,6 +405,15 @@ def test_what_is_not_a_number_or_infinite_stays_so(cupy):
         reference(pool.max_pool_output, args),
     )
     np.testing.assert_array_equal(ours[1], exactly[1])
+
+
+def test_a_batch_may_be_empty_here_too(cupy):
+    """CUDA refuses to launch no blocks."""
+    images, views = cupy.zeros((0, 40, 40, 3), np.uint8), augment.draw_views(0, 0, 0, 40, 40)
+    model = Model.build("resnet10", "imagenet", 4, seed=0).to("cuda:0")
+    for size in (32, 36):  # the larger ones would be blurred
+        for view in augment.apply_views(images, views, size):
+            assert view.shape == (0, size, size, 3) and model.encode(view).shape == (0, 32)
 
 
 def test_relu_keeps_what_is_not_a_number(cupy):

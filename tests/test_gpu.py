@@ -14,6 +14,7 @@ import fake_cupy
 import numpy as np
 import pytest
 from test_cuda import (  # noqa: F401
+    test_a_batch_may_be_empty_here_too,
     test_a_file_does_what_the_readable_passes_do,
     test_a_gradient_may_be_written_over,
     test_a_residual_in_another_precision_than_bfloat16_is_converted,

@@ -138,6 +138,14 @@ def test_parameters_without_a_gradient_stay_and_zero_grad_forgets():
     assert p.grad is None
 
 
+def test_the_trust_of_a_large_weight_without_a_gradient_is_1():
+    p = Parameter(np.full((64, 64), 100, np.float32))
+    p.grad = np.zeros_like(p.data)
+    optimizer = LARS([("p", p)], 0.1, weight_decay=0.0)
+    optimizer.step()  # a quotient that overflows would warn
+    assert optimizer.trust["p"] == 1 and (p.data == 100).all()
+
+
 def test_trust_counts_the_decay_of_each_weight():
     class Halved(LARS):
         def decay_of(self, p):

@@ -8,7 +8,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from operator import iadd, imul, isub, itruediv, matmul, mul, truediv
+from operator import iadd, imatmul, imul, ipow, isub, itruediv, matmul, mul, truediv
 
 import numpy as np
 import pytest
@@ -165,6 +165,16 @@ def test_a_leaf_is_not_replaced_by_what_looks_like_a_change(change):
     total = change(leaf * 2, leaf)  # as sums of losses are made
     assert (total.data == change(np.full(2, 2.0), np.ones(2))).all() and total.creator
     assert change(number, 2.0).shape == (2,)
+
+
+def test_a_leaf_is_not_replaced_by_a_power_or_a_product_either():
+    """An optimizer would go on with the old leaf, which nobody uses any more."""
+    leaf, eye = Tensor(2 * np.eye(2), requires_grad=True), np.eye(2)
+    for change, other, changed in ((ipow, 2, 4), (imatmul, Tensor(eye), 2), (imatmul, eye, 2)):
+        with pytest.raises(TypeError, match=r"a leaf is not changed in place: change its \.data"):
+            change(leaf, other)
+        assert (change(leaf * 1, other).data == changed * eye).all()
+        assert change(Tensor(eye), other).shape == (2, 2)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

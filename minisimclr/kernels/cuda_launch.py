@@ -46,7 +46,8 @@ def launch(file: str, kernel: str, grid: tuple, block: tuple, *args: Any) -> Non
     xp, real = cupy(), REALS.get(args[0].itemsize, "float")
     convert = conversions(xp)
     given = [convert[type(a)](a) if type(a) in convert else a for a in args]
-    function(xp, file, kernel, real)(grid, block, tuple(given))
+    if 0 not in grid:  # of no images: CUDA refuses to launch no blocks
+        function(xp, file, kernel, real)(grid, block, tuple(given))
 
 
 def for_each_row(file: str, kernel: str, x: Array, *others: Array, geometry: tuple) -> Array:

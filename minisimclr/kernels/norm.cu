@@ -73,13 +73,13 @@ extern "C" __global__ void merge_tiles(const float* part, const float* variance,
     second[c] = variance ? all.m2 / sqrtf(variance[c] + eps) : all.m2 / rows;
 }
 
-extern "C" __global__ void update_running(float* mean, float* variance,
-                                          const float* batch_mean, const float* batch_variance,
-                                          int channels, float momentum, float unbiased) {
+extern "C" __global__ void update_running(float* mean, float* variance, const float* batch_mean,
+    const float* batch_variance, int channels, float momentum, float unbiased) {
     const int c = blockIdx.x * 256 + threadIdx.x;
     if (c >= channels) return;
-    mean[c] += momentum * (batch_mean[c] - mean[c]);
-    variance[c] += momentum * (batch_variance[c] * unbiased - variance[c]);
+    const float m = momentum == 1 ? 0 : mean[c], v = momentum == 1 ? 0 : variance[c];
+    mean[c] = m + momentum * (batch_mean[c] - m);
+    variance[c] = v + momentum * (batch_variance[c] * unbiased - v);
 }
 
 // out = scale (x - near) + shift + of_g g; g may be absent. Four rows are read before the first is

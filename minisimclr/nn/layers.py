@@ -70,11 +70,10 @@ class BatchNorm(Module):
         if self.training:
             self.num_batches_tracked = self.num_batches_tracked + 1
         beta = Tensor(0 * self.weight.data) if self.bias is None else self.bias
-        running = self.running_mean, self.running_var
         mean_of_all = 1 / max(1, int(self.num_batches_tracked))
         momentum = mean_of_all if self.momentum is None else self.momentum
-        given = running, self.training, momentum, self.eps, residual, relu
-        return batch_norm(x, self.weight, beta, *given)
+        given = (self.running_mean, self.running_var), self.training, momentum, self.eps, residual
+        return batch_norm(x, self.weight, beta, *given, relu)
 
 
 class Dropout(Module):

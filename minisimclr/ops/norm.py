@@ -105,8 +105,10 @@ def update_running(
     mean: Array, variance: Array, batch: tuple[Array, Array], momentum: float, count: int
 ) -> None:
     """running <- (1 - momentum) running + momentum batch; the batch variance divided by M - 1"""
-    mean += momentum * (batch[0] - mean)
-    variance += momentum * (batch[1] * (count / (count - 1)) - variance)
+    for running, new in (mean, batch[0]), (variance, batch[1] * (count / (count - 1))):
+        if momentum == 1:
+            running.fill(0)  # else a rounding error of the old ones would stay
+        running += momentum * (new - running)
 
 
 class BatchNorm(Function):
