@@ -67,7 +67,7 @@ class Tensor:
             raise TypeError("bytes of images are not in [0, 1]: divide them by 255")
         if data.dtype not in (np.float32, np.float64) and data.dtype.name != "bfloat16":
             data = data.astype(np.float32)
-        self.data: Array = np.asarray(data) if isinstance(data, np.generic) else data
+        self.data: Array = np.asarray(data) if xp_of(data) is np else data
         self.requires_grad = requires_grad
 
     @property
@@ -179,7 +179,7 @@ class Function:
         for x in inputs:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{type(self).__name__} takes Tensors, not {type(x)}")
-        arrays = tuple(x.data for x in inputs)
+        arrays = tuple(xp_of(x.data) and x.data for x in inputs)  # TypeError for a Tensor as .data
         self.needs = tuple(x.requires_grad and _recording.get() for x in inputs)
         run = self.forward
         y = run(*arrays) if observer is None else observer(self, "forward", run, arrays)

@@ -472,6 +472,11 @@ def test_cross_entropy():
     logits, labels = randn(5, 3), np.array([0, 2, 1, 1, 0])
     for some in (labels, labels * 0 + 2):
         gradcheck(lambda x, y=some: cross_entropy(x, y), logits)
+    x, given = Tensor(logits, requires_grad=True), labels.copy()
+    loss = cross_entropy(x, given)
+    given[:] = 2  # as the next batch's, before the gradient is taken
+    loss.backward()
+    assert x.grad is not None and (x.grad.argmin(axis=1) == labels).all()
     for off, said in (1, "1 to 3"), (-1, "-1 to 1"):  # -1: without a label
         with pytest.raises(ValueError, match=rf"labels {said}, classes 0 to 2"):
             cross_entropy(Tensor(logits), labels + off)

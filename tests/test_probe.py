@@ -310,6 +310,8 @@ def test_other_bad_input():
         lambda: measure(X, y, X, names),
         lambda: tight().fit(X, names).score(X, y),
         lambda: scores(np.tile(np.arange(5), (len(X), 1)), names),
+        lambda: tight().fit(X, names).score(X, names.astype(bytes)),  # as HDF5 keeps names
+        lambda: knn_score(X, names.astype(bytes), X, names),
     ):
         with pytest.raises(DataError, match=r"labels are .*, but those learned are"):
             call()

@@ -76,6 +76,36 @@ def test_what_is_written_into_an_operand_later_changes_no_gradient(dtype):
     np.testing.assert_array_equal(w.grad, np.full((2, 3), 2))
 
 
+@pytest.mark.parametrize("key", [np.arange(2), [0, 1], (np.arange(2), ...), np.arange(4) < 2])
+def test_what_is_written_into_a_key_later_changes_no_gradient(key):
+    """As by `place += n`, which moves on in a memory bank."""
+    x = Tensor(randn(4, 3), requires_grad=True)
+    y = x[key].sum()
+    place = key[0] if isinstance(key, tuple) else key
+    place[:] = place[::-1] if len(place) == 4 else [2, 3]
+    y.backward()
+    np.testing.assert_array_equal(x.grad, np.repeat([1, 1, 0, 0], 3).reshape(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_is_computed_with_as_an_array():
+    """`*` of NumPy's class of matrices, which SciPy's `todense` gives, is their product."""
+    a = Tensor(np.matrix([[1.0, 2], [3, 4]]), requires_grad=True)
+    y = a * a
+    np.testing.assert_array_equal(y.data, [[1, 4], [9, 16]])
+    y.sum(axis=0).sum().backward()
+    np.testing.assert_array_equal(a.grad, [[2, 4], [6, 8]])
+
+
+@pytest.mark.parametrize("apply", [lambda x, p: linear(x, p), lambda x, p: x @ p, lambda x, p: p.T])
+def test_a_tensor_in_the_place_of_data_is_named(apply):
+    """`p.data = 0.9 * p + 0.1 * q` lacks four times `.data`."""
+    p = ms.Parameter(randn(3, 3))
+    p.data = 0.9 * p
+    with pytest.raises(TypeError, match=r"takes arrays .* not <class 'minisimclr\.tensor"):
+        apply(Tensor(randn(2, 3)), p)
+
+
 @pytest.mark.parametrize(
     "fn",
     [

@@ -37,7 +37,7 @@ def evaluating() -> Iterator[None]:
 class Module:
     """Base of all layers and networks: subclasses assign attributes and define forward."""
 
-    buffers: tuple[str, ...] = ()  # attributes that belong to the state but are not trained
+    buffers: tuple[str, ...] = ()  # attributes, all arrays, of the state that are not trained
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward: call its parts")
@@ -46,7 +46,7 @@ class Module:
         return self.forward(x, *others, **named)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A Parameter gives way to another, or to None; what needs a gradient must be one."""
+        """A Parameter gives way to another, or None; a leaf that needs a gradient must be one."""
         leaf = isinstance(value, Tensor) and value.requires_grad and value.creator is None
         to_be = (leaf or isinstance(vars(self).get(name), Parameter)) and value is not None
         if to_be and not isinstance(value, Parameter):

@@ -51,10 +51,9 @@ class Multiply(Function):
         return a * b
 
     def backward(self, gy):
-        return (
-            unbroadcast(gy * self.b, self.a.shape) if self.needs[0] else None,
-            unbroadcast(gy * self.a, self.b.shape) if self.needs[1] else None,
-        )
+        ga = unbroadcast(gy * self.b, self.a.shape) if self.needs[0] else None
+        gb = unbroadcast(gy * self.a, self.b.shape) if self.needs[1] else None
+        return ga, gb
 
 
 class Divide(Function):
@@ -186,10 +185,11 @@ class Transpose(Function):
 
 
 class GetItem(Function):
-    """x[key] for slices, integers, masks and index arrays"""
+    """x[key] for slices, integers, masks and index arrays, which are copied as operands are"""
 
     def __init__(self, key: Any):
-        self.key = key
+        keys = key if isinstance(key, tuple) else (key,)
+        self.key = tuple(k.copy() if hasattr(k, "copy") else k for k in keys)
 
     def forward(self, x):
         return x[self.key]

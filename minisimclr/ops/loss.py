@@ -138,4 +138,4 @@ def cross_entropy(logits: Tensor, labels: Array) -> Tensor:
     if len(host) and not 0 <= host.min() <= host.max() < logits.shape[1]:
         said = f"labels {host.min()} to {host.max()}, classes 0 to {logits.shape[1] - 1}"
         raise ValueError(f"cross_entropy: {said}")
-    return CrossEntropy(xp_of(logits.data).asarray(host))(logits)
+    return CrossEntropy(xp_of(logits.data).array(host))(logits)  # a copy, as of an operand

@@ -182,7 +182,7 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
         labels = labels.astype(str)
     elif (labels != labels).any():
         raise DataError("a label is not a number (NaN)")
-    if known is not None and (labels.dtype.kind in "US") != (known.dtype.kind in "US"):
+    if known is not None and "US".find(labels.dtype.kind) != "US".find(known.dtype.kind):
         raise DataError(f"labels are {labels.dtype}, but those learned are {known.dtype}")
     return labels
 
