@@ -163,10 +163,9 @@ class Plan:
     def of(cls, config: TrainConfig, images: int) -> "Plan":
         """That of a run on so many unlabelled images. Raises ConfigError if they fill no batch."""
         if not (each := images // config.batch_size):
-            raise ConfigError(
-                f"batch_size {config.batch_size} is larger than the number of unlabelled images of "
-                f"{config.data}, {images}: lower --batch-size, and --lr with it"
-            )
+            said = f"batch_size {config.batch_size} is larger than the number of unlabelled images"
+            advice = "lower --batch-size, and --lr with it"
+            raise ConfigError(f"{said} of {config.data}, {images}: {advice}")
         peak = scaled_rate(config.lr, config.batch_size, config.lr_scaling)
         return cls(each, config.epochs * each, round(config.warmup_epochs * each), peak)
 

@@ -81,6 +81,7 @@ def test_train_says_what_it_does_and_ends_with_the_table(trained):
     out, done = trained
     assert "epoch 2/2" in done.stderr
     assert "\r" not in done.stderr  # no bar off a terminal
+    assert "going on from" not in done.stderr  # it is new
     parameters = sum(p.data.size for _, p in open_run(out)[0].model.named_parameters())
     assert f"resnet_small with {parameters / 1e6:.2f} M parameters on cpu" in done.stderr
     assert done.stderr.splitlines()[-1] == f"to see more: minisimclr report {out}"

@@ -113,6 +113,12 @@ def test_plain_download(server, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".images.tar.lock", "images.tar"]
 
 
+def test_an_address_may_be_in_capitals(server, tmp_path):
+    server.answers["file"] = whole()
+    server.url = server.url.replace("http:", "HTTP:")
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
 def test_a_disk_that_cannot_take_it_is_named(server, tmp_path, monkeypatch):
     server.answers["file"] = whole()
 

@@ -28,6 +28,7 @@ from minisimclr.cli import group
 from minisimclr.cli.display import Display
 from minisimclr.data import cache_folder
 from minisimclr.errors import ConfigError, DataError, OutputError
+from minisimclr.nn.resnet import BasicBlock
 from minisimclr.report import facts
 from minisimclr.run import moved, new_run
 from minisimclr.train import pretrain, quiet, resume
@@ -697,6 +698,9 @@ def test_the_doctor_s_views_are_two_of_each_picture(monkeypatch):
 def test_the_doctor_misses_what_is_needed(monkeypatch):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert {*doctor.NEEDED} == {re.match(r"\w+", each)[0] for each in project["dependencies"]}
+    extras = (project["optional-dependencies"][name] for name in ("cuda12", "cuda13", "report"))
+    optional = {re.match(r"[\w-]+", each)[0] for extra in extras for each in extra}
+    assert {*doctor.OPTIONAL} == optional
     monkeypatch.setattr(doctor, "NEEDED", ("no-such-library",))
     ok, said = doctor.versions()
     assert not ok and "no-such-library is not installed" in said
@@ -754,6 +758,30 @@ def test_the_doctor_finds_a_wrong_gradient_of_weights(monkeypatch):
     monkeypatch.setattr(ms.ops.conv.Conv2d, "backward", larger)
     with pytest.raises(AssertionError, match="gradcheck: input 1 of shape"):
         doctor.gradients()
+
+
+def without_relu(head, i, h):
+    return getattr(head, f"bn{i}")(getattr(head, f"linear{i}")(h))
+
+
+def with_bias(c, o, bias, rng):
+    return ms.nn.Linear(c, o, rng=rng)
+
+
+def from_zero(block, *given, init=BasicBlock.__init__):
+    init(block, *given)
+    block.bn2.weight.data[:] = 0  # as the authors'
+
+
+@pytest.mark.parametrize("place, change", [
+    ("heads.ProjectionHead.layer", without_relu),
+    ("heads.Linear", with_bias),
+    ("resnet.BasicBlock.__init__", from_zero),
+])  # fmt: skip
+def test_the_doctor_takes_parameters_that_change_nothing(place, change, monkeypatch):
+    """Batch norm undoes them: their gradient is 0 but for rounding."""
+    monkeypatch.setattr(f"minisimclr.nn.{place}", change)
+    assert doctor.gradients()[0]
 
 
 @pytest.mark.skipif(kernels.chosen != "fast", reason="MINISIMCLR_KERNELS is set")

@@ -286,6 +286,25 @@ def test_folders_above_a_file_are_made(tmp_path):
     assert not files.unfinished
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_signal_ends_the_first_process_of_a_container_too(terminal, tmp_path, monkeypatch):
+    """What it sends itself does nothing there; and its file has a name, but is not yet made."""
+    ends, said = [], []
+    monkeypatch.setattr(sys, "stderr", Mock(**{"isatty.return_value": terminal}))
+    monkeypatch.setattr(os, "write", lambda *given: said.append(given))
+    monkeypatch.setattr(os, "kill", lambda _, number: ends.append(number))
+    monkeypatch.setattr(os, "_exit", ends.append)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with files.nothing_unfinished(), files.publish(tmp_path / "file") as temporary:
+            signal.raise_signal(signal.SIGTERM)
+            temporary.write_bytes(b"")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ends == [signal.SIGTERM, 128 + signal.SIGTERM]
+    assert said == [(2, b"\x1b[?25h\n")] * terminal  # the cursor that a bar has hidden is back
+
+
 def test_a_handler_of_another_program_stays():
     before = signal.signal(signal.SIGTERM, own := lambda *_: None)
     try:

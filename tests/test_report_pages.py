@@ -766,6 +766,8 @@ def test_a_walkthrough_names_its_seed(dataset):
 def test_titles_and_captions_are_escaped():
     assert "<h3>&lt;b&gt;</h3>" in panels.row(title="<b>")
     assert b"&lt;b&gt;" in document("kind", "t", "<b>", "", [])
+    box = report.verdict_box([Finding(WARNING, "", "<b>")], [])
+    assert "Look here: &lt;b&gt;</h2>" in box
     page = charts.table("<", ("<b>", "<b>"), [("<b>", "<b>")]) + panels.code("<b>", "<")
     assert not any(raw in page for raw in ("<b>", "<<", '"<"')) and "<figcaption>&lt;" in page
     assert '<div class="card yes">' in panels.card(np.zeros((8, 8, 3), np.uint8), "a", mark="yes")
@@ -1115,6 +1117,8 @@ def test_the_numbers_behind_a_chart_are_named_as_its_axes():
     apart = charts.points("t", "x", "y", {"a": ([1, 2], [3, 4]), "b": ([2, 3], [5, 6])})
     cells = [re.findall("<td>([^<]*)", row) for row in apart.split("<tr>")[2:]]
     assert cells == [["1", "3"], ["2", "4"], ["2", "5"], ["3", "6"]]
+    drawn = charts.chart("loss by step: from 4 to 1", "", lambda axes: None)
+    assert '<summary aria-label="The numbers: loss by step">' in drawn  # short: it is read aloud
 
 
 def test_values_are_written_for_people():

@@ -526,11 +526,13 @@ def test_metadata_that_make_no_sense_are_a_fault_of_their_file(said, tmp_path):
         weights.encoder(tmp_path / "a")
 
 
-def test_a_counter_may_be_large(tmp_path):
+def test_a_counter_may_be_large(tmp_path, capsys):
     net, many = nn.resnet10(width=4), np.array(2**24 + 1)
     safetensors.write(tmp_path / "a", random_state(net) | {"bn1.num_batches_tracked": many}, {})
     weights.load(net, tmp_path / "a")
     assert net.state_dict()["bn1.num_batches_tracked"] == many
+    cli(["weights", "inspect", tmp_path / "a"])
+    assert f"int64      {'scalar':<18} bn1.num_batches_tracked\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [0, 1 << 40])
