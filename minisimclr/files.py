@@ -39,7 +39,7 @@ CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, 524)  # 524: what NFS 
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds between attempts to rename
 
-unfinished: set[Path] = set()  # temporary files that are being written
+unfinished: set[Path] = set()  # temporary files, or a run's folder, that are being written
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def nothing_unfinished() -> Iterator[None]:
     def end(number: int, before: dict[int, Any]) -> None:
         for path in unfinished.copy():
             with suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if sys.stderr and sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
         signal.signal(number, signal.SIG_DFL)

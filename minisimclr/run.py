@@ -29,7 +29,7 @@ from .config import TrainConfig, first_layers
 from .cores import available_cores, blas_kernels
 from .data import BUILT_IN, Dataset
 from .errors import ConfigError, DataError, DivergedError, OutputError, typed
-from .files import handling, read_json, rename, require_writable, sync, write_bytes
+from .files import handling, read_json, rename, require_writable, sync, unfinished, write_bytes
 from .kernels import chosen
 from .optim import LARS, SGD
 from .schedule import scaled_rate, warmup_cosine
@@ -119,11 +119,10 @@ class Run:
         """What its last digits depend on, where that is no longer as when it began."""
         began, now = read_json(self.path / "env.json", dict) or {}, environment(self.config)
         other = []
-        names = "minisimclr", "kernels", "numpy", "blas_kernels", "machine", "threads", "device"
-        for name in names:
-            was, is_now = (str(each.get(name)).partition(" (")[0] for each in (began, now))
-            if name in began and was != is_now:
-                other.append(f"{name} {was}, now {is_now}")
+        for key in "minisimclr", "kernels", "numpy", "blas_kernels", "machine", "threads", "device":
+            was, is_now = (str(each.get(key)).partition(" (")[0] for each in (began, now))
+            if key in began and was != is_now:
+                other.append(f"{key} {was}, now {is_now}")
         return "; ".join(other)
 
     def diverged(self, step: int, seen: str) -> DivergedError:
@@ -246,16 +245,16 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
     """
     named = config.to_dict().items()
     settings = {k: {"value": v, "origin": origins.get(k, "default")} for k, v in named}
-    making = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # a full disk leaves nothing
+    unfinished.add(making := out.with_name(f".{out.name}.{secrets.token_hex(4)}"))
     try:
         (making / "checkpoints").mkdir(parents=True)
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
         write_bytes(making / "env.json", json.dumps(environment(config), indent=1).encode())
         (making / "metrics.jsonl").touch()
-        while True:
+        while making in unfinished:
             try:
                 rename(making, out)
-                break
+                unfinished.discard(making)
             except OSError:
                 if not (beside and out.exists()):  # else another run began in the same second
                     raise
@@ -263,7 +262,8 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         sync(out.parent)
         return out
     except BaseException as error:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)  # a full disk leaves nothing
+        unfinished.discard(making)
         if not isinstance(error, OSError):
             raise
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error

@@ -717,7 +717,13 @@ def test_one_bar_at_a_time_and_lines_above_it(terminal):
     assert screen.getvalue() == ended
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_no_file_takes_the_place_of_a_closed_stream():
+    script = "import os; from minisimclr.cli import run; os.close(0); os.close(2); "
+    script += "run(['--version']); os.fstat(0); os.fstat(2)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_nobody_has_to_read_what_is_said(code):
     with unless_gone():
         raise OSError(code, "of a terminal or log")

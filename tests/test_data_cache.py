@@ -318,6 +318,13 @@ def test_full_disk_ends_with_code_4(pictures, home, limit):
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
 
 
+def test_too_many_processes_have_a_way_out(pictures, monkeypatch):
+    refused = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr(cache, "parallel_map", Mock(side_effect=refused))
+    with pytest.raises(OutputError, match=r"unavailable \(allow more processes: ulimit -u\)"):
+        prepare(pictures, 9)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_what_has_to_do_with_space_is_said_to(code, pictures, home, monkeypatch):
     monkeypatch.setattr(cache, "fill", Mock(side_effect=OSError(code, os.strerror(code))))

@@ -903,6 +903,20 @@ def test_an_interrupt_leaves_no_half_made_folder(config, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM ends a process of Windows at once")
+def test_sigterm_leaves_no_half_made_folder(tmp_path):
+    script = """
+import os, pathlib, signal
+from minisimclr import files, run
+run.environment = lambda config: os.kill(os.getpid(), signal.SIGTERM)
+with files.nothing_unfinished():
+    run.make_run_folder(pathlib.Path("run"), run.TrainConfig(), {})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_data_is_refused(finished, config, tmp_path, pictures):
     run = pretrain(config, tmp_path / "run", time_limit=0)
     fake = ms.data.open_dataset(str(pictures), 20)

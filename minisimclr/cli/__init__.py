@@ -65,7 +65,7 @@ def group() -> None:
 # What Python says where the system refuses something, and what to do.
 REFUSED = {
     "Could not determine home directory.": "set HOME or XDG_CACHE_HOME",
-    "can't start new thread": "allow more processes (ulimit -u)",
+    "can't start new thread": "allow more processes or memory (ulimit -u, -v)",
 }
 
 
@@ -87,6 +87,9 @@ def run(arguments: list[str] | None) -> int:
         arguments = [name for word in sys.argv[1:] for name in expanded(word)]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # else a file of ours gets what goes to 2
+        pass
+    os.close(spare)
     for name in ("stdout", "stderr"):  # closed, as by `>&-`: nobody reads
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: PTH123, SIM115

@@ -19,13 +19,13 @@ FIRST, NEXT = 10.0, 60.0  # seconds of work before its first line off a terminal
 
 @contextmanager
 def unless_gone() -> Iterator[None]:
-    """Within the block, it is no error if the terminal is gone, or the disk of a log full: training
-    still has to be saved.
+    """Within the block, it is no error if the terminal is gone, or the disk of a log full, or a log
+    as large as it may be: training still has to be saved.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
 
 

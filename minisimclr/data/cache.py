@@ -109,12 +109,12 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
             while bad := fill(file, name, plan, recipe, progress):
                 plan = plan.without(bad)
     except OSError as error:
-        why = "Windows cannot replace an open file" if os.name == "nt" and path.exists() else ""
+        why = {errno.EAGAIN: " (allow more processes: ulimit -u)"}.get(error.errno or 0, "")
+        why = " (Windows cannot replace an open file)" if os.name == "nt" and path.exists() else why
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free
-            why = f"the cache needs {needed:,} bytes, {free:,} are free"
-        said = f"{path}: {error.strerror}"
-        raise OutputError(f"{said} ({why})" if why else said) from error
+            why = f" (the cache needs {needed:,} bytes, {free:,} are free)"
+        raise OutputError(f"{path}: {error.strerror}{why}") from error
 
 
 def fill(
