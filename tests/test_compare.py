@@ -531,7 +531,7 @@ def test_the_time_of_pretraining_is_that_of_its_own_steps_once(run, tmp_path):
     (tmp_path / "timings.jsonl").write_text("".join(lines) + '{"step": 5, "sec')  # killed
     assert compare.pretraining_seconds(there) == {"pretraining_seconds": 6.0}
     (tmp_path / "timings.jsonl").write_text("".join(lines[1:]))
-    assert compare.pretraining_seconds(there) == {}
+    assert compare.pretraining_seconds(there) == {"pretraining_seconds": None}
 
 
 def test_it_is_said_that_imagenet_holds_the_test_photos(run, dataset, cheap, tmp_path, monkeypatch):
@@ -765,6 +765,8 @@ def test_markdown_shows_figures_missing_ones_and_the_curve():
     assert lines[7] == "- A, linear: odd"  # about the rows, and so not below the curve
     assert lines[2].endswith("| 1,716 | 12.3% | 10.0% - 15.0% | 40.0% | 60 s + 1.5 h |")
     assert lines[3].endswith("| 10.0% - 15.0% |  | 89 s |")
+    unknown = markdown({"rows": [one | {"pretraining_seconds": None}], "curve": [], "chance": 0.25})
+    assert "| 40.0% | ? + 1.5 h |" in unknown  # and not 1.5 h, as if it had taken no time
     assert "| not run |" in lines[4] and lines[5].startswith("| chance |") and "25.0%" in lines[5]
     assert lines[-1] == "| B | not run | not run | not run |"
     assert lines[-2] == "| A | 15.0% ± 7.1% | 15.0% ± 7.1% | 30.0% |"

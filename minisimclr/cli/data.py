@@ -94,9 +94,13 @@ def info(name, image_size, sheet, json_file) -> None:
 
 def facts(dataset: Any) -> dict[str, Any]:
     """The figures of a data set, for people and for JSON."""
-    names, splits = dataset.file_names, dataset.splits
-    duplicates = [(i, j) for i, j in enumerate(dataset.duplicate_of.tolist()) if i != j]
-    across = [[names[i], names[j]] for i, j in duplicates if splits[i] != splits[j]]
+    names, splits, same = dataset.file_names, dataset.splits, dataset.duplicate_of
+    duplicates = [(i, j) for i, j in enumerate(same.tolist()) if i != j]
+    across = [  # each with the first that is equal and in another split
+        [names[i], names[k]]
+        for i, j in duplicates
+        for k in ((same == j) & (splits != splits[i])).nonzero()[0][:1]
+    ]
     return {
         "name": dataset.name,
         "path": str(dataset.path),

@@ -284,13 +284,12 @@ def some_of_each(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(rows[place < count])
 
 
-def pretraining_seconds(run: Run) -> dict[str, float]:
-    """How long a run's steps took, by its timings.jsonl; empty if that does not tell of each."""
-    took = {}
+def pretraining_seconds(run: Run) -> Row:
+    """How long a run's steps took, by its timings.jsonl; None if that does not tell of each."""
+    took: dict[int, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # a killed run may leave half a line
         for line in (run.path / "timings.jsonl").read_text().splitlines():
             step = json.loads(line)
             took[step["step"]] = step["seconds"]
-    if not all(step in took for step in range(1, run.step + 1)):
-        return {}
-    return {"pretraining_seconds": sum(took[step] for step in range(1, run.step + 1))}
+    each = [took.get(step) for step in range(1, run.step + 1)]
+    return {"pretraining_seconds": None if None in each else sum(each)}

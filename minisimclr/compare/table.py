@@ -43,7 +43,8 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         low, high = each["ci95"]
         top5 = f"{each['top5']:.1%}" if "top5" in each else ""
-        took = [clock(each[k]) for k in ("pretraining_seconds", "seconds") if k in each]
+        times = (each[k] for k in ("pretraining_seconds", "seconds") if k in each)
+        took = ["?" if seconds is None else clock(seconds) for seconds in times]
         shown = [f"{each['top1']:.1%}", f"{low:.1%} - {high:.1%}", top5, " + ".join(took)]
         rows.append([*about, f"{each['labels']:,}", *shown])
     rows.append(["chance", "", "none", "", "0", f"{results['chance']:.1%}", "", "", ""])

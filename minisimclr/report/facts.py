@@ -92,9 +92,8 @@ class Facts:
     def need(self, what: str) -> Any:
         """A file's content, the data set or the run. Raises Missing if it is not there."""
         if not (value := self.files.get(what) or getattr(self, what, None)):
-            words = {"run": "no checkpoint with its data", "dataset": "no data set"}
-            words["epochs"] = ENDED
-            raise Missing(words.get(what, f"no {what} of this run"))
+            said = {"run": "no checkpoint with its data", "dataset": "no data set", "epochs": ENDED}
+            raise Missing(said.get(what, f"no {what} of this run"))
         return value
 
     @cached_property
@@ -104,8 +103,7 @@ class Facts:
         ends = []
         for _, group in groupby(self.files["metrics"], lambda row: row["epoch"]):
             steps = list(group)
-            row = steps[-1]
-            if fits(row, END):
+            if fits(row := steps[-1], END):
                 means = {k: float(np.mean([r[k] for r in steps])) for k in ("loss", "accuracy")}
                 seen = [speed[r["step"]] for r in steps if r["step"] in speed]
                 ends.append(row | means | {"views/s": float(np.median(seen)) if seen else None})
@@ -185,8 +183,9 @@ class Facts:
 
 
 def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
-    """Rows of a JSON Lines file, up to the first that is incomplete or not shaped like `like`; and
-    how many lines are left out: a run that is killed may leave half a line, which does not count.
+    """Rows of a JSON Lines file, up to the first that is incomplete, not shaped like `like` or not
+    of the next step (of losses: times may be lost in a crash); and how many lines are left out: a
+    run that is killed may leave half a line, which does not count.
     """
     rows: Rows = []
     with suppress(OSError), path.open("rb") as file:
@@ -194,8 +193,9 @@ def read_lines(path: Path, like: Any) -> tuple[Rows, int]:
         with suppress(ValueError, RecursionError):
             for line in file:
                 row = json.loads(line)
-                last = fits(row, {"step": float, "diverged": str})
-                if not (last or fits(row, like)) or (rows and "diverged" in rows[-1]):
+                sound = fits(row, like) or fits(row, {"step": float, "diverged": str})
+                lost = sound and "loss" in like and row["step"] != len(rows) + 1  # lines before it
+                if not sound or lost or (rows and "diverged" in rows[-1]):
                     break
                 # All rows share their keys: a long run has 100,000 of them.
                 rows.append({sys.intern(key): value for key, value in row.items()})
@@ -223,7 +223,7 @@ def read(path: str | Path, notify: Notify = quiet) -> Facts:
     for name, like in LOGS.items():
         files[name], left = read_lines(path / f"{name}.jsonl", like)
         if left:
-            bad = f"line {len(files[name]) + 1} cannot be read"
+            bad = f"line {len(files[name]) + 1} cannot be used"
             facts.missing.append(f"{name}.jsonl: {bad}; lines left out from there on: {left:,}.")
     if files["probe"] and len(files["probe"]["rows"]) < 2:
         files["probe"] = None  # a figure without its controls

@@ -144,7 +144,7 @@ def neighbours(facts: Facts) -> str:
     """Nearest neighbours
 
     The pictures whose features are most similar to a query's, for the trained encoder and for one
-    with random weights: test pictures, or training pictures of a data set that has no others.
+    with random weights: at most 1,200 test pictures or, if there are none, training pictures.
     """
     data, rows = facts.need("dataset"), facts.test_rows
     labels, names = data.labels[rows], (*data.class_names, "no label")
@@ -235,7 +235,7 @@ def confusions(facts: Facts) -> str:
             cards = [card(data.images[i], f"{A}, taken for {B}", A) for i in mistaken[:3]]
             cards += [card(data.images[i], B, B) for i in typical[:2]]
             groups.append(row(*cards, title=f"\u2068{A}\u2069 → \u2068{B}\u2069"))  # in any script
-    return row(*groups) + table("Most frequent mistakes", ("mistake", "times", "of"), cells)
+    return row(*groups) + table(f"Mistakes, {len(said):,} tests", ("mistake", "times", "of"), cells)
 
 
 def trust(facts: Facts) -> str:

@@ -207,10 +207,9 @@ def labels(facts: Facts) -> Finding | None:
     if any(row["ci95"][0] > chance for row in probe["rows"].values()):
         return None
     scores = ", ".join(f"{name} {row['top1']:.1%}" for name, row in probe["rows"].items())
-    said = f"Every system is at chance, {chance:.1%}, on {probe['test']} pictures: {scores}."
+    said = f"No system is clearly above chance, {chance:.1%}, on {probe['test']:,} tests: {scores}."
     few = probe["test"], probe["labels"], probe["labels"] / probe["classes"]
-    unequal = chance > 1.5 / probe["classes"]
-    if unequal or any(n < enough for n, enough in zip(few, ENOUGH, strict=True)):
+    if chance > 1.5 / probe["classes"] or any(map(np.less, few, ENOUGH)):
         return Finding(WARNING, said, "Hard pictures, few labels, or labels of other pictures")
     return Finding(FAULT, said)
 
@@ -233,6 +232,8 @@ def unfinished(facts: Facts) -> Finding | None:
     said = f"It is at step {facts.done:,}" + (f" of {facts.total:,}." if facts.total else ".")
     if facts.going:
         return Finding(WARNING, said, "Still training", "Look again later.")
+    if facts.run and facts.run.step > facts.done:
+        return Finding(WARNING, said, "The log lacks the last steps", "Restore metrics.jsonl.")
     return Finding(WARNING, said)
 
 
