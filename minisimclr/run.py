@@ -251,10 +251,10 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         write_bytes(making / "config.json", json.dumps(settings, indent=1).encode())
         write_bytes(making / "env.json", json.dumps(environment(config), indent=1).encode())
         (making / "metrics.jsonl").touch()
-        while making in unfinished:
+        while True:
             try:
                 rename(making, out)
-                unfinished.discard(making)
+                break
             except OSError:
                 if not (beside and out.exists()):  # else another run began in the same second
                     raise
@@ -263,10 +263,11 @@ def make_run_folder(out: Path, config: TrainConfig, origins: dict, beside: bool 
         return out
     except BaseException as error:
         shutil.rmtree(making, ignore_errors=True)  # a full disk leaves nothing
-        unfinished.discard(making)
         if not isinstance(error, OSError):
             raise
         raise OutputError(f"cannot make the run folder {out}: {error.strerror}") from error
+    finally:
+        unfinished.discard(making)
 
 
 def log_line(log: Any, values: dict[str, Any]) -> None:

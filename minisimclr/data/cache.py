@@ -109,7 +109,7 @@ def build(path: Path, name: str, plan: Plan, recipe: dict, progress: Progress | 
             while bad := fill(file, name, plan, recipe, progress):
                 plan = plan.without(bad)
     except OSError as error:
-        why = {errno.EAGAIN: " (allow more processes: ulimit -u)"}.get(error.errno or 0, "")
+        why = " (allow more processes: ulimit -u)" if error.errno == errno.EAGAIN else ""
         why = " (Windows cannot replace an open file)" if os.name == "nt" and path.exists() else why
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free

@@ -106,9 +106,8 @@ def update_running(
 ) -> None:
     """running <- (1 - momentum) running + momentum batch; the batch variance divided by M - 1"""
     for running, new in (mean, batch[0]), (variance, batch[1] * (count / (count - 1))):
-        if momentum == 1:
-            running.fill(0)  # else a rounding error of the old ones would stay
-        running += momentum * (new - running)
+        # At 1, not even a rounding error of the old ones stays.
+        running[...] = new if momentum == 1 else running + momentum * (new - running)
 
 
 class BatchNorm(Function):

@@ -182,6 +182,7 @@ def labels_of(X: Array, y: Any, known: Any = None) -> np.ndarray:
         labels = labels.astype(str)
     elif (labels != labels).any():
         raise DataError("a label is not a number (NaN)")
+    # Both numbers (-1), or names of one kind: bytes and str are never equal.
     if known is not None and "US".find(labels.dtype.kind) != "US".find(known.dtype.kind):
         raise DataError(f"labels are {labels.dtype}, but those learned are {known.dtype}")
     return labels
